@@ -1,0 +1,119 @@
+"""Files that are never half-written, and archives that are checked before they are believed."""
+
+import hashlib
+import os
+import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+from numpy.lib import format as npy_format
+
+from .errors import UserError
+
+
+@contextmanager
+def atomic_path(path: str | os.PathLike) -> Iterator[Path]:
+    """Give a temporary path beside `path`; on success flush it to disk and rename it into place.
+
+    The final name appears only with complete contents; after an error nothing is left behind.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        yield temporary
+        with open(temporary, "rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+        directory = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(directory)  # the rename itself must survive a power cut
+        finally:
+            os.close(directory)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def sha256_of(path: str | os.PathLike) -> str:
+    """SHA-256 of a file's contents, as 64 hexadecimal digits, read in chunks."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+class NpzFile:
+    """Read-only view of an `.npz` archive that knows every array's shape before loading any.
+
+    Args:
+        path: the archive.
+
+    Raises:
+        UserError: missing, truncated or not a zip archive, or an entry that is no plain array
+            (object arrays, which could run code when unpickled, are refused).
+    """
+
+    def __init__(self, path: str | os.PathLike):
+        self.path = Path(path)
+        if not self.path.is_file():
+            raise UserError(f"no such file: {self.path}")
+        self.headers: dict[str, tuple[tuple[int, ...], np.dtype]] = {}
+        try:
+            with zipfile.ZipFile(self.path) as archive:
+                for member in archive.infolist():
+                    with archive.open(member) as stream:
+                        shape, dtype = _read_header(stream)
+                    expected = int(np.prod(shape, dtype=object)) * dtype.itemsize
+                    if dtype.hasobject or not 0 <= member.file_size - expected <= 1 << 16:
+                        raise ValueError(f"entry {member.filename} is no plain array of {shape}")
+                    self.headers[member.filename.removesuffix(".npy")] = (shape, dtype)
+        except (ValueError, zipfile.BadZipFile, EOFError, OSError, NotImplementedError) as error:
+            raise UserError(f"{self.path}: not a readable npz archive ({error})") from None
+
+    def require(self, name: str) -> tuple[tuple[int, ...], np.dtype]:
+        """Shape and dtype of an array that must be there."""
+        if name not in self.headers:
+            have = ", ".join(sorted(self.headers)) or "nothing"
+            raise UserError(f"{self.path}: has no array '{name}' (it holds: {have})")
+        return self.headers[name]
+
+    def load(self, name: str) -> np.ndarray:
+        """The whole array."""
+        shape, dtype = self.require(name)
+        blocks = list(self.stream(name, max(1, shape[0]) if shape else 1))
+        return np.concatenate(blocks) if blocks and shape else np.zeros(shape, dtype)
+
+    def stream(self, name: str, rows: int) -> Iterator[np.ndarray]:
+        """Yield the array in blocks of at most `rows` rows, decompressing as it goes."""
+        shape, dtype = self.require(name)
+        if not shape:
+            raise UserError(f"{self.path}: array '{name}' is a single number, rows were expected")
+        row_shape = shape[1:]
+        row_bytes = int(np.prod(row_shape, dtype=np.int64)) * dtype.itemsize
+        try:
+            with zipfile.ZipFile(self.path) as archive, archive.open(f"{name}.npy") as stream:
+                _read_header(stream)
+                for start in range(0, shape[0], rows):
+                    count = min(rows, shape[0] - start)
+                    data = stream.read(count * row_bytes)
+                    if len(data) != count * row_bytes:
+                        raise EOFError(f"array '{name}' ends after {start} of {shape[0]} rows")
+                    yield np.frombuffer(data, dtype).reshape(count, *row_shape).copy()
+        except (zipfile.BadZipFile, EOFError, OSError) as error:
+            raise UserError(f"{self.path}: damaged archive ({error})") from None
+        except Exception as error:
+            if type(error).__module__ != "zlib":
+                raise
+            raise UserError(f"{self.path}: damaged archive ({error})") from None
+
+
+def _read_header(stream) -> tuple[tuple[int, ...], np.dtype]:
+    version = npy_format.read_magic(stream)
+    read = npy_format.read_array_header_1_0 if version == (1, 0) else npy_format.read_array_header_2_0
+    shape, fortran_order, dtype = read(stream)
+    if fortran_order:
+        raise ValueError("a Fortran-ordered array; save it with numpy.ascontiguousarray")
+    return shape, dtype

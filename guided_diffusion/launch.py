@@ -1,0 +1,73 @@
+"""Who started this process: mpiexec, torchrun, SLURM or nobody. Reads the environment, imports nothing heavy."""
+
+import os
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from .errors import UserError
+
+# launcher -> (rank, world size, rank on this host), in the order in which they are looked for.
+# torchrun comes first: it may itself be started by srun, once per host.
+_VARIABLES = {
+    "torchrun": ("RANK", "WORLD_SIZE", "LOCAL_RANK"),
+    "mpi (Open MPI)": ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK"),
+    "mpi (MPICH)": ("PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID"),
+    "slurm": ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID"),
+}
+
+
+@dataclass(frozen=True)
+class Launch:
+    """How this process was started. `local_rank` is None where only the hosts' names can tell."""
+
+    launcher: str
+    rank: int
+    world_size: int
+    local_rank: int | None
+
+    @property
+    def is_mpi(self) -> bool:
+        """Whether an MPI launcher started this process, so that mpi4py may be imported."""
+        return self.launcher.startswith("mpi")
+
+
+def detect_launch() -> Launch:
+    """Read the launcher's environment variables; one process when there are none.
+
+    Raises:
+        UserError: a launcher's variable does not hold a number.
+    """
+    for launcher, names in _VARIABLES.items():
+        if names[0] not in os.environ or names[1] not in os.environ:
+            continue
+        if launcher == "slurm" and "SLURM_STEP_ID" not in os.environ:
+            continue  # inside an allocation (sbatch, salloc) but not started by srun
+        try:
+            rank, world_size = int(os.environ[names[0]]), int(os.environ[names[1]])
+            local = os.environ.get(names[2])
+            return Launch(launcher, rank, world_size, None if local is None else int(local))
+        except ValueError as error:
+            raise UserError(f"{launcher} set {names} to something that is no number: {error}") from None
+    return Launch("none", 0, 1, 0)
+
+
+def run_script(main: Callable[[], None]) -> None:
+    """Run a script's `main`; a `UserError` becomes one line on standard error and exit status 1.
+
+    Each rank that fails says so, except that mistakes found before the ranks met (a wrong flag, a
+    missing file), which all ranks find alike, are told by rank 0 alone.
+    """
+    try:
+        main()
+    except UserError as error:
+        launch = detect_launch()
+        distributed = sys.modules.get("torch.distributed")
+        met = distributed is not None and distributed.is_initialized()
+        if launch.rank == 0 or met:
+            who = f"[rank {launch.rank}] " if met and launch.world_size > 1 else ""
+            print(f"error: {who}{error}", file=sys.stderr, flush=True)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr, flush=True)
+        sys.exit(130)
