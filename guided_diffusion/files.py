@@ -3,6 +3,7 @@
 import hashlib
 import os
 import zipfile
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,6 +12,9 @@ import numpy as np
 from numpy.lib import format as npy_format
 
 from .errors import UserError
+
+# What the zip and npy readers raise on damaged or foreign contents.
+_DAMAGE = (ValueError, zipfile.BadZipFile, zlib.error, EOFError, OSError, NotImplementedError)
 
 
 @contextmanager
@@ -70,7 +74,7 @@ class NpzFile:
                     if dtype.hasobject or not 0 <= member.file_size - expected <= 1 << 16:
                         raise ValueError(f"entry {member.filename} is no plain array of {shape}")
                     self.headers[member.filename.removesuffix(".npy")] = (shape, dtype)
-        except (ValueError, zipfile.BadZipFile, EOFError, OSError, NotImplementedError) as error:
+        except _DAMAGE as error:
             raise UserError(f"{self.path}: not a readable npz archive ({error})") from None
 
     def require(self, name: str) -> tuple[tuple[int, ...], np.dtype]:
@@ -82,9 +86,12 @@ class NpzFile:
 
     def load(self, name: str) -> np.ndarray:
         """The whole array."""
-        shape, dtype = self.require(name)
-        blocks = list(self.stream(name, max(1, shape[0]) if shape else 1))
-        return np.concatenate(blocks) if blocks and shape else np.zeros(shape, dtype)
+        self.require(name)
+        try:
+            with np.load(self.path, allow_pickle=False) as archive:
+                return archive[name]
+        except _DAMAGE as error:
+            raise UserError(f"{self.path}: damaged archive ({error})") from None
 
     def stream(self, name: str, rows: int) -> Iterator[np.ndarray]:
         """Yield the array in blocks of at most `rows` rows, decompressing as it goes."""
@@ -102,17 +109,15 @@ class NpzFile:
                     if len(data) != count * row_bytes:
                         raise EOFError(f"array '{name}' ends after {start} of {shape[0]} rows")
                     yield np.frombuffer(data, dtype).reshape(count, *row_shape).copy()
-        except (zipfile.BadZipFile, EOFError, OSError) as error:
-            raise UserError(f"{self.path}: damaged archive ({error})") from None
-        except Exception as error:
-            if type(error).__module__ != "zlib":
-                raise
+        except _DAMAGE as error:
             raise UserError(f"{self.path}: damaged archive ({error})") from None
 
 
 def _read_header(stream) -> tuple[tuple[int, ...], np.dtype]:
     version = npy_format.read_magic(stream)
-    read = npy_format.read_array_header_1_0 if version == (1, 0) else npy_format.read_array_header_2_0
+    read = (
+        npy_format.read_array_header_1_0 if version == (1, 0) else npy_format.read_array_header_2_0
+    )
     shape, fortran_order, dtype = read(stream)
     if fortran_order:
         raise ValueError("a Fortran-ordered array; save it with numpy.ascontiguousarray")

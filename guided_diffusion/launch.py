@@ -11,7 +11,11 @@ from .errors import UserError
 # torchrun comes first: it may itself be started by srun, once per host.
 _VARIABLES = {
     "torchrun": ("RANK", "WORLD_SIZE", "LOCAL_RANK"),
-    "mpi (Open MPI)": ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK"),
+    "mpi (Open MPI)": (
+        "OMPI_COMM_WORLD_RANK",
+        "OMPI_COMM_WORLD_SIZE",
+        "OMPI_COMM_WORLD_LOCAL_RANK",
+    ),
     "mpi (MPICH)": ("PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID"),
     "slurm": ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID"),
 }
@@ -48,7 +52,9 @@ def detect_launch() -> Launch:
             local = os.environ.get(names[2])
             return Launch(launcher, rank, world_size, None if local is None else int(local))
         except ValueError as error:
-            raise UserError(f"{launcher} set {names} to something that is no number: {error}") from None
+            raise UserError(
+                f"{launcher} set {names} to something that is no number: {error}"
+            ) from None
     return Launch("none", 0, 1, 0)
 
 
