@@ -1,6 +1,6 @@
 """Data-free distillation of diffusion models: TCCD and its baseline DKDM.
 
-Importing this package loads nothing heavy; see `guided_diffusion.script_util` for the public factory.
+Importing this package loads nothing heavy; `guided_diffusion.script_util` is the public factory.
 """
 
 __version__ = "0.1.0"

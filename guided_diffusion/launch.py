@@ -1,4 +1,4 @@
-"""Who started this process: mpiexec, torchrun, SLURM or nobody. Reads the environment, imports nothing heavy."""
+"""Who started this process: mpiexec, torchrun, SLURM or nobody. Imports nothing heavy."""
 
 import os
 import sys

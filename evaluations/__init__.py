@@ -1,0 +1,1 @@
+"""Evaluation: metrics, feature extractors and reference builders."""
