@@ -115,9 +115,7 @@ class NpzFile:
 
 def _read_header(stream) -> tuple[tuple[int, ...], np.dtype]:
     version = npy_format.read_magic(stream)
-    read = (
-        npy_format.read_array_header_1_0 if version == (1, 0) else npy_format.read_array_header_2_0
-    )
+    read = npy_format.read_array_header_1_0 if version == (1, 0) else npy_format.read_array_header_2_0
     shape, fortran_order, dtype = read(stream)
     if fortran_order:
         raise ValueError("a Fortran-ordered array; save it with numpy.ascontiguousarray")

@@ -52,9 +52,7 @@ def detect_launch() -> Launch:
             local = os.environ.get(names[2])
             return Launch(launcher, rank, world_size, None if local is None else int(local))
         except ValueError as error:
-            raise UserError(
-                f"{launcher} set {names} to something that is no number: {error}"
-            ) from None
+            raise UserError(f"{launcher} set {names} to something that is no number: {error}") from None
     return Launch("none", 0, 1, 0)
 
 

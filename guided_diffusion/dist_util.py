@@ -1,0 +1,250 @@
+"""Processes and devices: the only module that knows MPI and torch.distributed.
+
+Works alike under mpiexec, torchrun, srun and as one plain process. On one process every collective is
+the identity and torch.distributed is not started.
+"""
+
+import atexit
+import datetime
+import os
+import socket
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch as th
+import torch.distributed as dist
+
+from .errors import UserError
+from .launch import Launch, detect_launch
+
+_TIMEOUT = datetime.timedelta(minutes=30)
+_state: dict[str, Any] = {"device": th.device("cpu"), "launch": Launch("none", 0, 1, 0)}
+
+
+def setup_dist() -> Launch:
+    """Meet the other ranks and choose this rank's device; safe to call twice.
+
+    Raises:
+        UserError: launched by MPI without mpi4py, or started with more ranks per host than torchrun
+            or SLURM describe.
+    """
+    if dist.is_initialized():
+        return _state["launch"]
+    launch = detect_launch()
+    _state["launch"] = launch
+    if launch.world_size == 1:
+        _state["device"] = _choose_device(0)
+        return launch
+    store, local_rank = _rendezvous(launch)
+    _state["device"] = _choose_device(local_rank)
+    if _state["device"].type == "cpu":
+        # Ranks share the host's cores; without this each would start a thread on every one.
+        ranks_here = int(os.environ.get("MPI_LOCALNRANKS", launch.world_size))
+        if "OMP_NUM_THREADS" not in os.environ:
+            th.set_num_threads(max(1, (os.cpu_count() or 1) // ranks_here))
+    dist.init_process_group(
+        "nccl" if _state["device"].type == "cuda" else "gloo",
+        store=store,
+        rank=launch.rank,
+        world_size=launch.world_size,
+        timeout=_TIMEOUT,
+    )
+    atexit.register(_leave)
+    return launch
+
+
+def _choose_device(local_rank: int) -> th.device:
+    if not th.cuda.is_available():
+        return th.device("cpu")
+    device = th.device("cuda", local_rank % th.cuda.device_count())
+    th.cuda.set_device(device)
+    return device
+
+
+def _rendezvous(launch: Launch) -> tuple[dist.Store, int]:
+    """A store all ranks reach, and this rank's number among those on its host."""
+    if launch.is_mpi:
+        try:
+            from mpi4py import MPI
+        except ImportError as error:
+            raise UserError(f"started by {launch.launcher}, but mpi4py cannot be imported: {error}") from None
+        world = MPI.COMM_WORLD
+        if world.size != launch.world_size:
+            raise UserError(
+                f"mpi4py sees {world.size} of {launch.world_size} ranks: it was built for another "
+                "MPI than this mpiexec's (use the mpiexec beside this python)"
+            )
+        hosts = world.allgather(socket.gethostname())
+        local_rank = hosts[: launch.rank].count(hosts[launch.rank])
+        address = world.bcast("127.0.0.1" if len(set(hosts)) == 1 else _own_address())
+        store = None
+        if launch.rank == 0:  # port 0 lets the system choose a free one, so nothing can race for it
+            store = dist.TCPStore(address, 0, launch.world_size, True, _TIMEOUT, False)
+        port = world.bcast(store.port if store else None)
+        store = store or dist.TCPStore(address, port, launch.world_size, False, _TIMEOUT)
+        return store, local_rank
+
+    if launch.launcher == "slurm" and "MASTER_ADDR" not in os.environ:
+        os.environ["MASTER_ADDR"] = _first_slurm_host(os.environ.get("SLURM_STEP_NODELIST", ""))
+        # One port per job step: free with great likelihood, and the same on every rank.
+        step = int(os.environ["SLURM_JOB_ID"]) * 31 + int(os.environ["SLURM_STEP_ID"])
+        os.environ.setdefault("MASTER_PORT", str(20000 + step % 20000))
+    missing = [name for name in ("MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
+    if missing or launch.local_rank is None:
+        raise UserError(
+            f"started by {launch.launcher}, but {', '.join(missing) or 'the local rank'} is not set"
+        )
+    store = dist.TCPStore(
+        os.environ["MASTER_ADDR"],
+        int(os.environ["MASTER_PORT"]),
+        launch.world_size,
+        launch.rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True",
+        _TIMEOUT,
+        False,
+    )
+    return dist.PrefixStore("tccd", store), launch.local_rank
+
+
+def _own_address() -> str:
+    """This host's address towards others; `connect` on a datagram socket sends nothing."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        try:
+            probe.connect(("192.0.2.1", 9))  # TEST-NET-1: any address outside serves
+            return probe.getsockname()[0]
+        except OSError:
+            return socket.gethostbyname(socket.gethostname())
+
+
+def _first_slurm_host(nodelist: str) -> str:
+    """First host of a SLURM list such as "gpu[03-05,09],cpu1"."""
+    head, bracket, tail = nodelist.partition("[")
+    if not bracket or "," in head:
+        return nodelist.partition(",")[0]
+    return head + tail.partition("]")[0].partition(",")[0].partition("-")[0]
+
+
+def _leave() -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def dev() -> th.device:
+    """This rank's device."""
+    return _state["device"]
+
+
+def rank() -> int:
+    """This process's number among all, from 0."""
+    return _state["launch"].rank
+
+
+def world_size() -> int:
+    """Number of processes."""
+    return _state["launch"].world_size
+
+
+def describe() -> list[str]:
+    """One line per rank: rank, host, device. Collective."""
+    device = dev()
+    name = th.cuda.get_device_name(device) if device.type == "cuda" else f"{th.get_num_threads()} threads"
+    line = f"rank {rank()}: host {socket.gethostname()}, {device} ({name})"
+    return all_gather_object(line)
+
+
+def barrier() -> None:
+    """Wait for all ranks."""
+    if dist.is_initialized():
+        dist.barrier()
+
+
+def all_gather(tensor: th.Tensor) -> th.Tensor:
+    """Concatenate every rank's tensor (same shape on all) along the first dimension, in rank order."""
+    if not dist.is_initialized():
+        return tensor
+    parts = [th.empty_like(tensor) for _ in range(world_size())]
+    dist.all_gather(parts, tensor.contiguous())
+    return th.cat(parts)
+
+
+class _GatherWithGrad(th.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, tensor: th.Tensor) -> th.Tensor:
+        ctx.rows = len(tensor)
+        return all_gather(tensor)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: th.Tensor) -> th.Tensor:
+        gradient = gradients[0].contiguous()
+        dist.all_reduce(gradient)
+        return gradient[rank() * ctx.rows : (rank() + 1) * ctx.rows]
+
+
+def all_gather_with_grad(tensor: th.Tensor) -> th.Tensor:
+    """`all_gather` through which gradients flow back to the rank each row came from."""
+    return _GatherWithGrad.apply(tensor) if dist.is_initialized() else tensor
+
+
+def all_gather_object(value: Any) -> list[Any]:
+    """Every rank's (small, picklable) value, in rank order."""
+    if not dist.is_initialized():
+        return [value]
+    values: list[Any] = [None] * world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def broadcast_object(value: Any) -> Any:
+    """Rank 0's (small, picklable) value, on all ranks."""
+    if not dist.is_initialized():
+        return value
+    box = [value]
+    dist.broadcast_object_list(box, src=0)
+    return box[0]
+
+
+@th.no_grad()
+def sync_params(tensors: Iterable[th.Tensor]) -> None:
+    """Overwrite every rank's tensors with rank 0's."""
+    if dist.is_initialized():
+        for tensor in tensors:
+            dist.broadcast(tensor, src=0)
+
+
+@th.no_grad()
+def average_gradients(parameters: Iterable[th.nn.Parameter]) -> None:
+    """Replace each parameter's gradient by its mean over the ranks, in one collective.
+
+    A parameter without a gradient counts as zero, so that ranks need not agree on which have one.
+    """
+    if not dist.is_initialized():
+        return
+    parameters = list(parameters)
+    for parameter in parameters:
+        if parameter.grad is None:
+            parameter.grad = th.zeros_like(parameter)
+    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    flat = th.cat([gradient.flatten() for gradient in gradients])
+    dist.all_reduce(flat)
+    flat /= world_size()
+    chunks = flat.split([gradient.numel() for gradient in gradients])
+    th._foreach_copy_(gradients, [c.view_as(g) for c, g in zip(chunks, gradients, strict=True)])
+
+
+@contextmanager
+def rank_zero_first() -> Iterator[bool]:
+    """Let rank 0 through (True), then the others (False) once it is done.
+
+    If rank 0 fails the others fail too instead of waiting.
+    """
+    if rank() == 0:
+        ok = False
+        try:
+            yield True
+            ok = True
+        finally:
+            broadcast_object(ok)
+    else:
+        if not broadcast_object(None):
+            raise UserError("rank 0 failed")
+        yield False

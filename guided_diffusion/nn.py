@@ -1,0 +1,63 @@
+"""Small pieces shared by the networks."""
+
+import math
+from collections.abc import Callable
+
+import torch as th
+from torch import nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+
+class GroupNorm32(nn.GroupNorm):
+    """Group normalisation computed in float32 whatever the input's dtype; the output has the input's."""
+
+    def forward(self, x: th.Tensor) -> th.Tensor:
+        """Normalise [B, C, ...]."""
+        return super().forward(x.float()).type(x.dtype)
+
+
+def group_count(*widths: int) -> int:
+    """Groups for every GroupNorm of a network: 32, or the largest divisor of 32 that divides all widths.
+
+    At each width of the published networks this is 32. One count for the whole network, rather
+    than one per layer, keeps narrow students expressible as a diffusers `UNet2DModel`.
+    """
+    return math.gcd(32, *widths)
+
+
+def zero_module(module: nn.Module) -> nn.Module:
+    """Fill a module's parameters with zeros and return it."""
+    for parameter in module.parameters():
+        nn.init.zeros_(parameter)
+    return module
+
+
+def timestep_embedding(timesteps: th.Tensor, dim: int, max_period: float = 10000) -> th.Tensor:
+    """Sinusoidal timestep embeddings, cosines first ("Attention Is All You Need", section 3.5).
+
+    Args:
+        timesteps: [B], integer or fractional.
+        dim: size of the embedding; a last zero column is added when it is odd.
+        max_period: the longest wavelength is 2 pi times this.
+
+    Returns:
+        float32 [B, dim].
+    """
+    half = dim // 2
+    exponents = th.arange(half, dtype=th.float32, device=timesteps.device) / half
+    frequencies = th.exp(-math.log(max_period) * exponents)
+    angles = timesteps[:, None].float() * frequencies[None]
+    return F.pad(th.cat([angles.cos(), angles.sin()], dim=-1), (0, dim % 2))
+
+
+def mean_flat(x: th.Tensor) -> th.Tensor:
+    """Mean over all dimensions but the first: [B, ...] -> [B]."""
+    return x.flatten(1).mean(dim=1)
+
+
+def checkpointed(function: Callable[..., th.Tensor], enabled: bool, *inputs: th.Tensor) -> th.Tensor:
+    """Call `function(*inputs)`; when enabled and training, recompute it in backward to save memory."""
+    if enabled and th.is_grad_enabled():
+        return checkpoint(function, *inputs, use_reentrant=False)
+    return function(*inputs)

@@ -1,0 +1,70 @@
+"""Respacing: run a trained process in fewer steps (Improved DDPM, section 4)."""
+
+from collections.abc import Collection, Sequence
+from typing import Any
+
+import numpy as np
+
+from .gaussian_diffusion import GaussianDiffusion
+
+
+def space_timesteps(num_timesteps: int, section_counts: str | Sequence[int]) -> set[int]:
+    """Choose the timesteps to keep.
+
+    Args:
+        num_timesteps: T of the original process.
+        section_counts: how many steps to keep in each of equally long sections of the original, as
+            numbers or as "10,15,20"; or "ddimN" for N steps at the constant stride of the DDIM paper.
+
+    Returns:
+        Steps of the original process, each in {0..T-1}.
+
+    Raises:
+        ValueError: no integer stride gives N steps, or a section is shorter than its count.
+    """
+    if isinstance(section_counts, str):
+        if section_counts.startswith("ddim"):
+            wanted = int(section_counts.removeprefix("ddim"))
+            for stride in range(1, num_timesteps):
+                if len(range(0, num_timesteps, stride)) == wanted:
+                    return set(range(0, num_timesteps, stride))
+            raise ValueError(f"no integer stride gives {wanted} of {num_timesteps} steps")
+        section_counts = [int(count) for count in section_counts.split(",")]
+
+    shortest, longer = divmod(num_timesteps, len(section_counts))
+    kept: set[int] = set()
+    start = 0
+    for i, count in enumerate(section_counts):
+        size = shortest + (i < longer)
+        if size < count:
+            raise ValueError(f"cannot keep {count} steps of a section of {size}")
+        stride = 1.0 if count <= 1 else (size - 1) / (count - 1)
+        offset = 0.0  # summed, not multiplied: halves then round as in the published processes
+        for _ in range(count):
+            kept.add(start + round(offset))
+            offset += stride
+        start += size
+    return kept
+
+
+class SpacedDiffusion(GaussianDiffusion):
+    """The process that visits only some steps of another.
+
+    Args:
+        use_timesteps: steps of the original process to keep.
+        betas: of the original process, [T].
+        options: further arguments of `GaussianDiffusion`.
+    """
+
+    def __init__(
+        self, use_timesteps: Collection[int], *, betas: np.ndarray | Sequence[float], **options: Any
+    ):
+        kept = sorted(set(use_timesteps))
+        alphas_cumprod = np.cumprod(1.0 - np.asarray(betas, dtype=np.float64))
+        bars = alphas_cumprod[kept]
+        super().__init__(
+            betas=1 - bars / np.append(1.0, bars[:-1]),
+            timestep_map=kept,
+            original_num_steps=len(alphas_cumprod),
+            **options,
+        )

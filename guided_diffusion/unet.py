@@ -1,0 +1,339 @@
+"""The ADM U-Net: "Diffusion Models Beat GANs on Image Synthesis" (Dhariwal & Nichol, 2021), section 3.
+
+Names and shapes of the parameters are those of the public ADM checkpoints, which load strictly. The
+network knows nothing of noise schedules, and nothing of distillation beyond handing out the features
+and the timestep embedding that a training-time head may read.
+"""
+
+from collections.abc import Sequence
+
+import torch as th
+from torch import nn
+from torch.nn import functional as F
+
+from .nn import GroupNorm32, checkpointed, group_count, timestep_embedding, zero_module
+
+
+class Upsample(nn.Module):
+    """Nearest-neighbour doubling, followed by a 3x3 convolution if `use_conv`."""
+
+    def __init__(self, channels: int, use_conv: bool):
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, padding=1) if use_conv else nn.Identity()
+
+    def forward(self, x: th.Tensor) -> th.Tensor:
+        """[B, C, H, W] -> [B, C, 2H, 2W]."""
+        return self.conv(F.interpolate(x, scale_factor=2, mode="nearest"))
+
+
+class Downsample(nn.Module):
+    """Halving by a strided 3x3 convolution if `use_conv`, else by 2x2 averages."""
+
+    def __init__(self, channels: int, use_conv: bool):
+        super().__init__()
+        if use_conv:
+            self.op: nn.Module = nn.Conv2d(channels, channels, 3, stride=2, padding=1)
+        else:
+            self.op = nn.AvgPool2d(kernel_size=2, stride=2)
+
+    def forward(self, x: th.Tensor) -> th.Tensor:
+        """[B, C, H, W] -> [B, C, H/2, W/2]."""
+        return self.op(x)
+
+
+class ResBlock(nn.Module):
+    """Residual block conditioned on the timestep embedding, optionally resampling up or down."""
+
+    def __init__(
+        self,
+        channels: int,
+        emb_channels: int,
+        dropout: float,
+        out_channels: int,
+        groups: int,
+        use_scale_shift_norm: bool,
+        use_checkpoint: bool,
+        resample: type[Upsample] | type[Downsample] | None = None,
+    ):
+        super().__init__()
+        self.use_scale_shift_norm = use_scale_shift_norm
+        self.use_checkpoint = use_checkpoint
+        self.resample = resample(channels, use_conv=False) if resample else None
+        self.in_layers = nn.Sequential(
+            GroupNorm32(groups, channels),
+            nn.SiLU(),
+            nn.Conv2d(channels, out_channels, 3, padding=1),
+        )
+        emb_width = 2 * out_channels if use_scale_shift_norm else out_channels
+        self.emb_layers = nn.Sequential(nn.SiLU(), nn.Linear(emb_channels, emb_width))
+        self.out_layers = nn.Sequential(
+            GroupNorm32(groups, out_channels),
+            nn.SiLU(),
+            nn.Dropout(p=dropout),
+            zero_module(nn.Conv2d(out_channels, out_channels, 3, padding=1)),
+        )
+        self.skip_connection = (
+            nn.Identity() if channels == out_channels else nn.Conv2d(channels, out_channels, 1)
+        )
+
+    def forward(self, x: th.Tensor, emb: th.Tensor) -> th.Tensor:
+        """[B, C, H, W] and [B, D] -> [B, C', H', W']."""
+        return checkpointed(self._forward, self.use_checkpoint, x, emb)
+
+    def _forward(self, x: th.Tensor, emb: th.Tensor) -> th.Tensor:
+        norm_in, activation, conv_in = self.in_layers
+        h = activation(norm_in(x))
+        if self.resample is not None:
+            h, x = self.resample(h), self.resample(x)
+        h = conv_in(h)
+        condition = self.emb_layers(emb)[:, :, None, None].type(h.dtype)
+        norm_out, *rest = self.out_layers
+        if self.use_scale_shift_norm:
+            scale, shift = condition.chunk(2, dim=1)
+            h = norm_out(h) * (1 + scale) + shift
+        else:
+            h = norm_out(h + condition)
+        for layer in rest:
+            h = layer(h)
+        return self.skip_connection(x) + h
+
+
+class AttentionBlock(nn.Module):
+    """Self-attention over all positions.
+
+    Args:
+        channels: width C.
+        num_heads: number of heads, each of width C / num_heads.
+        groups: groups of the normalisation.
+        new_order: how the 3C outputs of `qkv` are packed: (q, k, v) each over all heads when true,
+            else the "legacy" order, (q, k, v) within each head.
+        use_checkpoint: recompute in backward.
+    """
+
+    def __init__(self, channels: int, num_heads: int, groups: int, new_order: bool, use_checkpoint: bool):
+        super().__init__()
+        self.num_heads = num_heads
+        self.new_order = new_order
+        self.use_checkpoint = use_checkpoint
+        self.norm = GroupNorm32(groups, channels)
+        self.qkv = nn.Conv1d(channels, 3 * channels, 1)
+        self.proj_out = zero_module(nn.Conv1d(channels, channels, 1))
+
+    def forward(self, x: th.Tensor) -> th.Tensor:
+        """[B, C, H, W] -> the same shape."""
+        return checkpointed(self._forward, self.use_checkpoint, x)
+
+    def _forward(self, x: th.Tensor) -> th.Tensor:
+        batch, channels, height, width = x.shape
+        flat = x.reshape(batch, channels, height * width)
+        qkv = self.qkv(self.norm(flat))
+        head_width = channels // self.num_heads
+        if self.new_order:
+            parts = qkv.reshape(batch, 3, self.num_heads, head_width, -1)
+        else:
+            parts = qkv.reshape(batch, self.num_heads, 3, head_width, -1).transpose(1, 2)
+        q, k, v = parts.transpose(-1, -2).unbind(1)  # each [B, heads, HW, C / heads]
+        # The scale is 1/sqrt(head width); the fused kernels take the softmax in float32.
+        h = F.scaled_dot_product_attention(q, k, v)
+        h = h.transpose(-1, -2).reshape(batch, channels, height * width)
+        return (flat + self.proj_out(h)).reshape(x.shape)
+
+
+class TimestepSequential(nn.Sequential):
+    """A sequence whose residual blocks also receive the timestep embedding."""
+
+    def forward(self, x: th.Tensor, emb: th.Tensor) -> th.Tensor:  # type: ignore[override]
+        """[B, C, H, W] and [B, D] -> [B, C', H', W']."""
+        for layer in self:
+            x = layer(x, emb) if isinstance(layer, ResBlock) else layer(x)
+        return x
+
+
+class UNetModel(nn.Module):
+    """The full U-Net with attention and timestep embedding.
+
+    Args:
+        image_size: H = W of the images; kept for those who ask the model for it.
+        model_channels: base width; level i has width `channel_mult[i] * model_channels`.
+        out_channels: 3, or 6 when the variance is learned.
+        num_res_blocks: residual blocks per level (one more on the way up).
+        attention_resolutions: downsampling rates, not pixel sizes, at which attention is used.
+        dropout: dropout probability in [0, 1).
+        channel_mult: width multiplier of each level.
+        num_classes: makes the model class-conditional with that many classes.
+        use_checkpoint: recompute blocks in backward to save memory.
+        num_heads: heads of each attention, unless `num_head_channels` > 0 gives their width.
+        num_head_channels: width of each head; -1 to go by `num_heads`.
+        num_heads_upsample: heads on the way up; -1 for `num_heads`.
+        use_scale_shift_norm: condition by scale and shift (FiLM) instead of addition.
+        resblock_updown: resample inside residual blocks instead of by convolutions.
+        use_new_attention_order: see `AttentionBlock`.
+        in_channels: 3.
+
+    Attributes:
+        compute_dtype: dtype in which the convolutions and attentions run (autocast); the parameters,
+            the normalisations and the timestep embedding stay float32.
+    """
+
+    def __init__(
+        self,
+        image_size: int,
+        model_channels: int,
+        out_channels: int,
+        num_res_blocks: int,
+        attention_resolutions: Sequence[int],
+        dropout: float = 0.0,
+        channel_mult: Sequence[float] = (1, 2, 4, 8),
+        num_classes: int | None = None,
+        use_checkpoint: bool = False,
+        num_heads: int = 1,
+        num_head_channels: int = -1,
+        num_heads_upsample: int = -1,
+        use_scale_shift_norm: bool = False,
+        resblock_updown: bool = False,
+        use_new_attention_order: bool = False,
+        in_channels: int = 3,
+    ):
+        super().__init__()
+        self.image_size = image_size
+        self.model_channels = model_channels
+        self.out_channels = out_channels
+        self.num_classes = num_classes
+        self.compute_dtype = th.float32
+
+        widths = [int(mult * model_channels) for mult in channel_mult]
+        self.feature_channels = widths[0]  # of the map that `features` returns
+        self.emb_channels = 4 * model_channels
+        groups = group_count(*widths)
+
+        def res_block(width_in: int, width_out: int, resample=None) -> ResBlock:
+            return ResBlock(
+                width_in,
+                self.emb_channels,
+                dropout,
+                width_out,
+                groups,
+                use_scale_shift_norm,
+                use_checkpoint,
+                resample,
+            )
+
+        def attention(width: int, heads: int) -> AttentionBlock:
+            heads = heads if num_head_channels == -1 else width // num_head_channels
+            return AttentionBlock(width, heads, groups, use_new_attention_order, use_checkpoint)
+
+        self.time_embed = nn.Sequential(
+            nn.Linear(model_channels, self.emb_channels),
+            nn.SiLU(),
+            nn.Linear(self.emb_channels, self.emb_channels),
+        )
+        if num_classes is not None:
+            self.label_emb = nn.Embedding(num_classes, self.emb_channels)
+
+        width, rate = widths[0], 1
+        self.input_blocks = nn.ModuleList([TimestepSequential(nn.Conv2d(in_channels, width, 3, padding=1))])
+        skip_widths = [width]
+        for level, level_width in enumerate(widths):
+            for _ in range(num_res_blocks):
+                layers: list[nn.Module] = [res_block(width, level_width)]
+                width = level_width
+                if rate in attention_resolutions:
+                    layers.append(attention(width, num_heads))
+                self.input_blocks.append(TimestepSequential(*layers))
+                skip_widths.append(width)
+            if level < len(widths) - 1:
+                down = (
+                    res_block(width, width, Downsample)
+                    if resblock_updown
+                    else Downsample(width, use_conv=True)
+                )
+                self.input_blocks.append(TimestepSequential(down))
+                skip_widths.append(width)
+                rate *= 2
+
+        self.middle_block = TimestepSequential(
+            res_block(width, width), attention(width, num_heads), res_block(width, width)
+        )
+
+        heads_up = num_heads if num_heads_upsample == -1 else num_heads_upsample
+        self.output_blocks = nn.ModuleList()
+        for level, level_width in reversed(list(enumerate(widths))):
+            for block in range(num_res_blocks + 1):
+                layers = [res_block(width + skip_widths.pop(), level_width)]
+                width = level_width
+                if rate in attention_resolutions:
+                    layers.append(attention(width, heads_up))
+                if level > 0 and block == num_res_blocks:
+                    layers.append(
+                        res_block(width, width, Upsample)
+                        if resblock_updown
+                        else Upsample(width, use_conv=True)
+                    )
+                    rate //= 2
+                self.output_blocks.append(TimestepSequential(*layers))
+
+        self.out = nn.Sequential(
+            GroupNorm32(groups, width),
+            nn.SiLU(),
+            zero_module(nn.Conv2d(width, out_channels, 3, padding=1)),
+        )
+
+    def embed_timesteps(self, timesteps: th.Tensor) -> th.Tensor:
+        """The timestep embedding e: [B] original (not respaced) timesteps -> float32 [B, D]."""
+        with th.autocast(timesteps.device.type, enabled=False):
+            return self.time_embed(timestep_embedding(timesteps, self.model_channels))
+
+    def features(self, x: th.Tensor, emb: th.Tensor, y: th.Tensor | None = None) -> th.Tensor:
+        """Everything but the output layers.
+
+        Args:
+            x: [B, 3, H, W], H and W multiples of 2^(levels - 1).
+            emb: [B, D], from `embed_timesteps`, possibly with something added.
+            y: int64 [B] class labels if and only if the model is class-conditional.
+
+        Returns:
+            The last decoder feature map, float32 [B, feature_channels, H, W].
+
+        Raises:
+            ValueError: labels given to an unconditional model, or missing from a conditional one.
+        """
+        if (y is not None) != (self.num_classes is not None):
+            raise ValueError("give class labels y if and only if the model is class-conditional")
+        with self._autocast(x):  # (B, 3, H, W)
+            if y is not None:
+                emb = emb + self.label_emb(y)  # (B, D)
+            h, skips = x, []
+            for block in self.input_blocks:
+                h = block(h, emb)  # (B, C_i, H_i, W_i)
+                skips.append(h)
+            h = self.middle_block(h, emb)  # (B, C_L, H_L, W_L)
+            for block in self.output_blocks:
+                h = block(th.cat([h, skips.pop()], dim=1), emb)
+        return h.float()  # (B, C_0, H, W)
+
+    def predict(self, features: th.Tensor) -> th.Tensor:
+        """Output layers: float32 [B, feature_channels, H, W] -> float32 [B, out_channels, H, W]."""
+        with self._autocast(features):
+            return self.out(features).float()
+
+    def forward(self, x: th.Tensor, timesteps: th.Tensor, y: th.Tensor | None = None) -> th.Tensor:
+        """Apply the model.
+
+        Args:
+            x: [B, 3, H, W], noisy images.
+            timesteps: [B], original (not respaced) timesteps, integer or fractional.
+            y: int64 [B] class labels if and only if the model is class-conditional.
+
+        Returns:
+            float32 [B, out_channels, H, W].
+
+        Raises:
+            ValueError: labels given to an unconditional model, or missing from a conditional one.
+        """
+        emb = self.embed_timesteps(timesteps)  # (B, D)
+        h = self.features(x, emb, y)  # (B, C_0, H, W)
+        return self.predict(h)  # (B, 3 or 6, H, W)
+
+    def _autocast(self, x: th.Tensor) -> th.autocast:
+        enabled = self.compute_dtype != th.float32
+        return th.autocast(x.device.type, dtype=self.compute_dtype if enabled else None, enabled=enabled)

@@ -1,0 +1,70 @@
+"""Reference numbers of the original programs; `tests/golden/README.md` says what each array is."""
+
+import json
+import math
+import zlib
+from pathlib import Path
+
+import numpy as np
+import torch as th
+
+GOLDEN = Path(__file__).parent / "golden"
+
+
+def manifest(name):
+    return json.loads((GOLDEN / name).read_text())
+
+
+def arrays(name):
+    """All arrays of an npz as float/int tensors."""
+    with np.load(GOLDEN / name, allow_pickle=False) as archive:
+        return {key: th.from_numpy(archive[key]) for key in archive.files}
+
+
+def rule_weight(name, shape):
+    """The weight rule: every entry is a function of its own name and shape."""
+    generator = np.random.Generator(np.random.PCG64(zlib.crc32(name.encode())))
+    n = generator.standard_normal(shape).astype(np.float32)
+    if len(shape) == 1 and name.endswith(".bias"):
+        n = n * np.float32(0.02)
+    elif len(shape) == 1 and name.endswith(".weight"):
+        n = np.float32(1) + np.float32(0.02) * n
+    else:
+        n = n * np.float32(1 / math.sqrt(math.prod(shape[1:])))
+    return th.from_numpy(n)
+
+
+@th.no_grad()
+def fill(module, prefix=""):
+    """Give a module the rule's weights, and put it in eval mode."""
+    for name, value in module.state_dict().items():
+        value.copy_(rule_weight(prefix + name, tuple(value.shape)))
+    return module.eval()
+
+
+def assert_close(ours, reference, atol=1e-5, rtol=1e-4, what=""):
+    """|ours - reference| <= atol + rtol |reference|, element by element."""
+    ours, reference = th.as_tensor(ours).detach(), th.as_tensor(reference)
+    assert ours.shape == reference.shape, f"{what}: shape {tuple(ours.shape)}, not {tuple(reference.shape)}"
+    th.testing.assert_close(ours.double(), reference.double(), atol=atol, rtol=rtol, msg=lambda m: f"{what}: {m}")
+
+
+def assert_close_to_largest(ours, reference, relative=1e-5, what=""):
+    """Compare to a fraction of the reference's largest magnitude."""
+    largest = float(th.as_tensor(reference).abs().max())
+    assert_close(ours, reference, atol=relative * largest, rtol=0, what=what)
+
+
+def assert_gradient_norms(module, norms, prefix=""):
+    """Norms of all gradients: |a - b| <= 1e-4 b + 1e-6 max(b)."""
+    largest = max(norm or 0 for norm in norms.values())
+    seen = set()
+    for name, parameter in module.named_parameters():
+        seen.add(prefix + name)
+        expected = norms[prefix + name]
+        if expected is None:
+            assert parameter.grad is None, f"{name} should have no gradient"
+            continue
+        ours = float(parameter.grad.norm())
+        assert abs(ours - expected) <= 1e-4 * expected + 1e-6 * largest, (name, ours, expected)
+    return seen
