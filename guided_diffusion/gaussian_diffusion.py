@@ -19,7 +19,7 @@ from .reverse_process import (
     ReverseProcess,
 )
 
-__all__ = ["GaussianDiffusion", "LossType", "ModelMeanType", "ModelVarType", "Sample"]
+__all__ = ["GaussianDiffusion", "LossType", "Model", "ModelMeanType", "ModelVarType", "Sample"]
 
 NoiseFn = Callable[[th.Tensor], th.Tensor]
 

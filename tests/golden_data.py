@@ -46,7 +46,9 @@ def assert_close(ours, reference, atol=1e-5, rtol=1e-4, what=""):
     """|ours - reference| <= atol + rtol |reference|, element by element."""
     ours, reference = th.as_tensor(ours).detach(), th.as_tensor(reference)
     assert ours.shape == reference.shape, f"{what}: shape {tuple(ours.shape)}, not {tuple(reference.shape)}"
-    th.testing.assert_close(ours.double(), reference.double(), atol=atol, rtol=rtol, msg=lambda m: f"{what}: {m}")
+    th.testing.assert_close(
+        ours.double(), reference.double(), atol=atol, rtol=rtol, msg=lambda m: f"{what}: {m}"
+    )
 
 
 def assert_close_to_largest(ours, reference, relative=1e-5, what=""):

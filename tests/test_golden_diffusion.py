@@ -115,8 +115,8 @@ def test_reverse_process(steps_case, monkeypatch):
             ),
         }
         for eta in (0.0, 0.5, 1.0):
-            samples[f"ddim_sample/{tag}/eta_{eta}"] = (
-                lambda d=diffusion, m=model, c=clip, e=eta: d.ddim_sample(m, a["x_t"], a["t"], c, eta=e)
+            samples[f"ddim_sample/{tag}/eta_{eta}"] = lambda d=diffusion, m=model, c=clip, e=eta: (
+                d.ddim_sample(m, a["x_t"], a["t"], c, eta=e)
             )
         for key, value in out.items():
             if f"p_mean_variance/{tag}/{key}" in a:
@@ -176,9 +176,13 @@ def test_chains(name, clip, monkeypatch):
     chain = list(
         replay(lambda m: diffusion.p_sample_loop_progressive(m, shape, start, clip_denoised=clip), model)
     )
-    assert_close(th.stack([out["sample"] for out in chain]), a[f"p_sample_loop/clip_{clip}/samples"], atol=1e-4)
+    assert_close(
+        th.stack([out["sample"] for out in chain]), a[f"p_sample_loop/clip_{clip}/samples"], atol=1e-4
+    )
     check(
-        th.stack([out["pred_xstart"] for out in chain]), a[f"p_sample_loop/clip_{clip}/pred_xstart"], "pred_xstart"
+        th.stack([out["pred_xstart"] for out in chain]),
+        a[f"p_sample_loop/clip_{clip}/pred_xstart"],
+        "pred_xstart",
     )
     assert th.equal(th.stack(model.seen), a["timesteps_seen_by_model"])
     for eta in (0.0, 0.5):
@@ -192,7 +196,8 @@ def test_chains(name, clip, monkeypatch):
         check(th.stack([out["sample"] for out in chain]), expected, f"ddim eta {eta}")
 
     terms = replay(
-        lambda m: diffusion.calc_bpd_loop(m, a["x_start"], clip_denoised=clip), Scripted(a["model_output_sequence"])
+        lambda m: diffusion.calc_bpd_loop(m, a["x_start"], clip_denoised=clip),
+        Scripted(a["model_output_sequence"]),
     )
     for key, value in terms.items():
         check(value, a[f"calc_bpd_loop/clip_{clip}/{key}"], key)
