@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from yaml import YAMLError
+from yaml import YAMLError  # type: ignore[attr-defined]
 
 from .errors import UserError
 from .settings import Distill, Experiment, Run, Student, Teacher
@@ -43,11 +43,10 @@ def load_experiment(path: str | os.PathLike, overrides: Sequence[str] = ()) -> E
         if "=" not in override or override.startswith("-"):
             raise UserError(f"'{override}' is no override: write key=value, such as student.lr=1e-3")
     try:
-        tree = OmegaConf.merge(tree, OmegaConf.from_dotlist(list(overrides)))
-        content = OmegaConf.to_container(tree, resolve=True)
+        merged = OmegaConf.merge(tree, OmegaConf.from_dotlist(list(overrides)))
+        content: Any = OmegaConf.to_container(merged, resolve=True)
     except (OmegaConfBaseException, YAMLError) as error:
         raise UserError(f"{path}: {_first_line(error)}") from None
-    assert isinstance(content, dict)
     sections = {name: content.pop(name) for name in SECTIONS if name in content}
     for name, section in sections.items():
         if not isinstance(section, dict):
@@ -153,8 +152,7 @@ def _include(section: dict[str, Any], path: Path, depth: int = 0) -> dict[str, A
         included = section.get(name)
         if isinstance(included, str):
             file = _find_include(included, path)
-            content = OmegaConf.to_container(_read(file), resolve=True)
-            assert isinstance(content, dict)
+            content: Any = OmegaConf.to_container(_read(file), resolve=True)
             merged |= _include(content, file, depth + 1)
         elif isinstance(included, dict):
             merged |= _include(included, path, depth + 1)

@@ -167,6 +167,14 @@ def all_gather(tensor: th.Tensor) -> th.Tensor:
     return th.cat(parts)
 
 
+def all_reduce_sum(tensor: th.Tensor) -> th.Tensor:
+    """The sum of every rank's tensor."""
+    if dist.is_initialized():
+        tensor = tensor.clone()
+        dist.all_reduce(tensor)
+    return tensor
+
+
 class _GatherWithGrad(th.autograd.Function):
     @staticmethod
     def forward(ctx: Any, tensor: th.Tensor) -> th.Tensor:

@@ -54,9 +54,8 @@ class DistillationBatch:
     def split(self, size: int) -> Iterator["DistillationBatch"]:
         """Yield consecutive pieces of at most `size` samples."""
         for start in range(0, len(self), size):
-            yield DistillationBatch(
-                **{name: None if v is None else v[start : start + size] for name, v in vars(self).items()}
-            )
+            piece = {k: None if v is None else v[start : start + size] for k, v in vars(self).items()}
+            yield DistillationBatch(**piece)  # type: ignore[arg-type]
 
 
 @th.no_grad()
@@ -120,6 +119,11 @@ class DynamicBatch:
         levels = th.full((size,), num_timesteps, device=device)
         y = None if num_classes is None else th.randint(num_classes, (size,), device=device)
         return cls(x, levels, num_timesteps, y)
+
+    def to(self, device: th.device | str) -> "DynamicBatch":
+        """The same pool on a device."""
+        y = None if self.y is None else self.y.to(device)
+        return DynamicBatch(self.x.to(device), self.levels.to(device), self.num_timesteps, y)
 
     def draw(self, batch_size: int) -> th.Tensor:
         """Indices of a batch, int64 [B], at random without replacement."""

@@ -25,15 +25,15 @@ def space_timesteps(num_timesteps: int, section_counts: str | Sequence[int]) -> 
     if isinstance(section_counts, str):
         if section_counts.startswith("ddim"):
             wanted = int(section_counts.removeprefix("ddim"))
-            for stride in range(1, num_timesteps):
-                if len(range(0, num_timesteps, stride)) == wanted:
-                    return set(range(0, num_timesteps, stride))
+            for step in range(1, num_timesteps):
+                if len(range(0, num_timesteps, step)) == wanted:
+                    return set(range(0, num_timesteps, step))
             raise ValueError(f"no integer stride gives {wanted} of {num_timesteps} steps")
         section_counts = [int(count) for count in section_counts.split(",")]
 
     shortest, longer = divmod(num_timesteps, len(section_counts))
     kept: set[int] = set()
-    start = 0
+    begin = 0
     for i, count in enumerate(section_counts):
         size = shortest + (i < longer)
         if size < count:
@@ -41,9 +41,9 @@ def space_timesteps(num_timesteps: int, section_counts: str | Sequence[int]) -> 
         stride = 1.0 if count <= 1 else (size - 1) / (count - 1)
         offset = 0.0  # summed, not multiplied: halves then round as in the published processes
         for _ in range(count):
-            kept.add(start + round(offset))
+            kept.add(begin + round(offset))
             offset += stride
-        start += size
+        begin += size
     return kept
 
 

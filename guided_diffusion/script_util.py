@@ -9,6 +9,7 @@ from typing import Any
 
 import torch as th
 
+from .errors import UserError
 from .gaussian_diffusion import LossType, ModelMeanType, ModelVarType
 from .respace import SpacedDiffusion, space_timesteps
 from .schedule import get_named_beta_schedule
@@ -198,3 +199,39 @@ def create_gaussian_diffusion(
         loss_type=loss_type,
         rescale_timesteps=rescale_timesteps,
     )
+
+
+def build_network(network: Network, where: str = "") -> tuple[UNetModel, SpacedDiffusion]:
+    """Build the network and process of a configuration section.
+
+    Args:
+        network: the section.
+        where: its name in messages, such as "student.".
+
+    Raises:
+        UserError: sizes that do not fit each other, impossible respacing.
+    """
+    try:
+        options = asdict(network)
+        model = create_model(
+            learn_sigma=network.learn_sigma, **{key: options[key] for key in model_defaults()}
+        )
+    except ValueError as error:
+        raise UserError(f"{where.rstrip('.') or 'configuration'}: {error}") from None
+    # Which 16-bit format, if any, is the run's choice: see train_util.compute_dtype.
+    model.compute_dtype = th.float32
+    return model, build_process(network, f"{where}timestep_respacing")
+
+
+def build_process(network: Network, where: str) -> SpacedDiffusion:
+    """Build the diffusion process of a configuration section; `where` names the key that can be wrong.
+
+    Raises:
+        UserError: impossible respacing.
+    """
+    options = asdict(network)
+    process = {key: options[key] for key in _DIFFUSION_KEYS if key != "diffusion_steps"}
+    try:
+        return create_gaussian_diffusion(steps=network.diffusion_steps, **process)
+    except ValueError as error:
+        raise UserError(f"{where} '{network.timestep_respacing}': {error}") from None

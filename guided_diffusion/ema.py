@@ -1,0 +1,44 @@
+"""Exponential moving averages of a network's weights."""
+
+from collections.abc import Mapping
+
+import torch as th
+from torch import nn
+
+
+class Ema:
+    """ema <- rate ema + (1 - rate) weights, after every optimizer step.
+
+    Args:
+        module: whose parameters are averaged; the average starts from their present values.
+        rate: decay in [0, 1).
+    """
+
+    def __init__(self, module: nn.Module, rate: float):
+        self.rate = rate
+        self.module = module
+        self.average = [p.detach().clone() for p in module.parameters()]
+
+    @th.no_grad()
+    def update(self) -> None:
+        """Take in the present weights."""
+        th._foreach_lerp_(self.average, list(self.module.parameters()), 1 - self.rate)
+
+    def state_dict(self) -> dict[str, th.Tensor]:
+        """The module's state dict with the averaged weights in place of its own."""
+        names = [name for name, _ in self.module.named_parameters()]
+        return self.module.state_dict() | dict(zip(names, self.average, strict=True))
+
+    @th.no_grad()
+    def load_state_dict(self, state: Mapping[str, th.Tensor]) -> None:
+        """Take the average from a state dict of the module."""
+        for (name, _), average in zip(self.module.named_parameters(), self.average, strict=True):
+            average.copy_(state[name])
+
+    @th.no_grad()
+    def swap(self) -> None:
+        """Exchange the average with the module's weights; a second call undoes it."""
+        for parameter, average in zip(self.module.parameters(), self.average, strict=True):
+            held = parameter.detach().clone()
+            parameter.copy_(average)
+            average.copy_(held)

@@ -1,0 +1,134 @@
+"""The pool's file: safetensors under the ecosystem's name `.cache`, and the original's pickles read safely.
+
+`total_x_t_1` [N, 3, H, W] and `total_t` int64 [N] keep the original's names; `total_y` int64 [N] carries
+class labels. The header records what the pool belongs to, so that a wrong one is refused.
+"""
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch as th
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from .dynamic_batch import DynamicBatch
+from .errors import UserError
+from .files import atomic_path
+from .safe_pickle import load_arrays
+
+_SUFFIX_OF_PART = ".part"
+
+
+def write_pool(
+    path: str | os.PathLike, pools: list[DynamicBatch], belongs_to: Mapping[str, Any], dtype: th.dtype
+) -> None:
+    """Write one or several ranks' pools, one after the other, as one file, atomically."""
+    arrays = {
+        "total_t": th.cat([pool.levels.cpu() for pool in pools]),
+        "total_x_t_1": th.cat([pool.x.to("cpu", dtype) for pool in pools]),
+    }
+    labels = [pool.y for pool in pools if pool.y is not None]
+    if labels:
+        arrays["total_y"] = th.cat([y.cpu() for y in labels])
+    with atomic_path(path) as temporary:
+        save_file(arrays, temporary, metadata={"pool": json.dumps(dict(belongs_to))})
+
+
+def read_pool(
+    path: str | os.PathLike,
+    num_timesteps: int,
+    image_size: int,
+    *,
+    expected: Mapping[str, Any] | None = None,
+    rank: int = 0,
+    world_size: int = 1,
+) -> DynamicBatch:
+    """Read one rank's contiguous share of a pool.
+
+    Args:
+        path: our file, or a pickle of the original's.
+        num_timesteps: T of the process.
+        image_size: H = W.
+        expected: what the pool must belong to; compared with what the file says where it says it.
+        rank, world_size: which share.
+
+    Returns:
+        The share, x as float32, on the CPU.
+
+    Raises:
+        UserError: missing or damaged file, or a pool of something else.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"no such pool: {path} (scripts/dynamic_prepare.py makes it)")
+    with open(path, "rb") as file:
+        is_pickle = file.read(1) == b"\x80"
+    arrays, belongs_to = _read_pickle(path) if is_pickle else _read_safetensors(path)
+    for key, value in (expected or {}).items():
+        if key in belongs_to and belongs_to[key] != value:
+            raise UserError(f"{path}: was made for {key} {belongs_to[key]!r}, this run has {value!r}")
+    x, levels = arrays["total_x_t_1"], arrays["total_t"]
+    if x.ndim != 4 or x.shape[1:] != (3, image_size, image_size) or not x.is_floating_point():
+        wanted = f"float [N, 3, {image_size}, {image_size}]"
+        raise UserError(f"{path}: holds samples {list(x.shape)} of {x.dtype}, this run needs {wanted}")
+    if levels.dtype != th.int64 or len(levels) != len(x):
+        raise UserError(f"{path}: 'total_t' must be int64 [{len(x)}], not {list(levels.shape)}")
+    size = (expected or {}).get("size")
+    if size is not None and len(x) != size:
+        raise UserError(f"{path}: holds {len(x)} samples; rho, T and batch size of this run make {size}")
+    if len(x) % world_size:
+        raise UserError(f"{path}: {len(x)} samples cannot be divided evenly among {world_size} ranks")
+    share = len(x) // world_size
+    mine = slice(rank * share, (rank + 1) * share)
+    y = arrays.get("total_y")
+    try:
+        return DynamicBatch(
+            x[mine].float(), levels[mine].clone(), num_timesteps, None if y is None else y[mine].clone()
+        )
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
+
+
+def join_parts(
+    path: Path,
+    num_timesteps: int,
+    image_size: int,
+    belongs_to: Mapping[str, Any],
+    dtype: th.dtype,
+    ranks: int,
+) -> None:
+    """Join the ranks' parts in rank order as `path`, and remove them."""
+    parts = [part_path(path, rank) for rank in range(ranks)]
+    write_pool(path, [read_pool(part, num_timesteps, image_size) for part in parts], belongs_to, dtype)
+    for part in parts:
+        part.unlink()
+
+
+def part_path(path: str | os.PathLike, rank: int) -> Path:
+    """Where a rank leaves its share until rank 0 has joined them."""
+    return Path(f"{path}.rank{rank}{_SUFFIX_OF_PART}")
+
+
+def _read_safetensors(path: Path) -> tuple[dict[str, th.Tensor], dict[str, Any]]:
+    try:
+        with safe_open(path, framework="pt") as file:
+            missing = {"total_t", "total_x_t_1"} - set(file.keys())
+            if missing:
+                raise UserError(f"{path}: is no pool, it has no {', '.join(sorted(missing))}")
+            belongs_to = json.loads((file.metadata() or {}).get("pool", "{}"))
+            return {name: file.get_tensor(name) for name in file.keys()}, belongs_to  # noqa: SIM118
+    except (SafetensorError, ValueError, OSError) as error:
+        raise UserError(f"{path}: not a readable pool ({error})") from None
+
+
+def _read_pickle(path: Path) -> tuple[dict[str, th.Tensor], dict[str, Any]]:
+    content = load_arrays(path)
+    if not isinstance(content, dict) or not {"total_t", "total_x_t_1"} <= set(content):
+        raise UserError(f"{path}: is no pool, it has no total_t and total_x_t_1")
+    try:
+        return {name: th.as_tensor(content[name]) for name in ("total_t", "total_x_t_1")}, {}
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise UserError(f"{path}: is no pool ({error})") from None

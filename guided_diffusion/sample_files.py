@@ -1,0 +1,148 @@
+"""A set of samples on disk: drawn in shards that survive an interruption, then joined into one npz."""
+
+import json
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from . import dist_util
+from .errors import UserError
+from .figures import save_grid
+from .files import NpzFile, atomic_path, sha256_of
+from .gaussian_diffusion import GaussianDiffusion
+from .logger import progress_bar
+from .npz_writer import create_npz
+from .sampling import sample_images
+from .unet import UNetModel
+
+_SHARD = re.compile(r"(\d+)-(\d+)\.npz")
+
+
+class SampleSet:
+    """`num_samples` images in a directory; sample i depends on (seed, i) alone.
+
+    Running the same again continues where it stopped, with any batch size and number of ranks.
+
+    Args:
+        directory: holds the shards while drawing, then `samples_NxHxWx3.npz` and `samples.png`.
+        num_samples: N.
+        seed: of the set.
+        use_ddim: deterministic DDIM steps instead of ancestral ones.
+        clip_denoised: clip the predicted x_0 to [-1, 1] in every step.
+    """
+
+    def __init__(self, directory: Path, num_samples: int, *, seed: int, use_ddim: bool, clip_denoised: bool):
+        self.directory, self.num_samples = directory, num_samples
+        self.seed, self.use_ddim, self.clip_denoised = seed, use_ddim, clip_denoised
+        self.shards = directory / "shards"
+
+    def draw(self, model: UNetModel, diffusion: GaussianDiffusion, weights: Path, batch_size: int) -> Path:
+        """Draw what is missing and join it. Collective.
+
+        Args:
+            model: on this rank's device.
+            diffusion: its (respaced) process.
+            weights: the checkpoint the model was loaded from, recorded beside the samples.
+            batch_size: images at a time and rank.
+
+        Returns:
+            The npz.
+
+        Raises:
+            UserError: the directory holds samples drawn with other settings.
+        """
+        size = model.image_size
+        final = self.directory / f"samples_{self.num_samples}x{size}x{size}x3.npz"
+        settings = {
+            "model_sha256": sha256_of(weights),
+            "timesteps": diffusion.timestep_map,
+            "seed": self.seed,
+            "use_ddim": self.use_ddim,
+            "clip_denoised": self.clip_denoised,
+            "device": dist_util.dev().type,
+            "dtype": str(model.compute_dtype),
+        }
+        with dist_util.rank_zero_first() as first:
+            if first:
+                self._check_settings(settings)
+        if final.is_file():
+            return final
+
+        todo = self._missing_batches(batch_size)
+        dist_util.barrier()  # all ranks have looked before any writes
+        rank, world = dist_util.rank(), dist_util.world_size()
+        mine = todo[rank::world]
+        bar = progress_bar(sum(len(batch) for batch in mine), "sampling", active=rank == 0)
+        for number, indices in enumerate(mine):
+            images, labels = sample_images(
+                model,
+                diffusion,
+                indices,
+                seed=self.seed,
+                use_ddim=self.use_ddim,
+                clip_denoised=self.clip_denoised,
+            )
+            shard = self.shards / f"{indices.start}-{indices.stop}.npz"
+            with create_npz(shard) as writer:
+                writer.append(images, labels)
+            bar.update(len(indices))
+            if bar.disable and rank == 0:
+                print(f"  batch {number + 1} of {len(mine)} drawn", flush=True)
+        bar.close()
+        dist_util.barrier()
+        with dist_util.rank_zero_first() as first:
+            if first:
+                self._join(final)
+        return final
+
+    def _check_settings(self, settings: dict[str, Any]) -> None:
+        path = self.directory / "sampling.json"
+        if path.is_file():
+            before = json.loads(path.read_text())
+            changed = [key for key in settings if before.get(key) != settings[key]]
+            if changed:
+                raise UserError(
+                    f"{self.directory}: holds samples drawn with another {', '.join(changed)}; "
+                    "choose another --name, or remove it"
+                )
+        with atomic_path(path) as temporary:
+            temporary.write_text(json.dumps(settings))
+
+    def _drawn(self) -> list[tuple[range, Path]]:
+        found = []
+        for path in self.shards.glob("*.npz"):
+            if match := _SHARD.fullmatch(path.name):
+                found.append((range(int(match[1]), int(match[2])), path))
+        return sorted(found, key=lambda pair: pair[0].start)
+
+    def _missing_batches(self, batch_size: int) -> list[range]:
+        """What is not drawn yet, cut at multiples of the batch size."""
+        missing = np.ones(self.num_samples, dtype=bool)
+        for indices, _ in self._drawn():
+            missing[indices.start : indices.stop] = False
+        batches = []
+        for start in range(0, self.num_samples, batch_size):
+            run = np.flatnonzero(missing[start : start + batch_size]) + start
+            for part in np.split(run, np.flatnonzero(np.diff(run) > 1) + 1):
+                if len(part):
+                    batches.append(range(int(part[0]), int(part[-1]) + 1))
+        return batches
+
+    def _join(self, final: Path) -> None:
+        first: np.ndarray | None = None
+        with create_npz(final) as writer:
+            done = 0
+            for indices, path in self._drawn():
+                shard = NpzFile(path)
+                skip = slice(done - indices.start, self.num_samples - indices.start)
+                images = shard.load("arr_0")[skip]
+                labels = shard.load("arr_1")[skip] if "arr_1" in shard.headers else None
+                writer.append(images, labels)
+                done += len(images)
+                first = images[:64] if first is None else first
+        if first is not None:
+            save_grid(self.directory / "samples.png", first, scale=max(1, 64 // first.shape[1]))
+        shutil.rmtree(self.shards)

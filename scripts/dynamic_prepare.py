@@ -1,0 +1,78 @@
+"""Prepare the dynamic batch: the teacher denoises a pool of noise to mixed levels, without any data."""
+
+from guided_diffusion import cli
+from guided_diffusion.launch import detect_launch, run_script
+
+
+def main() -> None:
+    """Parse, build, run."""
+    parser = cli.make_parser(__doc__, ["teacher", "distill", "run"])
+    parser.add_argument("--overwrite", action="store_true", help="prepare anew even if the pool exists")
+    args, experiment = cli.parse(parser)
+    from guided_diffusion.errors import UserError
+
+    teacher_settings, student = experiment.teacher, experiment.student
+    if teacher_settings is None:
+        raise UserError(f"{args.config}: preparing needs a 'teacher' section")
+    if not teacher_settings.tempfile:
+        raise UserError(f"{args.config}: teacher.tempfile is not set: where should the pool be written?")
+    weights = cli.input_file(teacher_settings.model_path, args.config, "teacher.model_path")
+    batch = cli.per_rank(student.batch_size, detect_launch().world_size, "student.batch_size")
+
+    import torch as th
+
+    from guided_diffusion import dist_util
+    from guided_diffusion.distill_setup import load_teacher, pool_identity
+    from guided_diffusion.dynamic_batch import DynamicBatch, pool_size, prepare
+    from guided_diffusion.logger import progress_bar
+    from guided_diffusion.pool_file import join_parts, part_path, read_pool, write_pool
+    from guided_diffusion.train_util import reseed
+
+    dist_util.setup_dist()
+    rank, world = dist_util.rank(), dist_util.world_size()
+    teacher, diffusion = load_teacher(experiment, weights)
+    total = diffusion.num_timesteps
+    size = pool_size(teacher_settings.iter_choice, teacher_settings.BATCH, total, batch)
+    identity = pool_identity(experiment, weights, size * world)
+    path = cli.output_path(teacher_settings.tempfile, args.config)
+    if teacher_settings.iter_choice == "iterative_distillation":
+        raise UserError("iterative_distillation starts from noise: there is nothing to prepare")
+    if path.is_file() and not args.overwrite:
+        read_pool(path, total, teacher_settings.image_size, expected=identity)
+        if rank == 0:
+            print(f"{path} is already prepared for this configuration (--overwrite prepares it anew)")
+        return
+
+    reseed(experiment.run.seed, rank, 0)
+    classes = teacher.num_classes
+    pool = DynamicBatch.of_noise(size, teacher_settings.image_size, total, classes, dist_util.dev())
+    if rank == 0:
+        print(
+            f"preparing {size * world} samples on {world} rank(s), T = {total}, "
+            f"stride {experiment.distill.stride}"
+        )
+    bar = progress_bar(size, "preparing", active=rank == 0)
+    arrived, told = 0, 0
+    for count in prepare(pool, teacher, diffusion, teacher_settings.batch_size, experiment.distill.stride):
+        arrived += count
+        bar.update(count)
+        if bar.disable and rank == 0 and 10 * arrived // size > told:
+            told = 10 * arrived // size
+            print(f"  {arrived} of {size} samples are at their level", flush=True)
+    bar.close()
+
+    dtype = getattr(th, experiment.distill.pool_dtype)
+    if world == 1:
+        write_pool(path, [pool], identity, dtype)
+    else:
+        write_pool(part_path(path, rank), [pool], identity, dtype)
+        dist_util.barrier()
+        with dist_util.rank_zero_first() as first:
+            if first:
+                join_parts(path, total, teacher_settings.image_size, identity, dtype, world)
+    if rank == 0:
+        print(f"wrote {path} ({path.stat().st_size / 1e6:.1f} MB)")
+
+
+if __name__ == "__main__":
+    run_script(main)

@@ -1,0 +1,50 @@
+"""Distil a student from a teacher and its dynamic batch: TCCD, or DKDM with both stages off."""
+
+from pathlib import Path
+
+from guided_diffusion import cli
+from guided_diffusion.launch import detect_launch, run_script
+
+
+def main() -> None:
+    """Parse, build, run."""
+    parser = cli.make_parser(__doc__, ["teacher", "student", "distill", "run"])
+    parser.add_argument(
+        "--resume_checkpoint", type=Path, help="continue from this run directory or modelNNNNNN.pt"
+    )
+    parser.add_argument(
+        "--exp_dir", type=Path, help="the run's directory (default: experiments/kd/NAME-TIME)"
+    )
+    parser.add_argument("--wandb", action="store_true", help="also record to Weights & Biases")
+    args, experiment = cli.parse(parser)
+    from guided_diffusion.errors import UserError
+
+    teacher, student = experiment.teacher, experiment.student
+    if teacher is None:
+        raise UserError(
+            f"{args.config}: distilling needs a 'teacher' section (image_train.py trains without)"
+        )
+    weights = cli.input_file(teacher.model_path, args.config, "teacher.model_path")
+    initial = (
+        cli.input_file(student.model_path, args.config, "student.model_path") if student.model_path else None
+    )
+    batch_size = cli.per_rank(student.batch_size, detect_launch().world_size, "student.batch_size")
+    pool_path = cli.output_path(teacher.tempfile, args.config)
+
+    from guided_diffusion.distill_setup import distillation_loop
+    from guided_diffusion.run_directory import start_run
+
+    with start_run("kd", experiment, args, batch_size) as (log, resume):
+        distillation_loop(
+            experiment,
+            weights=weights,
+            pool_path=pool_path,
+            batch_size=batch_size,
+            log=log,
+            initial=initial,
+            resume=resume,
+        ).run()
+
+
+if __name__ == "__main__":
+    run_script(main)

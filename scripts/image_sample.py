@@ -1,0 +1,58 @@
+"""Sample images from a trained model, into samples_NxHxWx3.npz (uint8, arr_0; labels in arr_1)."""
+
+from guided_diffusion import cli
+from guided_diffusion.launch import run_script
+
+
+def main() -> None:
+    """Parse, build, run."""
+    parser = cli.make_parser(__doc__, ["student", "run"])
+    parser.add_argument("--model_path", required=True, help="the checkpoint: model*.pt or ema_*.pt")
+    parser.add_argument("--batch_size", type=cli.positive, default=16, help="images at a time and rank")
+    parser.add_argument("--num_samples", type=cli.positive, default=10000, help="images in all")
+    parser.add_argument("--timestep_respacing", help="steps: 50, ddim50, ... (default: the configuration's)")
+    parser.add_argument(
+        "--use_ddim", type=cli.boolean, default=False, help="deterministic DDIM steps (default False)"
+    )
+    parser.add_argument(
+        "--clip_denoised", type=cli.boolean, default=True, help="clip x_0 to [-1, 1] (default True)"
+    )
+    parser.add_argument("--name", help="folder under experiments/sample (default: from CONFIG and MODEL)")
+    parser.add_argument("--log_dir", help="write here instead of experiments/sample/NAME")
+    args, experiment = cli.parse(parser)
+
+    import dataclasses
+    from pathlib import Path
+
+    weights = cli.input_file(args.model_path, args.config, "--model_path")
+    network = experiment.student
+    if args.timestep_respacing is not None:
+        network = dataclasses.replace(network, timestep_respacing=args.timestep_respacing)
+    name = args.name or f"{experiment.name}-{weights.stem}"
+    directory = Path(args.log_dir or cli.output_path(f"experiments/sample/{name}", args.config))
+
+    from guided_diffusion import dist_util
+    from guided_diffusion.checkpoint import load_network
+    from guided_diffusion.sample_files import SampleSet
+    from guided_diffusion.script_util import build_network
+    from guided_diffusion.train_util import compute_dtype
+
+    dist_util.setup_dist()
+    model, diffusion = build_network(network)
+    load_network(model, weights)
+    model.to(dist_util.dev()).eval()
+    model.compute_dtype = compute_dtype(experiment.run.precision, network.use_fp16, dist_util.dev())
+    samples = SampleSet(
+        directory,
+        args.num_samples,
+        seed=experiment.run.seed,
+        use_ddim=args.use_ddim,
+        clip_denoised=args.clip_denoised,
+    )
+    path = samples.draw(model, diffusion, weights, args.batch_size)
+    if dist_util.rank() == 0:
+        print(f"wrote {path}")
+
+
+if __name__ == "__main__":
+    run_script(main)

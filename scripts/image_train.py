@@ -1,0 +1,50 @@
+"""Train a diffusion model on images: the embedded teacher, or the data-based baselines."""
+
+from pathlib import Path
+
+from guided_diffusion import cli
+from guided_diffusion.launch import detect_launch, run_script
+
+
+def main() -> None:
+    """Parse, build, run."""
+    parser = cli.make_parser(__doc__, ["student", "run"])
+    parser.add_argument(
+        "--data_dir", required=True, help="folder of images, an .npz with arr_0, or a folder of .npz"
+    )
+    parser.add_argument(
+        "--resume_checkpoint", type=Path, help="continue from this run directory or modelNNNNNN.pt"
+    )
+    parser.add_argument(
+        "--exp_dir", type=Path, help="the run's directory (default: experiments/train/NAME-TIME)"
+    )
+    parser.add_argument("--num_workers", type=int, default=0, help="processes that load images (default 0)")
+    parser.add_argument("--wandb", action="store_true", help="also record to Weights & Biases")
+    args, experiment = cli.parse(parser)
+    from guided_diffusion.errors import UserError
+
+    student = experiment.student
+    if experiment.teacher is not None:
+        raise UserError(f"{args.config}: has a 'teacher' section; image_kd.py distils, this trains on images")
+    if not Path(args.data_dir).exists():
+        raise UserError(f"--data_dir: no such file or folder: {args.data_dir}")
+    initial = cli.input_file(student.model_path, args.config, "model_path") if student.model_path else None
+    batch_size = cli.per_rank(student.batch_size, detect_launch().world_size, "batch_size")
+
+    from guided_diffusion.run_directory import start_run
+    from guided_diffusion.train_setup import training_loop
+
+    with start_run("train", experiment, args, batch_size) as (log, resume):
+        training_loop(
+            experiment,
+            data_dir=args.data_dir,
+            batch_size=batch_size,
+            num_workers=args.num_workers,
+            log=log,
+            initial=initial,
+            resume=resume,
+        ).run()
+
+
+if __name__ == "__main__":
+    run_script(main)
