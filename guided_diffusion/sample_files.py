@@ -86,7 +86,7 @@ class SampleSet:
                 clip_denoised=self.clip_denoised,
             )
             shard = self.shards / f"{indices.start}-{indices.stop}.npz"
-            with create_npz(shard) as writer:
+            with create_npz(shard, len(images)) as writer:
                 writer.append(images, labels)
             bar.update(len(indices))
             if bar.disable and rank == 0:
@@ -133,7 +133,7 @@ class SampleSet:
 
     def _join(self, final: Path) -> None:
         first: np.ndarray | None = None
-        with create_npz(final) as writer:
+        with create_npz(final, self.num_samples) as writer:
             done = 0
             for indices, path in self._drawn():
                 shard = NpzFile(path)

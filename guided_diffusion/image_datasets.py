@@ -1,0 +1,269 @@
+"""Images for plain training: a folder of images, an `.npz`, or a folder of `.npz` shards.
+
+What the global batch of step k holds is a function of (seed, k): ranks take consecutive shares of it, so
+any number of ranks sees the same data, and a run resumes exactly from the number of its step alone.
+"""
+
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import torch as th
+
+from .errors import UserError
+from .files import NpzFile
+
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".gif", ".bmp", ".webp")
+
+
+class ImageDataset(Protocol):
+    """Images by number.
+
+    Attributes:
+        num_classes: number of classes; 0 without labels.
+    """
+
+    num_classes: int
+
+    def __len__(self) -> int: ...
+
+    def batch(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Images uint8 [B, H, W, 3] and labels int64 [B] (zeros without labels)."""
+        ...
+
+
+def open_dataset(data_dir: str | Path, image_size: int, class_cond: bool) -> ImageDataset:
+    """Open a dataset.
+
+    Args:
+        data_dir: an `.npz` with uint8 [N, H, W, 3] in `arr_0` and, for labels, integers [N] in `arr_1`;
+            a folder of such; or a folder tree of images. There the class is the name of the folder
+            an image lies in or, when all lie in one folder, what stands before the first "_" of
+            its name; classes are numbered in sorted order.
+        image_size: H = W. Images of a folder tree are resized to it (`center_crop`), arrays are not.
+        class_cond: whether labels are needed.
+
+    Raises:
+        UserError: nothing there, another image size or dtype, labels needed but missing.
+    """
+    path = Path(data_dir)
+    if path.is_file():
+        return ArrayDataset([path], image_size, class_cond)
+    if not path.is_dir():
+        raise UserError(f"no such dataset: {path}")
+    if shards := sorted(path.glob("*.npz")):
+        return ArrayDataset(shards, image_size, class_cond)
+    return FolderDataset(path, image_size, class_cond)
+
+
+class ArrayDataset:
+    """One or several npz archives; those stored uncompressed are memory-mapped, the others loaded once."""
+
+    def __init__(self, paths: list[Path], image_size: int, class_cond: bool):
+        self.arrays: list[np.ndarray] = []
+        labels = []
+        for path in paths:
+            archive = NpzFile(path)
+            shape, dtype = archive.require("arr_0")
+            if dtype != np.uint8 or len(shape) != 4 or shape[1:] != (image_size, image_size, 3):
+                wanted = f"uint8 [N, {image_size}, {image_size}, 3]"
+                raise UserError(f"{path}: arr_0 is {dtype} {list(shape)}, this network needs {wanted}")
+            self.arrays.append(_mapped(archive))
+            if class_cond:
+                label = archive.load("arr_1")
+                if label.shape != shape[:1] or not np.issubdtype(label.dtype, np.integer):
+                    raise UserError(f"{path}: arr_1 must be integers [{shape[0]}], one label per image")
+                if len(label) and label.min() < 0:
+                    raise UserError(f"{path}: arr_1 holds negative labels")
+                labels.append(label.astype(np.int64))
+        self.starts = np.cumsum([0, *(len(array) for array in self.arrays)])
+        if not len(self):
+            raise UserError(f"{paths[0].parent}: holds no images")
+        self.labels = np.concatenate(labels) if labels else np.zeros(len(self), np.int64)
+        self.num_classes = int(self.labels.max()) + 1 if labels else 0
+
+    def __len__(self) -> int:
+        return int(self.starts[-1])
+
+    def batch(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Images uint8 [B, H, W, 3] and labels int64 [B] (zeros without labels)."""
+        shard = np.searchsorted(self.starts, indices, side="right") - 1
+        rows = [self.arrays[s][i - self.starts[s]] for s, i in zip(shard, indices, strict=True)]
+        return np.stack(rows), self.labels[indices]
+
+
+class FolderDataset:
+    """A folder tree of image files, read and resized as they are asked for."""
+
+    def __init__(self, root: Path, image_size: int, class_cond: bool):
+        self.image_size = image_size
+        self.paths = list_images(root)
+        self.labels = np.zeros(len(self.paths), np.int64)
+        self.num_classes = 0
+        if class_cond:
+            names = class_names(self.paths)
+            numbers = {name: i for i, name in enumerate(sorted(set(names)))}
+            self.labels = np.array([numbers[name] for name in names], np.int64)
+            self.num_classes = len(numbers)
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def batch(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Images uint8 [B, H, W, 3] and labels int64 [B] (zeros without labels)."""
+        images = [read_image(self.paths[i], self.image_size) for i in indices]
+        return np.stack(images), self.labels[indices]
+
+
+def list_images(root: Path) -> list[Path]:
+    """All image files below a folder, in sorted order.
+
+    Raises:
+        UserError: there are none.
+    """
+    paths = sorted(p for p in root.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES and p.is_file())
+    if not paths:
+        raise UserError(f"{root}: holds neither .npz files nor images ({', '.join(IMAGE_SUFFIXES)})")
+    return paths
+
+
+def class_names(paths: list[Path]) -> list[str]:
+    """The class of each image; see `open_dataset`.
+
+    Raises:
+        UserError: all lie in one folder and a name has no "_".
+    """
+    if len({path.parent for path in paths}) > 1:
+        return [path.parent.name for path in paths]
+    for path in paths:
+        if "_" not in path.name:
+            raise UserError(
+                f"{path}: labels are needed; name files CLASS_number.png or use a folder per class"
+            )
+    return [path.name.partition("_")[0] for path in paths]
+
+
+def read_image(path: Path, size: int) -> np.ndarray:
+    """An image file as uint8 [size, size, 3], RGB, by `center_crop`.
+
+    Raises:
+        UserError: unreadable.
+    """
+    from PIL import Image, UnidentifiedImageError
+
+    try:
+        with Image.open(path) as image:
+            return center_crop(image.convert("RGB"), size)
+    except (UnidentifiedImageError, Image.DecompressionBombError, OSError, ValueError, SyntaxError) as error:
+        raise UserError(f"{path}: not a readable image ({error})") from None
+
+
+def center_crop(image, size: int) -> np.ndarray:
+    """Scale the shorter side of a PIL image to `size` and cut out the middle square.
+
+    Halved by box averages while more than twice too large, then bicubic; an image of the right size
+    is left as it is.
+
+    Returns:
+        uint8 [size, size, 3].
+    """
+    from PIL import Image
+
+    while min(image.size) >= 2 * size:
+        image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
+    scale = size / min(image.size)
+    target = (round(image.width * scale), round(image.height * scale))
+    if target != image.size:
+        image = image.resize(target, Image.Resampling.BICUBIC)
+    left, top = (image.width - size) // 2, (image.height - size) // 2
+    return np.asarray(image)[top : top + size, left : left + size]
+
+
+def sample_batches(
+    dataset: ImageDataset,
+    batch_size: int,
+    *,
+    seed: int,
+    rank: int = 0,
+    world_size: int = 1,
+    start_step: int = 0,
+    num_workers: int = 0,
+) -> Iterator[tuple[th.Tensor, th.Tensor]]:
+    """Endless batches; every epoch is a fresh permutation, and batches run on across epochs.
+
+    Args:
+        dataset: the images.
+        batch_size: of this rank.
+        seed: of the permutations.
+        rank, world_size: which share of each global batch.
+        start_step: the first step.
+        num_workers: processes that load images; 0 for this one.
+
+    Yields:
+        Images float32 [B, 3, H, W] in [-1, 1], labels int64 [B].
+    """
+    indices = _BatchIndices(len(dataset), batch_size, seed, rank, world_size, start_step)
+    if num_workers == 0:
+        yield from (_to_tensors(*dataset.batch(batch)) for batch in indices)
+    loader = th.utils.data.DataLoader(
+        _Fetch(dataset),
+        sampler=indices,
+        batch_size=None,
+        num_workers=num_workers,
+        pin_memory=th.cuda.is_available(),
+        # The loader seeds its workers from this; ours draw nothing, and the loop's stream stays untouched.
+        generator=th.Generator(),
+    )
+    yield from loader
+
+
+class _BatchIndices(th.utils.data.Sampler[np.ndarray]):
+    """For each step from `start_step` on, the indices of this rank's share of the global batch."""
+
+    def __init__(self, size: int, batch_size: int, seed: int, rank: int, world_size: int, start_step: int):
+        self.size, self.batch_size, self.seed = size, batch_size, seed
+        self.rank, self.world_size, self.start_step = rank, world_size, start_step
+
+    def __iter__(self) -> Iterator[np.ndarray]:
+        position = (self.start_step * self.world_size + self.rank) * self.batch_size
+        orders: dict[int, np.ndarray] = {}
+        while True:
+            positions = np.arange(position, position + self.batch_size)
+            epochs = (positions // self.size).tolist()
+            for epoch in sorted(set(epochs)):
+                if epoch not in orders:
+                    orders[epoch] = np.random.default_rng([self.seed, epoch]).permutation(self.size)
+            orders = {epoch: order for epoch, order in orders.items() if epoch >= epochs[0]}
+            yield np.array([orders[e][p % self.size] for e, p in zip(epochs, positions, strict=True)])
+            position += self.world_size * self.batch_size
+
+
+class _Fetch(th.utils.data.Dataset[tuple[th.Tensor, th.Tensor]]):
+    def __init__(self, dataset: ImageDataset):
+        self.dataset = dataset
+
+    def __getitem__(self, indices: np.ndarray) -> tuple[th.Tensor, th.Tensor]:
+        return _to_tensors(*self.dataset.batch(indices))
+
+
+def _to_tensors(images: np.ndarray, labels: np.ndarray) -> tuple[th.Tensor, th.Tensor]:
+    x = th.from_numpy(images).permute(0, 3, 1, 2).float() / 127.5 - 1
+    return x.contiguous(), th.from_numpy(labels)
+
+
+def _mapped(archive: NpzFile) -> np.ndarray:
+    """`arr_0`, memory-mapped if its archive stores it uncompressed."""
+    shape, dtype = archive.require("arr_0")
+    with zipfile.ZipFile(archive.path) as zipped:
+        info = zipped.getinfo("arr_0.npy")
+        if info.compress_type != zipfile.ZIP_STORED or not info.file_size:
+            return archive.load("arr_0")
+    with open(archive.path, "rb") as file:
+        # The local header repeats name and extra field, whose lengths stand at its end.
+        file.seek(info.header_offset + 26)
+        name_length, extra_length = np.frombuffer(file.read(4), "<u2").tolist()
+    end = info.header_offset + 30 + name_length + extra_length + info.file_size
+    size = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
+    return np.memmap(archive.path, dtype, "r", offset=end - size, shape=shape)
