@@ -146,9 +146,19 @@ def save_checkpoint(directory: Path, step: int, contents: Mapping[str, Any]) -> 
             else:
                 th.save(content, temporary)
             sums[path.name] = {"bytes": temporary.stat().st_size, "sha256": sha256_of(temporary)}
-    with atomic_path(directory / f"checkpoint{step:06d}.json") as temporary:
-        temporary.write_text(json.dumps({"step": step, "files": sums}, indent=1))
+    _write_manifest(directory, step, sums)
     return Checkpoint(directory, step, tuple(sums))
+
+
+def drop_file(checkpoint: Checkpoint, name: str) -> None:
+    """Remove one file of a checkpoint, which stays complete without it."""
+    if not checkpoint.has(name):
+        return
+    path = checkpoint.path(name)
+    files = _read_manifest(checkpoint.directory, checkpoint.step)
+    del files[path.name]
+    _write_manifest(checkpoint.directory, checkpoint.step, files)
+    path.unlink()
 
 
 def complete_checkpoints(directory: Path) -> list[Checkpoint]:
@@ -158,7 +168,7 @@ def complete_checkpoints(directory: Path) -> list[Checkpoint]:
         if not (match := _MANIFEST.fullmatch(path.name)):
             continue
         try:
-            files = json.loads(path.read_text())["files"]
+            files = _read_manifest(directory, int(match[1]))
             sizes = {name: (directory / name).stat().st_size for name in files}
             wrong = [name for name in files if sizes[name] != files[name]["bytes"]]
         except (OSError, ValueError, KeyError, TypeError) as error:
@@ -174,12 +184,26 @@ def complete_checkpoints(directory: Path) -> list[Checkpoint]:
 def newest_checkpoint(directory: Path) -> Checkpoint | None:
     """The newest complete checkpoint whose files still have their checksums; None if there is none."""
     for checkpoint in reversed(complete_checkpoints(directory)):
-        manifest = json.loads((directory / f"checkpoint{checkpoint.step:06d}.json").read_text())
-        damaged = [n for n, f in manifest["files"].items() if sha256_of(directory / n) != f["sha256"]]
+        files = _read_manifest(directory, checkpoint.step)
+        damaged = [name for name, file in files.items() if sha256_of(directory / name) != file["sha256"]]
         if not damaged:
             return checkpoint
         logger.warning("ignoring the checkpoint at step %d: %s is damaged", checkpoint.step, damaged[0])
     return None
+
+
+def _manifest_path(directory: Path, step: int) -> Path:
+    return directory / f"checkpoint{step:06d}.json"
+
+
+def _read_manifest(directory: Path, step: int) -> dict[str, dict[str, Any]]:
+    """Each file's "bytes" and "sha256"."""
+    return json.loads(_manifest_path(directory, step).read_text())["files"]
+
+
+def _write_manifest(directory: Path, step: int, files: dict[str, dict[str, Any]]) -> None:
+    with atomic_path(_manifest_path(directory, step)) as temporary:
+        temporary.write_text(json.dumps({"step": step, "files": files}, indent=1))
 
 
 def open_checkpoint(path: str | os.PathLike) -> Checkpoint:

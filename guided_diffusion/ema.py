@@ -22,7 +22,9 @@ class Ema:
     @th.no_grad()
     def update(self) -> None:
         """Take in the present weights."""
-        th._foreach_lerp_(self.average, list(self.module.parameters()), 1 - self.rate)
+        # Not lerp: near rate 1 float32 rounding is all there is, and this order gives ADM's digits.
+        th._foreach_mul_(self.average, self.rate)
+        th._foreach_add_(self.average, list(self.module.parameters()), alpha=1 - self.rate)
 
     def state_dict(self) -> dict[str, th.Tensor]:
         """The module's state dict with the averaged weights in place of its own."""

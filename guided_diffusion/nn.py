@@ -45,8 +45,9 @@ def timestep_embedding(timesteps: th.Tensor, dim: int, max_period: float = 10000
         float32 [B, dim].
     """
     half = dim // 2
-    exponents = th.arange(half, dtype=th.float32, device=timesteps.device) / half
-    frequencies = th.exp(-math.log(max_period) * exponents)
+    # In ADM's order of operations: at t ~ 1000 a last-digit difference here is 1e-4 in the angle.
+    steps = th.arange(half, dtype=th.float32, device=timesteps.device)
+    frequencies = th.exp(-math.log(max_period) * steps / half)
     angles = timesteps[:, None].float() * frequencies[None]
     return F.pad(th.cat([angles.cos(), angles.sin()], dim=-1), (0, dim % 2))
 

@@ -76,7 +76,7 @@ class Distillation(nn.Module):
         self.input_perturb = input_perturb
         self.noise_encoder: NoiseEncoder | None = None
         self.role: nn.Parameter | None = None
-        if settings.uses_alignment:
+        if settings.stage1_weight > 0:
             self.noise_encoder = NoiseEncoder(model.feature_channels, model.emb_channels, model.image_size)
         if settings.stage2_weight > 0 and settings.role_vector:
             self.role = nn.Parameter(th.randn(model.emb_channels))

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch as th
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -129,6 +130,6 @@ def _read_pickle(path: Path) -> tuple[dict[str, th.Tensor], dict[str, Any]]:
     if not isinstance(content, dict) or not {"total_t", "total_x_t_1"} <= set(content):
         raise UserError(f"{path}: is no pool, it has no total_t and total_x_t_1")
     try:
-        return {name: th.as_tensor(content[name]) for name in ("total_t", "total_x_t_1")}, {}
+        return {name: th.from_numpy(np.array(content[name])) for name in ("total_t", "total_x_t_1")}, {}
     except (TypeError, ValueError, RuntimeError) as error:
         raise UserError(f"{path}: is no pool ({error})") from None

@@ -120,7 +120,7 @@ class Student(Network):
     log_interval: int = key(100, "iterations between log lines")
     save_interval: int = key(10000, "iterations between checkpoints")
     cache_save_interval: int = key(
-        -1, "keep the pool of every so many iterations (-1: of the newest checkpoint only)"
+        -1, "keep the pool of every so many iterations (-1: of the newest two checkpoints only)"
     )
     clip_last: bool = key(False, "clip the student's x_0 to [-1, 1] inside the KL at t = T-1")
 
@@ -181,11 +181,6 @@ class Distill:
             self.pool_dtype in ("float32", "float16"),
             f"{where}pool_dtype must be float32 or float16, not '{self.pool_dtype}'",
         )
-
-    @property
-    def uses_alignment(self) -> bool:
-        """Whether any pass needs the noise encoder."""
-        return self.stage1_weight > 0 or (self.stage2_weight > 0 and self.stage2_align)
 
 
 @dataclass
@@ -249,7 +244,13 @@ class Experiment:
             self.student.schedule_sampler == "uniform",
             "student.schedule_sampler must be uniform: in distillation the pool gives the timesteps",
         )
-        if self.distill.uses_alignment:
+        if self.distill.stage2_align:
+            _require(
+                self.distill.stage1_weight > 0 and self.distill.stage2_weight > 0,
+                "distill.stage2_align: the alignment, weighted by stage1_weight, is added to stage 2: "
+                "both weights must be positive",
+            )
+        if self.distill.stage1_weight > 0:
             _require(
                 self.student.image_size % 4 == 0,
                 f"stage 1 cuts images into 4x4 patches: image_size {self.student.image_size} "

@@ -11,7 +11,15 @@ import numpy as np
 import torch as th
 
 from . import dist_util
-from .checkpoint import Checkpoint, load_file, load_network, load_strictly, save_checkpoint
+from .checkpoint import (
+    Checkpoint,
+    complete_checkpoints,
+    drop_file,
+    load_file,
+    load_network,
+    load_strictly,
+    save_checkpoint,
+)
 from .dynamic_batch import DistillationBatch, DynamicBatch
 from .ema import Ema
 from .errors import UserError
@@ -276,12 +284,15 @@ class TrainLoop:
         return interval > 0 and self.step % interval == 0
 
     def _drop_old_pools(self) -> None:
-        """Keep the pool of this checkpoint, and of those that `cache_save_interval` asks for."""
+        """Keep the pools of the newest two checkpoints, and those that `cache_save_interval` asks for.
+
+        Pools are far larger than networks; two, so that a run whose newest checkpoint is damaged still
+        resumes exactly from the one before.
+        """
         keep = self.student.cache_save_interval
-        for path in self.log.directory.glob("teacher-state-*.cache"):
-            step = int(path.stem.rpartition("-")[2])
-            if step < self.step and (keep < 1 or step % keep):
-                path.unlink()
+        for checkpoint in complete_checkpoints(self.log.directory)[:-2]:
+            if keep < 1 or checkpoint.step % keep:
+                drop_file(checkpoint, "pool")
 
     def _set_lr(self) -> None:
         """The next iteration's learning rate: linear warm-up times ADM's linear annealing.
