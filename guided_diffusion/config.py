@@ -193,7 +193,8 @@ def _keys(section: type) -> list[str]:
 
 
 def _unknown_key(path: Path, name: str, known: list[str]) -> UserError:
-    nearest = difflib.get_close_matches(name, known, n=1, cutoff=0.4)
+    same = [key for key in known if key.rpartition(".")[2] == name]  # right, but of a section
+    nearest = same or difflib.get_close_matches(name, known, n=1, cutoff=0.4)
     hint = f"; did you mean '{nearest[0]}'?" if nearest else f"; known are {', '.join(known)}"
     return UserError(f"{path}: unknown key '{name}'{hint}")
 

@@ -4,7 +4,7 @@ import csv
 import datetime
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -70,8 +70,7 @@ class RunLog:
         path = self.directory / "progress.csv"
         if not self.active or not path.exists():
             return
-        rows = read_progress(path)
-        self._rewrite([row for row in rows if row.get("step", 0) <= step])
+        self._rewrite([row for row in _raw_rows(path) if float(row["step"]) <= step])
 
     def close(self) -> None:
         """Flush and close what is open."""
@@ -90,9 +89,9 @@ class RunLog:
             with open(path, "a", newline="") as file:
                 csv.DictWriter(file, header).writerow(row)
         else:  # a new column: write the file anew
-            self._rewrite([*(read_progress(path) if header else []), row])
+            self._rewrite([*(_raw_rows(path) if header else []), row])
 
-    def _rewrite(self, rows: list[dict[str, float]]) -> None:
+    def _rewrite(self, rows: Sequence[Mapping[str, Any]]) -> None:
         columns = list(dict.fromkeys(name for row in rows for name in row)) or ["step"]
         with (
             atomic_path(self.directory / "progress.csv") as temporary,
@@ -105,11 +104,12 @@ class RunLog:
 
 def read_progress(path: str | os.PathLike) -> list[dict[str, float]]:
     """The rows of a progress.csv, each with the columns it has a number in."""
+    return [{name: float(value) for name, value in row.items() if value} for row in _raw_rows(path)]
+
+
+def _raw_rows(path: str | os.PathLike) -> list[dict[str, str]]:
     with open(path, newline="") as file:
-        return [
-            {name: float(value) for name, value in row.items() if name and value not in ("", None)}
-            for row in csv.DictReader(file)
-        ]
+        return list(csv.DictReader(file))
 
 
 def progress_bar(total: int | None, description: str, *, initial: int = 0, active: bool = True) -> Any:

@@ -1,0 +1,123 @@
+"""Configurations: what is accepted, and that a mistake gets one clear line."""
+
+import pytest
+from tiny import distillation, network
+
+import yaml
+from guided_diffusion.config import load_experiment, save_experiment
+from guided_diffusion.errors import UserError
+from guided_diffusion.script_util import create_model_and_diffusion, model_and_diffusion_defaults
+
+
+@pytest.fixture
+def config(tmp_path):
+    return distillation(tmp_path)
+
+
+def test_overrides_win(config):
+    experiment = load_experiment(config, ["student.lr=5e-4", "distill.stage2_weight=0", "run.iterations=9"])
+    assert experiment.student.lr == 5e-4
+    assert experiment.distill.stage2_weight == 0
+    assert experiment.run.iterations == 9
+    assert experiment.teacher.prob == 1.0
+
+
+@pytest.mark.parametrize(
+    "override, told",
+    [
+        ("student.lrr=1", "did you mean 'student.lr'"),
+        ("student.num_chanels=8", "did you mean 'student.num_channels'"),
+        ("distil.stage1_weight=1", "unknown key 'distil'; did you mean 'distill'"),
+        ("lr=1e-3", "did you mean 'student.lr'"),
+        ("student.lr=fast", "student.lr: Value 'fast'"),
+        ("student.lr=-1", "student.lr must be positive"),
+        ("student.ema_rate=1.5", "ema_rate must be in [0, 1)"),
+        ("student.microbatch=0", "microbatch must be -1 or positive"),
+        ("student.schedule_sampler=loss-second-moment", "the pool gives the timesteps"),
+        ("student.schedule_sampler=other", "schedule_sampler must be uniform"),
+        ("student.image_size=32", "student.image_size is 32 but teacher.image_size is 16"),
+        ("student.use_kl=true", "student.use_kl: distillation matches noise predictions"),
+        ("teacher.prob=0", "prob must be in (0, 1]"),
+        ("teacher.iter_choice=dynamic", "iter_choice 'dynamic' is none of"),
+        ("teacher.noise_schedule=quadratic", "noise_schedule must be linear or cosine"),
+        ("distill.temperature=0", "temperature must be positive"),
+        ("distill.stage1_weight=0 distill.stage2_align=true", "both weights must be positive"),
+        ("run.precision=fp8", "precision must be auto, fp32, bf16 or fp16"),
+        ("student", "'student' is no override"),
+        ("student.model=nowhere.yaml", "'nowhere.yaml' lies neither below"),
+        ("student.model=/nowhere/x.yaml", "no such file: /nowhere/x.yaml"),
+    ],
+)
+def test_mistakes_are_told(config, override, told):
+    with pytest.raises(UserError) as error:
+        load_experiment(config, override.split(" "))
+    assert told in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_the_resolved_configuration_loads_again(config, tmp_path):
+    for source in (config, baseline(tmp_path)):
+        experiment = load_experiment(source)
+        save_experiment(experiment, tmp_path / "resolved.yaml")
+        again = load_experiment(tmp_path / "resolved.yaml")
+        again.name = experiment.name
+        assert again == experiment
+
+
+def baseline(folder):
+    (folder / "net.yaml").write_text(yaml.safe_dump({"model": "arch.yaml", "diffusion": "diffusion.yaml"}))
+    keys = network()
+    steps = {k: keys.pop(k) for k in ("learn_sigma", "diffusion_steps", "noise_schedule")}
+    (folder / "arch.yaml").write_text(yaml.safe_dump(keys))
+    (folder / "diffsion.yaml").write_text(yaml.safe_dump(steps))
+    path = folder / "baseline.yaml"
+    path.write_text(
+        "model: net.yaml\nlr: 1e-3\nimage_size: 8\nattention_resolutions: 4\nchannel_mult: [1, 2]\n"
+    )
+    return path
+
+
+def test_files_are_merged_in_and_the_sections_own_keys_win(tmp_path, monkeypatch):
+    path = baseline(tmp_path)
+    monkeypatch.chdir("/")
+    experiment = load_experiment(path, ["num_channels=64"])
+    assert experiment.teacher is None
+    student = experiment.student
+    assert (student.image_size, student.num_channels, student.diffusion_steps) == (8, 64, 20)
+    assert (student.channel_mult, student.attention_resolutions, student.lr) == ("1,2", "4", 1e-3)
+
+
+def test_a_base_is_laid_under(tmp_path, config):
+    top = tmp_path / "variant.yaml"
+    top.write_text(f"base: {config.name}\ndistill: {{stage1_weight: 0}}\n")
+    experiment = load_experiment(top)
+    assert experiment.distill.stage1_weight == 0
+    assert experiment.name == "variant"
+    assert experiment.student == load_experiment(config).student
+    (tmp_path / "circle.yaml").write_text("base: circle.yaml\n")
+    with pytest.raises(UserError, match="in a circle"):
+        load_experiment(tmp_path / "circle.yaml")
+
+
+@pytest.mark.parametrize("text", ["- a\n- b\n", "a: [1\n", "", "teacher: 3\nstudent: {}\n", "teacher: {}\n"])
+def test_files_that_are_no_configuration(tmp_path, text):
+    path = tmp_path / "bad.yaml"
+    path.write_text(text)
+    if not text:  # all defaults: a network of 64x64 images
+        assert load_experiment(path).student.image_size == 64
+        return
+    with pytest.raises(UserError):
+        load_experiment(path)
+
+
+def test_the_originals_spellings_are_accepted(config):
+    experiment = load_experiment(config, ["teacher.iter_choice=shffled_iterative_distillation"])
+    assert experiment.teacher.iter_choice == "shuffled_iterative_distillation"
+
+
+def test_the_public_factory_takes_the_same_keys():
+    defaults = model_and_diffusion_defaults()
+    model, diffusion = create_model_and_diffusion(**defaults | network())
+    assert (model.image_size, diffusion.num_timesteps) == (16, 20)
+    with pytest.raises(TypeError, match="num_chanels"):
+        create_model_and_diffusion(num_chanels=3)

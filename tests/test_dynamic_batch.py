@@ -1,0 +1,136 @@
+"""Invariants of the pool."""
+
+import pytest
+import torch as th
+from tiny import network, randomise
+
+from guided_diffusion.dynamic_batch import DynamicBatch, pool_size, prepare, teacher_step
+from guided_diffusion.errors import UserError
+from guided_diffusion.script_util import build_network, create_gaussian_diffusion
+from guided_diffusion.settings import Network
+
+
+@pytest.fixture(scope="module")
+def teacher():
+    th.manual_seed(0)
+    model, diffusion = build_network(Network(**network(8, attention_resolutions="4")))
+    return randomise(model).eval(), diffusion
+
+
+def noise_pool(size, diffusion):
+    return DynamicBatch.of_noise(size, 8, diffusion.num_timesteps)
+
+
+@pytest.mark.parametrize("stride", [1, 3, 50])
+def test_preparation_lands_every_entry_on_its_own_level(teacher, stride, monkeypatch):
+    model, diffusion = teacher
+    goals = th.arange(1, diffusion.num_timesteps).repeat(3)
+    monkeypatch.setattr(th, "randint", lambda *args, **kwargs: goals)
+    pool = noise_pool(len(goals), diffusion)
+    calls = list(prepare(pool, model, diffusion, rows_per_call=10, stride=stride))
+    assert th.equal(pool.levels, goals)
+    assert sum(calls) == len(goals)
+    jumps = -(-(diffusion.num_timesteps - goals) // stride)
+    assert len(calls) >= int(jumps.sum()) / 10
+    if stride == 50:  # one jump each, so every call but the last is full
+        assert calls == [10] * 5 + [7]
+    assert pool.x.isfinite().all()
+    assert pool.x[goals == 1].std() < pool.x[goals == diffusion.num_timesteps - 1].std() + 0.2
+
+
+def test_levels_are_drawn_from_1_to_T_minus_1(teacher):
+    model, diffusion = teacher
+    pool = noise_pool(400, diffusion)
+    list(prepare(pool, model, diffusion, rows_per_call=400, stride=20))
+    assert set(pool.levels.tolist()) == set(range(1, diffusion.num_timesteps))
+
+
+@pytest.mark.parametrize("schedule", ["linear", "cosine"])
+@pytest.mark.parametrize("options", [{"learn_sigma": True}, {}, {"sigma_small": True}])
+def test_a_jump_of_one_step_is_the_reverse_step(schedule, options):
+    diffusion = create_gaussian_diffusion(steps=50, noise_schedule=schedule, **options)
+    t = th.arange(1, 50)
+    x, output = th.randn(49, 3, 4, 4), th.randn(49, 6 if "learn_sigma" in options else 3, 4, 4)
+    out = diffusion.p_distribution(output, x, t)
+    mean, log_variance = diffusion.p_jump(output, x, t, t - 1)
+    th.testing.assert_close(mean, out["mean"])
+    th.testing.assert_close(log_variance, out["log_variance"])
+
+
+def test_a_longer_jump_is_the_respaced_process():
+    whole = create_gaussian_diffusion(steps=100, noise_schedule="cosine", learn_sigma=True)
+    spaced = create_gaussian_diffusion(
+        steps=100, noise_schedule="cosine", learn_sigma=True, timestep_respacing="10"
+    )
+    x, output = th.randn(9, 3, 4, 4), th.randn(9, 6, 4, 4)
+    kept, step = th.tensor(spaced.timestep_map), th.arange(1, 10)
+    out = spaced.p_distribution(output, x, step)
+    mean, log_variance = whole.p_jump(output, x, kept[step], kept[step - 1])
+    th.testing.assert_close(mean, out["mean"])
+    th.testing.assert_close(log_variance, out["log_variance"])
+
+
+def test_levels_go_down_by_one_and_restart_from_pure_noise(teacher):
+    model, diffusion = teacher
+    total = diffusion.num_timesteps
+    pool = noise_pool(6, diffusion)
+    pool.levels = th.tensor([0, 1, 2, total, 0, 5])
+    pool.x = th.full_like(pool.x, 7.0)
+    batch = pool.advance(th.arange(6), model, diffusion)
+    assert batch.t.tolist() == [total - 1, 0, 1, total - 1, total - 1, 4]
+    assert th.equal(pool.levels, batch.t)
+    for restarted in (0, 4):
+        assert batch.x_t[restarted].abs().max() < 6
+        assert abs(float(batch.x_t[restarted].std()) - 1) < 0.2
+    assert (batch.x_t[1] == 7).all()
+
+
+def test_no_noise_is_added_at_the_last_step(teacher):
+    model, diffusion = teacher
+    x = th.randn(2, 3, 8, 8)
+    step = teacher_step(model, diffusion, x, th.tensor([0, 3]))
+    assert th.equal(step.x_prev[0], step.mean[0])
+    assert not th.equal(step.x_prev[1], step.mean[1])
+
+
+def test_every_entry_is_visited_and_levels_stay_in_range(teacher):
+    model, diffusion = teacher
+    pool = noise_pool(24, diffusion)
+    seen, levels = set(), set()
+    for _ in range(60):
+        index = pool.draw(8)
+        assert len(set(index.tolist())) == 8
+        seen |= set(index.tolist())
+        levels |= set(pool.advance(index, model, diffusion).t.tolist())
+        assert pool.levels.min() >= 0 and pool.levels.max() <= diffusion.num_timesteps
+    assert seen == set(range(24))
+    assert levels == set(range(diffusion.num_timesteps))
+
+
+def test_the_three_policies_are_one_mechanism(teacher):
+    model, diffusion = teacher
+    total = diffusion.num_timesteps
+    assert pool_size("dynamic_iterative_distillation", 0.4, 1000, 128) == 51200
+    assert pool_size("shuffled_iterative_distillation", 0.4, 1000, 128) == 128
+    assert pool_size("iterative_distillation", 0.4, 1000, 128) == 128
+    pool = noise_pool(5, diffusion)
+    walked = [pool.next_batch(5, model, diffusion).t.unique().tolist() for _ in range(total + 1)]
+    assert walked == [[t] for t in reversed(range(total))] + [[total - 1]]  # lockstep, then restart
+
+
+def test_prob_only_advances_the_same_samples(teacher):
+    model, diffusion = teacher
+    th.manual_seed(0)
+    pool = noise_pool(4, diffusion)
+    steps = [int(pool.next_batch(4, model, diffusion, prob=0.3).t[0]) for _ in range(5)]
+    assert steps != list(reversed(range(diffusion.num_timesteps)))[:5]
+    pool = noise_pool(50, diffusion)
+    pool.next_batch(2, model, diffusion, prob=0.05)
+    assert int((pool.levels < diffusion.num_timesteps).sum()) == 2
+
+
+def test_a_pool_that_cannot_be_is_refused():
+    with pytest.raises(UserError, match="from 0 to 11, outside"):
+        DynamicBatch(th.zeros(2, 3, 4, 4), th.tensor([0, 11]), 10)
+    with pytest.raises(UserError, match="a pool needs"):
+        DynamicBatch(th.zeros(2, 3, 4, 4), th.tensor([0, 1, 2]), 10)

@@ -1,0 +1,236 @@
+"""Meaning of the losses: the contrastive term, the stages, microbatches, other image sizes."""
+
+import copy
+import math
+
+import pytest
+import torch as th
+from tiny import network, randomise
+
+from guided_diffusion.dynamic_batch import DistillationBatch, DynamicBatch
+from guided_diffusion.logger import RunLog
+from guided_diffusion.losses import contrastive_loss
+from guided_diffusion.objectives import DiffusionTraining, Distillation, ImageBatch
+from guided_diffusion.resample import LossSecondMomentResampler, UniformSampler
+from guided_diffusion.script_util import build_network
+from guided_diffusion.settings import Distill, Network, Run, Student
+from guided_diffusion.train_util import TrainLoop
+
+DKDM = Distill(stage1_weight=0, stage2_weight=0)
+
+
+def build(settings=None, image_size=16, **options):
+    th.manual_seed(0)
+    model, diffusion = build_network(Network(**network(image_size)))
+    objective = Distillation(randomise(model), diffusion, settings or Distill(), **options)
+    return model, diffusion, objective
+
+
+def make_batch(diffusion, size=8, image_size=16):
+    pool = DynamicBatch.of_noise(size, image_size, diffusion.num_timesteps)
+    pool.levels = th.arange(size) % diffusion.num_timesteps + 1
+
+    def teacher(x, timesteps):
+        return th.cat([0.9 * x, x.clamp(-1, 1)], dim=1)
+
+    return pool.advance(th.arange(size), teacher, diffusion)
+
+
+def gradients(objective, model, batch):
+    parameters = [*model.parameters(), *objective.parameters()]
+    for out in objective.passes(model, batch):
+        out.loss.mean().backward()
+    result = [None if p.grad is None else p.grad.clone() for p in parameters]
+    for p in parameters:
+        p.grad = None
+    return result
+
+
+class TestContrastiveLoss:
+    def test_aligned_pairs_minimise_it(self):
+        e = th.nn.functional.normalize(th.randn(6, 32), dim=-1) * 6
+        aligned = contrastive_loss(e, e)
+        assert aligned < 0.01
+        for _ in range(20):
+            assert contrastive_loss(e[th.randperm(6)], e) >= aligned
+        assert contrastive_loss(th.zeros(6, 32), e) == pytest.approx(math.log(6))
+
+    def test_temperature_and_normalisation(self):
+        z, e = th.randn(5, 16), th.randn(5, 16)
+        assert contrastive_loss(z, e, temperature=2.0) == pytest.approx(float(contrastive_loss(z / 2, e)))
+        assert contrastive_loss(3 * z, e, normalize=True) == pytest.approx(
+            float(contrastive_loss(z, 0.5 * e, normalize=True))
+        )
+
+    def test_equal_timesteps_share_the_target(self):
+        z, e = th.randn(4, 8), th.randn(4, 8)
+        distinct = th.arange(4)
+        assert contrastive_loss(z, e, share_equal=distinct) == pytest.approx(float(contrastive_loss(z, e)))
+        e = th.eye(4, 8) * 20
+        e[3] = e[2]  # the same timestep twice: the best any encoder can do is to tell it from the others
+        t = th.tensor([0, 1, 2, 2])
+        assert contrastive_loss(e, e, share_equal=t) == pytest.approx(math.log(2) / 2, abs=1e-3)
+        gradient = th.autograd.functional.jacobian(lambda z: contrastive_loss(z, e, share_equal=t), e)
+        assert gradient.abs().max() < 1e-3
+
+
+class TestStages:
+    def test_both_off_is_dkdm(self):
+        model, diffusion, tccd = build()
+        _, _, dkdm = build(DKDM)
+        batch = make_batch(diffusion)
+        assert dkdm.noise_encoder is None and not list(dkdm.parameters())
+        (only,) = dkdm.passes(model, batch)
+        first, second = tccd.passes(model, batch)
+        th.testing.assert_close(only.loss, first.terms["stage1_mse"] + first.terms["stage1_vb"])
+        th.testing.assert_close(first.loss, only.loss + first.terms["stage1_align"])
+        assert set(second.terms) == {"stage2_mse", "stage2_vb"}
+
+    def test_weights_scale_their_stage(self):
+        model, diffusion, whole = build()
+        batch = make_batch(diffusion)
+        light = Distillation(model, diffusion, Distill(stage1_weight=0.25, stage2_weight=0.5))
+        light.load_state_dict(whole.state_dict())
+        for heavy, less, weight, term in zip(
+            whole.passes(model, batch), light.passes(model, batch), [0.25, 0.5], ["align", None], strict=True
+        ):
+            if term:
+                align = heavy.terms["stage1_align"]
+                th.testing.assert_close(heavy.loss - align, less.loss - weight * align)
+            else:
+                th.testing.assert_close(weight * heavy.loss, less.loss)
+
+    def test_the_figures_stage_2_adds_the_alignment(self):
+        model, diffusion, published = build()
+        figure = Distillation(model, diffusion, Distill(stage2_align=True))
+        figure.load_state_dict(published.state_dict())
+        batch = make_batch(diffusion)
+        ours, theirs = figure.stage2(model, batch), published.stage2(model, batch)
+        th.testing.assert_close(ours.loss, theirs.loss + ours.terms["stage2_align"])
+
+    def test_the_role_vector_marks_stage_2_alone(self):
+        settings = Distill(role_vector=True)
+        model, diffusion, objective = build(settings)
+        batch = make_batch(diffusion)
+        before = [objective.stage1(model, batch).loss, objective.stage2(model, batch).loss]
+        with th.no_grad():
+            objective.role.add_(1.0)
+        after = [objective.stage1(model, batch).loss, objective.stage2(model, batch).loss]
+        assert th.equal(before[0], after[0])
+        assert not th.allclose(before[1], after[1])
+        assert not any("role" in name for name in model.state_dict())
+        gradients(objective, model, batch)
+
+    def test_the_kl_trains_only_the_variance(self):
+        model, diffusion, objective = build(DKDM)
+        batch = make_batch(diffusion)
+        output = model(batch.x_t, batch.t).detach().requires_grad_()
+        objective.distillation_terms(output, batch)["vb"].sum().backward()
+        assert output.grad[:, :3].abs().max() == 0
+        assert output.grad[:, 3:].abs().max() > 0
+
+    def test_a_perfect_student_has_no_loss(self):
+        _, diffusion, objective = build(DKDM)
+        x = th.randn(4, 3, 16, 16).clamp(-1, 1)
+        t = th.tensor([0, 5, 10, 15])
+        output = th.cat([x * diffusion.at("sqrt_one_minus_alphas_cumprod", t), th.rand_like(x)], dim=1)
+        out = diffusion.p_distribution(output, x, t, clip_denoised=False)
+        batch = DistillationBatch(x, t, output[:, :3], out["mean"], out["log_variance"])
+        terms = objective.distillation_terms(output, batch)
+        assert terms["mse"].abs().max() == 0
+        assert terms["vb"].abs().max() < 1e-6
+
+    def test_clip_last_tames_the_first_step(self):
+        model, diffusion, wild = build(DKDM)
+        _, _, tame = build(DKDM, clip_last=True)
+        batch = make_batch(diffusion, size=diffusion.num_timesteps)
+        wild_vb = wild.stage1(model, batch).terms["stage1_vb"]
+        tame_vb = tame.stage1(model, batch).terms["stage1_vb"]
+        assert wild_vb[-1] > 100 * tame_vb[-1]
+        assert th.equal(wild_vb[:-1], tame_vb[:-1])
+
+    def test_input_perturbation_reaches_the_students_input_only(self):
+        model, diffusion, plain = build(DKDM)
+        _, _, perturbed = build(DKDM, input_perturb=0.5)
+        batch = make_batch(diffusion)
+        seen = []
+        features = model.features
+        model.features = lambda x, *rest: (seen.append(x), features(x, *rest))[1]
+        plain.stage1(model, batch)
+        perturbed.stage1(model, batch)
+        assert th.equal(seen[0], batch.x_t)
+        added = (seen[1] - batch.x_t).flatten(1).std(dim=1)
+        expected = 0.5 * diffusion.at("sqrt_one_minus_alphas_cumprod", batch.t).flatten()
+        th.testing.assert_close(added, expected, rtol=0.15, atol=0)
+
+
+def loop_for(model, diffusion, objective, tmp_path, **student):
+    return TrainLoop(
+        model=model,
+        objective=objective,
+        source=None,
+        diffusion=diffusion,
+        student=Student(ema_rate="0.9", **student),
+        run=Run(),
+        log=RunLog(tmp_path, active=False),
+    )
+
+
+@pytest.mark.parametrize("microbatch", [3, 4])
+@pytest.mark.parametrize("settings", [DKDM, Distill(stage1_weight=0, role_vector=True)])
+def test_microbatches_give_the_same_gradient(settings, microbatch, tmp_path):
+    model, diffusion, objective = build(settings)
+    batch = make_batch(diffusion)
+    results = []
+    for size in (-1, microbatch):
+        m, o = copy.deepcopy(model), copy.deepcopy(objective)
+        loop_for(m, diffusion, o, tmp_path, microbatch=size).train_step(batch)
+        results.append([p.grad for p in [*m.parameters(), *o.parameters()]])
+    largest = max(float(gradient.abs().max()) for gradient in results[0])
+    for whole, pieces in zip(*results, strict=True):
+        th.testing.assert_close(whole, pieces, atol=1e-6 * largest, rtol=1e-4)
+
+
+def test_the_contrastive_term_sees_only_its_microbatch(tmp_path):
+    model, diffusion, objective = build()
+    batch = make_batch(diffusion)
+    pieces = [objective.stage1(model, piece).terms["stage1_align"].mean() for piece in batch.split(4)]
+    whole = objective.stage1(model, batch).terms["stage1_align"].mean()
+    assert sum(pieces) / 2 < whole  # fewer negatives
+
+
+@pytest.mark.parametrize("image_size", [16, 64])
+def test_tccd_trains_at_other_image_sizes(image_size, tmp_path):
+    model, diffusion, objective = build(image_size=image_size)
+    before = copy.deepcopy(model.state_dict())
+    loop = loop_for(model, diffusion, objective, tmp_path, lr=1e-3)
+    loop.train_step(make_batch(diffusion, 4, image_size))
+    assert all(p.grad.isfinite().all() for p in loop.parameters)
+    assert any(not th.equal(before[k], v) for k, v in model.state_dict().items())
+    assert objective.noise_encoder.pos_embedding.shape[1] == 17
+
+
+def test_second_moment_sampling_follows_the_losses():
+    sampler = LossSecondMomentResampler(4, history=3)
+    t = th.arange(4)
+    assert th.equal(sampler.probabilities(), UniformSampler(4).probabilities())
+    for _ in range(3):
+        sampler.update_with_losses(t, th.tensor([1.0, 1.0, 1.0, 7.0]))
+    expected = 0.999 * th.tensor([0.1, 0.1, 0.1, 0.7], dtype=th.float64) + 0.001 / 4
+    th.testing.assert_close(sampler.probabilities(), expected)
+    drawn, weights = sampler.sample(20000, "cpu")
+    values = th.tensor([1.0, 2.0, 3.0, 4.0])
+    assert float((values[drawn] * weights).mean()) == pytest.approx(2.5, rel=0.05)  # unbiased
+
+
+@pytest.mark.parametrize("sampler", [UniformSampler, LossSecondMomentResampler])
+def test_plain_training_learns(sampler, tmp_path):
+    th.manual_seed(0)
+    model, diffusion = build_network(Network(**network(8, attention_resolutions="4")))
+    loop = loop_for(model, diffusion, DiffusionTraining(diffusion, sampler(20)), tmp_path, lr=2e-3)
+    losses = []
+    for _ in range(40):
+        images = th.full((16, 3, 8, 8), 0.5)
+        loop.train_step(ImageBatch(images))
+        losses.append(loop.metrics.read()["mse"])
+    assert sum(losses[-5:]) < 0.5 * sum(losses[:5])

@@ -1,0 +1,100 @@
+"""Tiny networks and configurations that whole runs finish with in seconds."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import torch as th
+
+import yaml
+from guided_diffusion.config import load_experiment
+from guided_diffusion.script_util import build_network
+
+ROOT = Path(__file__).resolve().parent.parent
+T = 20
+
+
+def network(image_size=16, channels=32, **more):
+    keys = {
+        "image_size": image_size,
+        "num_channels": channels,
+        "num_res_blocks": 1,
+        "num_heads": 2,
+        "attention_resolutions": str(image_size // 2),
+        "channel_mult": "1,2",
+        "use_scale_shift_norm": True,
+        "resblock_updown": True,
+        "learn_sigma": True,
+        "diffusion_steps": T,
+        "noise_schedule": "cosine",
+    }
+    return keys | more
+
+
+def distillation(folder, image_size=16, **more):
+    """Write a configuration and a random teacher into a folder; return the configuration's path."""
+    shared = {key: more.pop(key) for key in ("class_cond", "num_classes") if key in more}
+    config = {
+        "teacher": {
+            "BATCH": 0.4,
+            "batch_size": 6,
+            "model_path": str(folder / "teacher.pt"),
+            "iter_choice": "dynamic_iterative_distillation",
+            "tempfile": str(folder / "pool.cache"),
+            **network(image_size, **shared),
+        },
+        "student": {
+            "lr": 1e-3,
+            "batch_size": 4,
+            "ema_rate": "0.9,0.99",
+            "log_interval": 2,
+            "save_interval": 4,
+            **network(image_size, **shared),
+        },
+        "run": {"iterations": 6, "sample_interval": -1},
+    }
+    for key, value in more.items():
+        section, _, name = key.partition("__")
+        config.setdefault(section, {})[name] = value
+    path = folder / "tiny.yaml"
+    path.write_text(yaml.safe_dump(config))
+    make_teacher(load_experiment(path).teacher, folder / "teacher.pt")
+    return path
+
+
+def make_teacher(settings, path):
+    """Save a random network that predicts something other than zero."""
+    th.manual_seed(0)
+    model, _ = build_network(settings)
+    randomise(model)
+    th.save(model.state_dict(), path)
+
+
+@th.no_grad()
+def randomise(module):
+    """Give the layers that start at zero small weights, so that every gradient flows."""
+    for parameter in module.parameters():
+        if not parameter.any():
+            parameter.normal_(std=0.05)
+    return module
+
+
+def script(name, *args, ranks=0, cwd=None, check=True, **environment):
+    """Run a script as a user does; `ranks` > 0 through mpiexec."""
+    command = [sys.executable, str(ROOT / name), *map(str, args)]
+    if ranks:
+        command = [str(Path(sys.executable).parent / "mpiexec"), "-n", str(ranks), *command]
+    env = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
+    done = subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, timeout=300)
+    assert not check or done.returncode == 0, f"{done.stdout}\n{done.stderr}"
+    return done
+
+
+def one_line_error(done):
+    """The single line a mistake is told in: no traceback, status not 0."""
+    assert done.returncode != 0
+    assert "Traceback" not in done.stderr, done.stderr
+    lines = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1, done.stderr
+    return lines[0]
