@@ -14,7 +14,8 @@ from .objectives import Distillation
 from .pool_file import read_pool
 from .script_util import build_network
 from .settings import Experiment
-from .train_util import TeacherSource, TrainLoop, compute_dtype, reseed, sample_process
+from .sources import TeacherSource
+from .train_util import TrainLoop, compute_dtype, reseed, sample_process
 from .unet import UNetModel
 
 

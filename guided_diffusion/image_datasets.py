@@ -80,7 +80,7 @@ class ArrayDataset:
                 labels.append(label.astype(np.int64))
         self.starts = np.cumsum([0, *(len(array) for array in self.arrays)])
         if not len(self):
-            raise UserError(f"{paths[0].parent}: holds no images")
+            raise UserError(f"{paths[0] if len(paths) == 1 else paths[0].parent}: holds no images")
         self.labels = np.concatenate(labels) if labels else np.zeros(len(self), np.int64)
         self.num_classes = int(self.labels.max()) + 1 if labels else 0
 
@@ -149,12 +149,14 @@ def read_image(path: Path, size: int) -> np.ndarray:
     """An image file as uint8 [size, size, 3], RGB, by `center_crop`.
 
     Raises:
-        UserError: unreadable.
+        UserError: unreadable, or of more than 8 bits per channel (Pillow would clip it, not scale it).
     """
     from PIL import Image, UnidentifiedImageError
 
     try:
         with Image.open(path) as image:
+            if image.mode.startswith(("I", "F")):
+                raise UserError(f"{path}: has more than 8 bits per channel; convert it to 8 bits first")
             return center_crop(image.convert("RGB"), size)
     except (UnidentifiedImageError, Image.DecompressionBombError, OSError, ValueError, SyntaxError) as error:
         raise UserError(f"{path}: not a readable image ({error})") from None
@@ -163,7 +165,7 @@ def read_image(path: Path, size: int) -> np.ndarray:
 def center_crop(image, size: int) -> np.ndarray:
     """Scale the shorter side of a PIL image to `size` and cut out the middle square.
 
-    Halved by box averages while more than twice too large, then bicubic; an image of the right size
+    Halved by box averages while at least twice too large, then bicubic; an image of the right size
     is left as it is.
 
     Returns:
@@ -203,10 +205,14 @@ def sample_batches(
 
     Yields:
         Images float32 [B, 3, H, W] in [-1, 1], labels int64 [B].
+
+    Raises:
+        UserError: an unreadable image.
     """
     indices = _BatchIndices(len(dataset), batch_size, seed, rank, world_size, start_step)
     if num_workers == 0:
-        yield from (_to_tensors(*dataset.batch(batch)) for batch in indices)
+        for batch in indices:
+            yield _to_tensors(*dataset.batch(batch))
     loader = th.utils.data.DataLoader(
         _Fetch(dataset),
         sampler=indices,
@@ -216,7 +222,10 @@ def sample_batches(
         # The loader seeds its workers from this; ours draw nothing, and the loop's stream stays untouched.
         generator=th.Generator(),
     )
-    yield from loader
+    for loaded in loader:
+        if isinstance(loaded, UserError):
+            raise loaded
+        yield loaded
 
 
 class _BatchIndices(th.utils.data.Sampler[np.ndarray]):
@@ -240,12 +249,15 @@ class _BatchIndices(th.utils.data.Sampler[np.ndarray]):
             position += self.world_size * self.batch_size
 
 
-class _Fetch(th.utils.data.Dataset[tuple[th.Tensor, th.Tensor]]):
+class _Fetch(th.utils.data.Dataset[tuple[th.Tensor, th.Tensor] | UserError]):
     def __init__(self, dataset: ImageDataset):
         self.dataset = dataset
 
-    def __getitem__(self, indices: np.ndarray) -> tuple[th.Tensor, th.Tensor]:
-        return _to_tensors(*self.dataset.batch(indices))
+    def __getitem__(self, indices: np.ndarray) -> tuple[th.Tensor, th.Tensor] | UserError:
+        try:
+            return _to_tensors(*self.dataset.batch(indices))
+        except UserError as error:
+            return error  # raised by `sample_batches`: the loader would wrap it in a traceback
 
 
 def _to_tensors(images: np.ndarray, labels: np.ndarray) -> tuple[th.Tensor, th.Tensor]:

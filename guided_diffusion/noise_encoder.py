@@ -123,8 +123,10 @@ class NoiseEncoder(nn.Module):
 
     def forward(self, h: th.Tensor) -> th.Tensor:
         """float32 [B, C, H, W] -> float32 [B, D]."""
-        patches = self.to_patch_embedding(h)  # (B, 16, D)
-        token = self.cls_token.expand(len(h), -1, -1)  # (B, 1, D)
-        tokens = th.cat([token, patches], dim=1)  # (B, 17, D)
-        tokens = self.transformer(tokens + self.pos_embedding)  # (B, 17, D)
-        return tokens[:, 0]  # (B, D)
+        # fmt: off
+        patches = self.to_patch_embedding(h)                     # (B, 16, D)
+        token = self.cls_token.expand(len(h), -1, -1)            # (B, 1, D)
+        tokens = th.cat([token, patches], dim=1)                 # (B, 17, D)
+        tokens = self.transformer(tokens + self.pos_embedding)   # (B, 17, D)
+        return tokens[:, 0]                                      # (B, D)
+        # fmt: on

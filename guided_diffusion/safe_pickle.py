@@ -2,7 +2,9 @@
 
 A pickle is a program. This is an interpreter for the part of its language that describes plain data
 and numpy arrays; it has no way to import or call what a file names, so there is nothing to escape
-from. The standard library's `pickletools` decodes the instructions, `pickle` is not used.
+from. `pickletools` decodes the instructions. `pickle.Unpickler` is not used: even with a harmless
+`find_class`, a file of a few bytes makes it fill 16 GiB of memory with a memo, and one of 100 KB
+crashes the process with a deeply nested tuple as a dictionary's key.
 """
 
 import math
@@ -12,7 +14,6 @@ import re
 import tarfile
 import zlib
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any, BinaryIO, cast
@@ -24,9 +25,8 @@ from .errors import UserError
 _MULTIARRAY = ("numpy.core.multiarray", "numpy._core.multiarray")  # numpy 1, numpy 2
 _NUMERIC = ("numpy.core.numeric", "numpy._core.numeric")
 _GLOBALS = {
-    ("collections", "OrderedDict"): "OrderedDict",
     ("collections", "defaultdict"): "defaultdict",
-    ("_codecs", "encode"): "encode",  # how protocols 0 to 2 write bytes,
+    ("_codecs", "encode"): "encode",  # how Python 3 writes bytes in protocols 0 to 2,
     ("__builtin__", "bytes"): "bytes",  # and no bytes at all
     ("numpy", "ndarray"): "ndarray",
     ("numpy", "dtype"): "dtype",
@@ -34,20 +34,22 @@ _GLOBALS = {
     **{(module, "scalar"): "scalar" for module in _MULTIARRAY},
     **{(module, "_frombuffer"): "frombuffer" for module in _NUMERIC},  # protocol 5
 }
-_DTYPE_CODE = re.compile(r"b1|[iu][1248]|f[248]|c8|c16")
-_KEYS = (str, bytes, int, float, type(None))  # a nested tuple as a key could exhaust the C stack
-_PLAIN = (*_KEYS, bytearray, np.ndarray, np.generic)
+_DTYPE_CODE = re.compile(r"[iu][1248]|f[248]")
+_KEYS = (str, bytes)  # their hashes cannot be made to collide, or to recurse as a nested tuple's does
+_PLAIN = (*_KEYS, bytearray, int, float, type(None), np.ndarray, np.generic)
 
 # Instructions whose decoded argument is the value itself.
 _NUMBERS = ("INT", "BININT", "BININT1", "BININT2", "LONG", "LONG1", "LONG4", "FLOAT", "BINFLOAT")
 _TEXTS = ("UNICODE", "BINUNICODE", "SHORT_BINUNICODE", "BINUNICODE8")
-_PYTHON_2_TEXTS = ("STRING", "BINSTRING", "SHORT_BINSTRING")
+_PYTHON_2_TEXTS = ("STRING", "BINSTRING", "SHORT_BINSTRING")  # as latin-1
 _BYTES = ("BINBYTES", "SHORT_BINBYTES", "BINBYTES8", "BYTEARRAY8")
 _LITERALS = frozenset((*_NUMBERS, *_TEXTS, *_PYTHON_2_TEXTS, *_BYTES))
 _CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False, "EMPTY_TUPLE": ()}
 _GETS = frozenset(("GET", "BINGET", "LONG_BINGET"))
 _PUTS = frozenset(("PUT", "BINPUT", "LONG_BINPUT"))
 _TUPLES = {"TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3}
+
+_OPCODES = {opcode.code.encode("latin-1"): opcode for opcode in pickletools.opcodes}
 
 # What decoding damaged or foreign contents can raise.
 _DAMAGE = (ValueError, EOFError, OSError, zlib.error, tarfile.TarError)
@@ -61,41 +63,33 @@ def load_arrays(source: str | os.PathLike | BinaryIO, name: str | None = None) -
         name: what to call the file in messages; a path's or stream's own name by default.
 
     Returns:
-        What was pickled, out of dict, list, tuple, str, bytes, int, float, bool, None, numpy
-        scalars and numpy arrays of numbers. OrderedDict and defaultdict come back as dict,
-        Python 2 strings as str (latin-1). Arrays are read-only views of the bytes read (no second
-        copy in memory) and keep the byte order of the file.
+        What was pickled, out of dict (keys: str or bytes), list, tuple, str, bytes, int, float, bool,
+        None, numpy scalars and numpy arrays of integers and floats. defaultdict comes back as dict,
+        Python 2 strings as str (latin-1). Arrays are read-only views of the bytes read and keep the
+        byte order of the file.
 
     Raises:
         UserError: missing or truncated file, anything but the above (a pickle that wants to call
             something is refused, naming it, and nothing is run), or an array whose shape does not
             match its bytes.
     """
-    with _opened(source) as stream:
-        name = name or str(getattr(stream, "name", "pickle"))
-        try:
-            reader = _BoundedReader(stream)
-            return _Interpreter(reader.size).run(reader)
-        except _Refused as error:
-            raise UserError(f"{name}: refused, nothing in it was run: {error}") from None
-        except _DAMAGE as error:
-            raise UserError(f"{name}: truncated, or not a pickle ({error})") from None
+    if isinstance(source, (str, os.PathLike)):
+        if not Path(source).is_file():
+            raise UserError(f"no such file: {source}")
+        with open(source, "rb") as stream:
+            return load_arrays(stream, name)
+    name = name or str(getattr(source, "name", "pickle"))
+    try:
+        reader = _BoundedReader(source)
+        return _Interpreter(reader.size).run(reader)
+    except _Refused as error:
+        raise UserError(f"{name}: refused, nothing in it was run: {error}") from None
+    except _DAMAGE as error:
+        raise UserError(f"{name}: truncated, or not a pickle ({error})") from None
 
 
 class _Refused(Exception):
     """Well-formed, but more than plain data and arrays."""
-
-
-@contextmanager
-def _opened(source: str | os.PathLike | BinaryIO) -> Iterator[BinaryIO]:
-    if not isinstance(source, (str, os.PathLike)):
-        yield source
-        return
-    path = Path(source)
-    if not path.is_file():
-        raise UserError(f"no such file: {path}")
-    with open(path, "rb") as stream:
-        yield stream
 
 
 class _BoundedReader:
@@ -121,6 +115,28 @@ class _BoundedReader:
         return data
 
 
+def _instructions(reader: _BoundedReader) -> Iterator[tuple[str, Any]]:
+    """Name and decoded argument of each instruction before STOP."""
+    while True:
+        code = reader.read(1)
+        if code not in _OPCODES:
+            raise ValueError(f"it holds {code!r}, which is no instruction")
+        opcode = _OPCODES[code]
+        if opcode.name == "STOP":
+            return
+        if opcode.name == "STRING":  # pickletools (Python < 3.14) expects ASCII behind the escapes
+            yield opcode.name, _unquoted(reader.readline())
+        else:
+            yield opcode.name, opcode.arg and opcode.arg.reader(cast(IO[bytes], reader))
+
+
+def _unquoted(line: bytes) -> str:
+    """A Python 2 string from its repr."""
+    if len(line) < 3 or line[-1:] != b"\n" or line[0] != line[-2] or line[:1] not in (b"'", b'"'):
+        raise ValueError("a string's quotes do not match")
+    return line[1:-2].decode("unicode_escape")
+
+
 @dataclass(frozen=True)
 class _Global:
     """A name the file may mention. Inert: `_Interpreter` decides what it stands for."""
@@ -144,13 +160,11 @@ class _Interpreter:
         self._stack: list[Any] = []
         self._marks: list[int] = []
         self._memo: dict[int, Any] = {}
-        self._allowance = size  # what copying calls may still produce: as much as the file holds
+        self._allowance = size  # what copying may still produce: as much as the file holds
 
     def run(self, reader: _BoundedReader) -> Any:
-        for opcode, argument, _ in pickletools.genops(cast(IO[bytes], reader)):
-            if opcode.name == "STOP":
-                break
-            self._step(opcode.name, argument)
+        for name, argument in _instructions(reader):
+            self._step(name, argument)
         result = self._pop()
         _require_plain(result)
         return result
@@ -184,13 +198,13 @@ class _Interpreter:
         elif name == "LIST":
             stack.append(self._pop_to_mark())
         elif name == "DICT":
-            stack.append(_as_dict(_pairs(self._pop_to_mark())))
+            stack.append(_as_dict(self._pop_to_mark()))
         elif name in ("APPEND", "APPENDS"):
             items = self._pop_many(1) if name == "APPEND" else self._pop_to_mark()
             self._top(list).extend(items)
         elif name in ("SETITEM", "SETITEMS"):
             items = self._pop_many(2) if name == "SETITEM" else self._pop_to_mark()
-            self._top(dict).update(_as_dict(_pairs(items)))
+            self._top(dict).update(_as_dict(items))
         elif name == "GLOBAL":
             stack.append(_named_global(*argument.split(" ", 1)))
         elif name == "STACK_GLOBAL":
@@ -206,7 +220,8 @@ class _Interpreter:
             for key in pending.memo_keys:
                 self._memo[key] = built
         else:
-            raise _Refused(f"it uses the instruction {name}, which arrays have no need of")
+            asked = f"{name} {argument!r:.60}" if argument else name
+            raise _Refused(f"it uses the instruction {asked}, which arrays have no need of")
 
     def _pop(self) -> Any:
         return self._pop_many(1)[0]
@@ -238,16 +253,13 @@ class _Interpreter:
             value.memo_keys.append(key)
         self._memo[key] = value
 
-    def _charge(self, count: int) -> None:
-        """A small file that copies one long value many times must not fill the memory."""
-        self._allowance -= count
-        if self._allowance < 0:
-            raise _Refused("it unfolds into more than the file holds")
-
     def _as_bytes(self, value: Any) -> bytes | bytearray:
         """Bytes as they are, a string as latin-1."""
         if isinstance(value, str):
-            self._charge(len(value))
+            # A small file that copies one long string many times must not fill the memory.
+            self._allowance -= len(value)
+            if self._allowance < 0:
+                raise _Refused("it unfolds into more than the file holds")
             return value.encode("latin-1")
         if not isinstance(value, (bytes, bytearray)):
             raise _Refused(f"an array's contents are a {type(value).__name__}, not bytes")
@@ -257,11 +269,8 @@ class _Interpreter:
         """What the allowed calls produce; nothing that the file names is called."""
         role = function.role if isinstance(function, _Global) else None
         match role, arguments:
-            case ("OrderedDict", ()) | ("defaultdict", () | (None,)):
+            case "defaultdict", () | (None,):
                 return {}
-            case "OrderedDict", (list(pairs),):
-                self._charge(len(pairs))
-                return _as_dict([_pair(pair) for pair in pairs])
             case "bytes", ():
                 return b""
             case "encode", (str(text), "latin1" | "latin-1"):
@@ -286,24 +295,12 @@ def _named_global(module: Any, name: Any) -> _Global:
     return _Global(_GLOBALS[module, name])
 
 
-def _pair(items: Any) -> tuple[Any, Any]:
-    match items:
-        case [key, value]:
-            return key, value
-    raise _Refused("a dictionary's entry is no pair")
-
-
-def _pairs(items: list[Any]) -> list[tuple[Any, Any]]:
-    if len(items) % 2:
-        raise ValueError("a dictionary's last key has no value")
-    return list(zip(items[::2], items[1::2], strict=True))
-
-
-def _as_dict(pairs: list[tuple[Any, Any]]) -> dict[Any, Any]:
-    for key, _ in pairs:
+def _as_dict(items: list[Any]) -> dict[Any, Any]:
+    """A dict of keys and values in turn."""
+    for key in items[::2]:
         if not isinstance(key, _KEYS):
             raise _Refused(f"a dictionary's key is a {type(key).__name__}")
-    return dict(pairs)
+    return dict(zip(items[::2], items[1::2], strict=True))
 
 
 def _checked_code(code: str) -> str:
@@ -325,7 +322,8 @@ def _array(data: bytes | bytearray, dtype: np.dtype, shape: Any, order: Any) -> 
     """A read-only view of `data`; the shape must account for every byte."""
     if not isinstance(shape, tuple) or len(shape) > 8 or any(type(n) is not int for n in shape):
         raise _Refused("an array's shape is not a few whole numbers")
-    if min(shape, default=0) < 0 or math.prod(shape) * dtype.itemsize != len(data):
+    fits = all(0 <= n < 1 << 40 for n in shape) and math.prod(shape) * dtype.itemsize == len(data)
+    if not fits:
         raise _Refused(f"an array of shape {shape!r:.60} does not fit its {len(data)} bytes")
     if not data:
         return np.empty(shape, dtype, order)

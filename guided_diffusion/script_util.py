@@ -115,7 +115,7 @@ def create_model(
         dropout: in [0, 1).
         resblock_updown: resample inside residual blocks.
         use_fp16: run convolutions and attention in float16; parameters stay float32.
-        use_new_attention_order: see `unet.AttentionBlock`.
+        use_new_attention_order: see `unet_blocks.AttentionBlock`.
         num_classes: number of classes if `class_cond`; 1000 in the published models.
 
     Raises:

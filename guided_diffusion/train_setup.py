@@ -11,7 +11,8 @@ from .objectives import DiffusionTraining
 from .resample import create_named_schedule_sampler
 from .script_util import build_network
 from .settings import Experiment
-from .train_util import ImageSource, TrainLoop, compute_dtype, reseed, sample_process
+from .sources import ImageSource
+from .train_util import TrainLoop, compute_dtype, reseed, sample_process
 
 
 def training_loop(

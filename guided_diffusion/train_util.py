@@ -3,9 +3,7 @@
 import dataclasses
 import os
 import time
-from collections.abc import Callable, Iterator
-from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch as th
@@ -20,103 +18,18 @@ from .checkpoint import (
     load_strictly,
     save_checkpoint,
 )
-from .dynamic_batch import DistillationBatch, DynamicBatch
 from .ema import Ema
 from .errors import UserError
 from .figures import save_grid
-from .gaussian_diffusion import GaussianDiffusion, Model
+from .gaussian_diffusion import GaussianDiffusion
 from .logger import RunLog, progress_bar
-from .objectives import ImageBatch, Objective, PassLoss
-from .pool_file import write_pool
+from .metrics import Metrics
+from .objectives import Objective
 from .sampling import sample_images
 from .script_util import build_process
 from .settings import Run, Student
+from .sources import Source
 from .unet import UNetModel
-
-
-class Source(Protocol):
-    """Where the batches of this rank come from."""
-
-    def next_batch(self) -> Any:
-        """The next iteration's batch, on the device."""
-        ...
-
-    def writer(self) -> Callable[[Path], None] | None:
-        """Collective: a function that writes the source's state on rank 0, or None if it has none."""
-        ...
-
-
-class TeacherSource:
-    """Batches from the dynamic batch, which the teacher advances as it makes the targets."""
-
-    def __init__(
-        self, pool: DynamicBatch, teacher: Model, diffusion: GaussianDiffusion, batch_size: int, prob: float
-    ):
-        self.pool, self.teacher, self.diffusion = pool, teacher, diffusion
-        self.batch_size, self.prob = batch_size, prob
-
-    def next_batch(self) -> DistillationBatch:
-        """One teacher step."""
-        return self.pool.next_batch(self.batch_size, self.teacher, self.diffusion, self.prob)
-
-    def writer(self) -> Callable[[Path], None]:
-        """The pools of all ranks, one after the other."""
-        pool = self.pool
-        x, levels = dist_util.all_gather(pool.x), dist_util.all_gather(pool.levels)
-        y = None if pool.y is None else dist_util.all_gather(pool.y)
-        whole = DynamicBatch(x, levels, pool.num_timesteps, y)
-        return lambda path: write_pool(path, [whole], {"T": pool.num_timesteps}, th.float32)
-
-
-class ImageSource:
-    """Batches of images from an iterator of (float32 [B, 3, H, W], int64 [B]); what is drawn at a
-    step is a function of the step, so there is no state to keep.
-    """
-
-    def __init__(self, batches: Iterator[tuple[th.Tensor, th.Tensor]], labelled: bool):
-        self.batches, self.labelled = batches, labelled
-
-    def next_batch(self) -> ImageBatch:
-        """The next images, on the device."""
-        images, labels = next(self.batches)
-        device = dist_util.dev()
-        return ImageBatch(images.to(device), labels.to(device) if self.labelled else None)
-
-    def writer(self) -> None:
-        """Nothing to write."""
-        return None
-
-
-class Metrics:
-    """Means of logged quantities since the last reading, summed on the device without waiting for it."""
-
-    def __init__(self) -> None:
-        self.sums: dict[str, th.Tensor] = {}
-
-    def add(self, name: str, values: th.Tensor) -> None:
-        """Take in values [B], or one value []."""
-        values = values.detach().float()
-        pair = th.stack([values.sum(), th.full((), values.numel(), device=values.device)])
-        self.sums[name] = self.sums[name] + pair if name in self.sums else pair
-
-    def add_pass(self, out: PassLoss, num_timesteps: int) -> None:
-        """Take in the terms of a pass, also by quartile of t: q0 are the cleanest steps."""
-        quartile = th.nn.functional.one_hot(4 * out.t // num_timesteps, 4).float()  # [B, 4]
-        for name, values in out.terms.items():
-            self.add(name, values)
-            pairs = th.stack([values.detach().float() @ quartile, quartile.sum(0)], dim=1)  # [4, 2]
-            for q in range(4):
-                key = f"{name}_q{q}"
-                self.sums[key] = self.sums[key] + pairs[q] if key in self.sums else pairs[q]
-
-    def read(self) -> dict[str, float]:
-        """The means over all ranks, and start anew. Collective; waits for the device."""
-        names = list(self.sums)
-        if not names:
-            return {}
-        totals = dist_util.all_reduce_sum(th.stack([self.sums[name] for name in names])).tolist()
-        self.sums = {}
-        return {name: total / count for name, (total, count) in zip(names, totals, strict=True) if count}
 
 
 def reseed(seed: int, rank: int, step: int) -> None:

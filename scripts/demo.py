@@ -1,0 +1,132 @@
+"""The whole method in minutes: distil the embedded digits teacher without data, sample, score, draw.
+
+Runs the same commands a user would, one after the other. What exists is reused: everything lies in one
+folder that belongs to this configuration and teacher, so a changed one starts afresh.
+"""
+
+import argparse
+import hashlib
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from guided_diffusion.config import load_experiment
+from guided_diffusion.errors import UserError
+from guided_diffusion.files import sha256_of
+from guided_diffusion.launch import run_script
+
+ROOT = Path(__file__).resolve().parent.parent
+CONFIG = ROOT / "yaml/digits_16/exp/digits-TCCD.yaml"
+
+
+def main() -> None:
+    """Prepare, distil, sample, score, draw."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--config", type=Path, default=CONFIG, help="the distillation (default: digits-TCCD)")
+    parser.add_argument("--num_samples", type=int, default=1000, help="images per model (default 1000)")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="override a configuration key")
+    args = parser.parse_intermixed_args()
+    if args.num_samples < 100:
+        raise UserError("--num_samples must be at least 100: fewer images give no meaningful score")
+    experiment = load_experiment(args.config, args.overrides)
+    if experiment.teacher is None:
+        raise UserError(f"{args.config}: the demo needs a 'teacher' section")
+    teacher = ROOT / experiment.teacher.model_path
+    text = f"{experiment} {sha256_of(teacher)}"
+    folder = ROOT / f"experiments/demo/{experiment.name}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
+    folder.mkdir(parents=True, exist_ok=True)
+    distill = experiment.distill
+    print(f"Distilling {teacher.name} into a smaller student, without any data. Everything goes to {folder}")
+    print(
+        f"Short-run settings (stage weights {distill.stage1_weight:g} and {distill.stage2_weight:g}, role "
+        f"vector {distill.role_vector}, stride {distill.stride}): the published ones need far longer runs."
+    )
+
+    seconds = {}
+    common = ["--config", args.config, *args.overrides, f"teacher.tempfile={folder / 'pool.cache'}"]
+    seconds["prepare"] = run("Preparing the dynamic batch", "scripts/dynamic_prepare.py", *common)
+    run_folder = folder / "run"
+    seconds["distil"] = run("Distilling", "scripts/image_kd.py", *common, "--exp_dir", run_folder)
+
+    from guided_diffusion.checkpoint import newest_checkpoint
+
+    checkpoint = newest_checkpoint(run_folder)
+    assert checkpoint is not None
+    student = checkpoint.path(f"ema_{experiment.student.ema_rates[0]}")
+    sample = ["--batch_size", 125, "--num_samples", args.num_samples, "--timestep_respacing", 50]
+    for name, weights in (("teacher", teacher), ("student", student)):
+        config = ROOT / "yaml/digits_16/teacher.yaml" if name == "teacher" else args.config
+        overrides = [] if name == "teacher" else args.overrides
+        seconds[f"sample {name}"] = run(
+            f"Sampling {args.num_samples} images from the {name}", "scripts/image_sample.py",
+            "--config", config, *overrides, "--model_path", weights, *sample, "--log_dir", folder / name,
+        )  # fmt: skip
+    digits = ROOT / "datasets/digits/digits.npz"
+    if not digits.is_file():
+        run("Writing the real digits, for scoring only", "datasets/digits.py", "--out", digits.parent)
+    report(folder, digits, checkpoint.step, teacher, student, args.num_samples, seconds)
+
+
+def run(title: str, script: str, *arguments: object) -> float:
+    """Run one of the project's commands; return its seconds.
+
+    Raises:
+        UserError: it failed; it has said why.
+    """
+    print(f"\n== {title}\n$ python {script} {' '.join(map(str, arguments))}", flush=True)
+    started = time.monotonic()
+    done = subprocess.run([sys.executable, ROOT / script, *map(str, arguments)])
+    if done.returncode:
+        raise UserError(f"{script} failed (status {done.returncode}); running the demo again continues")
+    return time.monotonic() - started
+
+
+def report(
+    folder: Path, digits: Path, step: int, teacher: Path, student: Path, n: int, seconds: dict[str, float]
+) -> None:
+    """Score the samples, draw the pictures, and print the table."""
+    from evaluations.digits_floor import RealFloor, real_floor
+    from evaluations.evaluator import evaluate
+    from evaluations.results import DigitsResult
+    from guided_diffusion.checkpoint import load_state_dict
+    from guided_diffusion.figures import save_comparison
+    from guided_diffusion.files import NpzFile, atomic_path
+
+    files = {name: folder / name / f"samples_{n}x16x16x3.npz" for name in ("teacher", "student")}
+    scores = {name: evaluate(digits, path, backend="digits") for name, path in files.items()}
+    floor = real_floor(digits, n)
+    weights = {"teacher": teacher, "student": student}
+    sizes = {name: sum(v.numel() for v in load_state_dict(path).values()) for name, path in weights.items()}
+
+    lines = [
+        f"{'':26}{'digits-FD':>10}{'noise-like':>12}{'class balance':>15}{'parameters':>12}{'sampling':>10}"
+    ]
+    measured: dict[str, DigitsResult | RealFloor] = {**scores, "real digits (floor)": floor}
+    for name, score in measured.items():
+        size = f"{sizes[name] / 1e6:.2f}M" if name in sizes else ""
+        spent = f"{seconds[f'sample {name}']:.0f} s" if name in sizes else ""
+        quality = f"{score.fd:10.2f}{score.noise_share:12.1%}{score.class_balance:15.3f}"
+        lines.append(f"{name:26}{quality}{size:>12}{spent:>10}")
+    lines.append(
+        f"{n} images each, 50 ancestral steps; digits-FD: lower is better; class balance: 1 is even."
+    )
+    lines.append(
+        f"Preparing took {seconds['prepare']:.0f} s, {step} iterations of distillation "
+        f"{seconds['distil']:.0f} s (a step that was already done is quick)."
+    )
+    panels = {"real digits": NpzFile(digits).load("arr_0")[:100]}
+    for name, path in files.items():
+        panels[f"{name} ({sizes[name] / 1e6:.2f}M)"] = NpzFile(path).load("arr_0")[:100]
+    save_comparison(folder / "comparison.png", panels)
+    with atomic_path(folder / "table.txt") as temporary:
+        temporary.write_text("\n".join(lines) + "\n")
+    print("\n" + "\n".join(lines))
+    print(f"\nPictures: {folder / 'comparison.png'} (real, teacher, student side by side)")
+    print(f"          {folder / 'teacher/samples.png'}, {folder / 'student/samples.png'}")
+    print(f"Losses:   {folder / 'run/curves.png'}")
+    print(f"Table:    {folder / 'table.txt'}")
+
+
+if __name__ == "__main__":
+    run_script(main)
