@@ -10,11 +10,11 @@ INTRODUCTION = """# Configuration keys
 *Written by `make docs` from `guided_diffusion/settings.py`.*
 
 An experiment has the sections `teacher`, `student`, `distill` and `run`. A baseline, or a network to
-sample from, has the student's keys at top level. In a section, `model:` and `diffusion:` name files whose
-keys are merged in, and its own keys win; `base:` names a configuration (or several) that this one is laid
-over. Any key can be overridden on the command line: `student.lr=1e-3`, or `lr=1e-3` where the keys lie at
-top level. Relative paths are looked for from the working directory, then from the configuration's folder
-and those above it.
+sample from, has the student's keys at top level. In a section, `model:`, `diffusion:` and `training:` name
+files whose keys are merged in, and its own keys win; `base:` names a configuration (or several) that this one
+is laid over. Any key can be overridden on the command line: `student.lr=1e-3`, or `lr=1e-3` where the keys lie
+at top level. Relative paths are looked for from the configuration's folder and those above it, then from the
+working directory.
 """
 
 

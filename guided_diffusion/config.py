@@ -1,29 +1,29 @@
 """YAML files and command-line overrides -> a validated `settings.Experiment`. The only user of OmegaConf.
 
 An experiment has the sections `teacher`, `student`, `distill` and `run`; a baseline, or a network to be
-sampled from, has the student's keys at top level. In a section (or at top level) `model:` and
-`diffusion:` name files to merge in, whose keys then lie flat in the section; the section's own keys
+sampled from, has the student's keys at top level. In a section (or at top level) `model:`, `diffusion:`
+and `training:` name files to merge in, whose keys then lie flat in the section; the section's own keys
 win over theirs. `base:` names one file or several that the whole configuration is laid over. Relative
-paths are looked for from the working directory, then from the file's own folder and each one above it.
+paths are looked for from the file's own folder and each one above it, then from the working directory.
 """
 
 import dataclasses
 import difflib
 import os
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-
 from yaml import YAMLError  # type: ignore[attr-defined]
 
 from .errors import UserError
 from .settings import Distill, Experiment, Run, Student, Teacher
 
 SECTIONS: dict[str, type] = {"teacher": Teacher, "student": Student, "distill": Distill, "run": Run}
-_INCLUDES = ("model", "diffusion")
+_INCLUDES = ("model", "diffusion", "training")
 _T = TypeVar("_T")
 
 
@@ -38,7 +38,7 @@ def load_experiment(path: str | os.PathLike, overrides: Sequence[str] = ()) -> E
         UserError: unreadable file, unknown key (with the nearest known one), wrong type or value.
     """
     path = Path(path)
-    tree = _read(path)
+    tree = _read(_existing(path))
     for override in overrides:
         if "=" not in override or override.startswith("-"):
             raise UserError(f"'{override}' is no override: write key=value, such as student.lr=1e-3")
@@ -85,12 +85,14 @@ def resolve_path(name: str, beside: Path) -> Path:
         return found
     if os.path.isabs(name):
         raise UserError(f"{beside}: no such file: {name}")
-    raise UserError(f"{beside}: '{name}' lies neither below {Path.cwd()} nor beside or above {beside}")
+    raise UserError(
+        f"{beside}: '{name}' is to be found neither from its folder upwards nor from {Path.cwd()}"
+    )
 
 
 def find_path(name: str, beside: Path) -> Path | None:
     """Like `resolve_path`, but None when there is no such file."""
-    for folder in (Path.cwd(), *beside.resolve().parents):
+    for folder in (*beside.resolve().parents, Path.cwd()):
         if (folder / name).is_file():  # an absolute name replaces the folder
             return folder / name
     return None
@@ -121,6 +123,17 @@ def save_experiment(experiment: Experiment, path: str | os.PathLike) -> None:
     Path(path).write_text(OmegaConf.to_yaml(OmegaConf.create(sections)))
 
 
+def _existing(path: Path) -> Path:
+    """The file itself; for a baseline on mixed data, NAME-Baseline-RATIO.yaml, that of the baseline.
+
+    The ratio is a matter of the data (`datasets/mix.py`), not of the configuration.
+    """
+    match = re.fullmatch(r"(.*-Baseline)-(0\.\d+|1(\.0)?)\.yaml", path.name)
+    if path.is_file() or not match:
+        return path
+    return path.with_name(f"{match[1]}.yaml")
+
+
 def _read(path: Path, depth: int = 0) -> DictConfig:
     if not path.is_file():
         raise UserError(f"no such configuration file: {path}")
@@ -146,7 +159,7 @@ def _read(path: Path, depth: int = 0) -> DictConfig:
 def _include(section: dict[str, Any], path: Path, depth: int = 0) -> dict[str, Any]:
     """Lay a section's keys over those of the files that its `model` and `diffusion` name."""
     if depth > 8:
-        raise UserError(f"{path}: 'model' and 'diffusion' files nest too deeply (in a circle?)")
+        raise UserError(f"{path}: '{', '.join(_INCLUDES)}' files nest too deeply (in a circle?)")
     merged: dict[str, Any] = {}
     for name in _INCLUDES:
         included = section.get(name)

@@ -1,12 +1,16 @@
 """Configurations: what is accepted, and that a mistake gets one clear line."""
 
-import pytest
-from tiny import distillation, network
+import re
 
+import pytest
 import yaml
+from tiny import ROOT, distillation, network
+
 from guided_diffusion.config import load_experiment, save_experiment
 from guided_diffusion.errors import UserError
 from guided_diffusion.script_util import create_model_and_diffusion, model_and_diffusion_defaults
+
+KINDS = ("TCCD-0.4", "Dynamic-0.4", "Baseline")
 
 
 @pytest.fixture
@@ -44,7 +48,7 @@ def test_overrides_win(config):
         ("distill.stage1_weight=0 distill.stage2_align=true", "both weights must be positive"),
         ("run.precision=fp8", "precision must be auto, fp32, bf16 or fp16"),
         ("student", "'student' is no override"),
-        ("student.model=nowhere.yaml", "'nowhere.yaml' lies neither below"),
+        ("student.model=nowhere.yaml", "'nowhere.yaml' is to be found neither"),
         ("student.model=/nowhere/x.yaml", "no such file: /nowhere/x.yaml"),
     ],
 )
@@ -121,3 +125,36 @@ def test_the_public_factory_takes_the_same_keys():
     assert (model.image_size, diffusion.num_timesteps) == (16, 20)
     with pytest.raises(TypeError, match="num_chanels"):
         create_model_and_diffusion(num_chanels=3)
+
+
+ALL = sorted(ROOT.glob("yaml/*/exp/*.yaml"))
+
+
+@pytest.mark.parametrize("path", ALL, ids=lambda path: path.stem)
+def test_every_experiment_loads_from_anywhere(path, monkeypatch):
+    monkeypatch.chdir("/")
+    experiment = load_experiment(path)
+    name = path.stem
+    assert (experiment.teacher is None) == ("Baseline" in name or name.endswith("teacher"))
+    if "Dynamic" in name:
+        assert experiment.distill.stage1_weight == experiment.distill.stage2_weight == 0
+    if experiment.teacher is not None and not name.startswith("digits"):
+        assert experiment.distill.stride == 1 and not experiment.distill.role_vector
+        ratio = re.search(r"(?:TCCD|Dynamic)-([\d.]+)", name)
+        assert (float(ratio[1]) if ratio else 0.4) == experiment.teacher.BATCH
+
+
+def test_the_seeds_names_exist():
+    wanted = [f"cifar10_32/exp/CIFAR10-{n}M-{kind}" for n in (14, 24, 32, 44, 57) for kind in KINDS]
+    wanted += [f"celeba_64/exp/CelebA64-57M-{kind}" for kind in KINDS]
+    wanted += [f"imagenet_32/exp/ImageNet32-14M-{kind}" for kind in KINDS]
+    for name in wanted:
+        load_experiment(ROOT / f"yaml/{name}.yaml")
+    for ratio in ("0.05", "0.1", "0.15", "0.2", "1"):
+        experiment = load_experiment(ROOT / f"yaml/cifar10_32/exp/CIFAR10-14M-Baseline-{ratio}.yaml")
+        assert experiment.name == f"CIFAR10-14M-Baseline-{ratio}"
+
+
+def test_no_two_files_are_identical():
+    texts = [path.read_text() for path in ROOT.glob("yaml/**/*.yaml")]
+    assert len(set(texts)) == len(texts)

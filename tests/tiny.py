@@ -6,8 +6,8 @@ import sys
 from pathlib import Path
 
 import torch as th
-
 import yaml
+
 from guided_diffusion.config import load_experiment
 from guided_diffusion.script_util import build_network
 
