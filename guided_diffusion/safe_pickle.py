@@ -164,6 +164,7 @@ class _Interpreter:
         for name, argument in _instructions(reader):
             self._step(name, argument)
         result = self._pop()
+        _require_plain(result)
         return result
 
     def _step(self, name: str, argument: Any) -> None:

@@ -1,0 +1,74 @@
+"""Image files as the evaluator takes them, checked before anything expensive starts."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from guided_diffusion.errors import UserError
+from guided_diffusion.files import NpzFile
+
+
+@dataclass(frozen=True)
+class ImageFile:
+    """An npz whose `arr_0` is uint8 [N, H, W, 3]; reads in blocks, so its size does not matter."""
+
+    npz: NpzFile
+    count: int
+    height: int
+    width: int
+
+    @property
+    def path(self) -> Path:
+        """Where it lies."""
+        return self.npz.path
+
+    def batches(self, size: int) -> Iterator[np.ndarray]:
+        """The images in order, uint8 [at most `size`, H, W, 3]."""
+        return self.npz.stream("arr_0", size)
+
+
+def open_images(npz: NpzFile, *, at_least: int, size: tuple[int, int] | None = None) -> ImageFile:
+    """Check that an archive holds enough images; its headers alone are read.
+
+    Args:
+        npz: the archive.
+        at_least: the number of images below which a score is undefined.
+        size: (height, width) that the images must have; None for any.
+
+    Raises:
+        UserError: no `arr_0`, not uint8, not [N, H, W, 3], too few images or of another size.
+    """
+    shape, dtype = npz.require("arr_0")
+    if len(shape) != 4 or shape[3] != 3:
+        hint = "; this looks like NCHW, transpose it" if len(shape) == 4 and shape[1] == 3 else ""
+        raise UserError(f"{npz.path}: arr_0 has shape {list(shape)}, images are [N, height, width, 3]{hint}")
+    if min(shape[1:3]) < 1:
+        raise UserError(f"{npz.path}: arr_0 has shape {list(shape)}, its images have no pixels")
+    if dtype != np.uint8:
+        raise UserError(f"{npz.path}: arr_0 is {dtype}{_range_hint(npz, dtype)}, images are uint8 0..255")
+    if shape[0] < at_least:
+        raise UserError(f"{npz.path}: holds {shape[0]} images, at least {at_least} are needed")
+    if size is not None and shape[1:3] != size:
+        raise UserError(f"{npz.path}: images of {shape[1]}x{shape[2]}, {size[0]}x{size[1]} are wanted here")
+    return ImageFile(npz, *shape[:3])
+
+
+def _range_hint(npz: NpzFile, dtype: np.dtype) -> str:
+    """What values an array of the wrong dtype begins with, so that the user sees what it holds."""
+    first = next(npz.stream("arr_0", 16), np.empty(0))
+    if dtype.kind not in "iuf" or first.size == 0:
+        return ""
+    if not np.isfinite(first).all():
+        return " and holds NaN or infinity"
+    return f" with values from {first.min():g} to {first.max():g}"
+
+
+def check_same_size(reference: ImageFile, samples: ImageFile) -> None:
+    """Refuse to compare images of different sizes: the scores would measure the enlargement."""
+    if (reference.height, reference.width) != (samples.height, samples.width):
+        raise UserError(
+            f"{samples.path}: images of {samples.height}x{samples.width}, but those of the reference "
+            f"{reference.path} are {reference.height}x{reference.width}"
+        )
