@@ -12,7 +12,7 @@ INTRODUCTION = """# Configuration keys
 An experiment has the sections `teacher`, `student`, `distill` and `run`. A baseline, or a network to
 sample from, has the student's keys at top level. In a section, `model:`, `diffusion:` and `training:` name
 files whose keys are merged in, and its own keys win; `base:` names a configuration (or several) that this one
-is laid over. Any key can be overridden on the command line: `student.lr=1e-3`, or `lr=1e-3` where the keys lie
+is laid over. Any key can be overridden on the command line: `student.lr=1e-3`, or `lr=1e-3` where they lie
 at top level. Relative paths are looked for from the configuration's folder and those above it, then from the
 working directory.
 """

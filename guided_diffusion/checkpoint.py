@@ -192,6 +192,13 @@ def newest_checkpoint(directory: Path) -> Checkpoint | None:
     return None
 
 
+def remove_checkpoint(checkpoint: Checkpoint) -> None:
+    """Remove a checkpoint, its manifest first, so that what is left never counts as complete."""
+    _manifest_path(checkpoint.directory, checkpoint.step).unlink()
+    for name in checkpoint.files:
+        (checkpoint.directory / name).unlink(missing_ok=True)
+
+
 def _manifest_path(directory: Path, step: int) -> Path:
     return directory / f"checkpoint{step:06d}.json"
 

@@ -1,7 +1,6 @@
 """What the scripts' command lines share. Imports no torch, so that --help and mistakes answer at once."""
 
 import argparse
-import datetime
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -80,14 +79,6 @@ def input_file(name: str, config: Path, what: str) -> Path:
 def output_path(name: str | Path, config: Path) -> Path:
     """A path of a configuration that is written: relative ones lie in the configuration's project."""
     return project_root(config) / name
-
-
-def run_directory(kind: str, experiment: Experiment, config: Path, exp_dir: Path | None) -> Path:
-    """The directory of a run: `--exp_dir`, or experiments/KIND/NAME-TIME in the project."""
-    if exp_dir is not None:
-        return exp_dir
-    now = datetime.datetime.now().strftime("%Y-%m-%d-%H-%M-%S")
-    return output_path(f"experiments/{kind}/{experiment.name}-{now}", config)
 
 
 def per_rank(batch_size: int, world_size: int, what: str) -> int:

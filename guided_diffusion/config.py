@@ -110,8 +110,8 @@ def project_root(config: Path) -> Path:
     return Path.cwd()
 
 
-def save_experiment(experiment: Experiment, path: str | os.PathLike) -> None:
-    """Write the resolved configuration; loading it gives the same experiment."""
+def experiment_text(experiment: Experiment) -> str:
+    """The resolved configuration as YAML; loading it gives the same experiment."""
     sections = {
         name: dataclasses.asdict(value)
         for name in SECTIONS
@@ -120,7 +120,7 @@ def save_experiment(experiment: Experiment, path: str | os.PathLike) -> None:
     if experiment.teacher is None:
         sections.update(sections.pop("student"))
         del sections["distill"]
-    Path(path).write_text(OmegaConf.to_yaml(OmegaConf.create(sections)))
+    return OmegaConf.to_yaml(OmegaConf.create(sections))
 
 
 def _existing(path: Path) -> Path:

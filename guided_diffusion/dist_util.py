@@ -175,6 +175,17 @@ def all_reduce_sum(tensor: th.Tensor) -> th.Tensor:
     return tensor
 
 
+def any_rank(flag: bool) -> bool:
+    """Whether the flag is set on any rank; on the CPU, so a GPU is not waited for."""
+    if not dist.is_initialized():
+        return flag
+    if _state.get("cpu_group") is None:
+        _state["cpu_group"] = dist.new_group(backend="gloo", timeout=_TIMEOUT)
+    answer = th.tensor([float(flag)])
+    dist.all_reduce(answer, group=_state["cpu_group"])
+    return bool(answer.item())
+
+
 class _GatherWithGrad(th.autograd.Function):
     @staticmethod
     def forward(ctx: Any, tensor: th.Tensor) -> th.Tensor:

@@ -1,11 +1,13 @@
 """Who started this process: mpiexec, torchrun, SLURM or nobody. Imports nothing heavy."""
 
+import errno
 import os
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 
 from .errors import UserError
+from .stopping import EXIT_STOPPED, Stopped
 
 # launcher -> (rank, world size, rank on this host), in the order in which they are looked for.
 # torchrun comes first: it may itself be started by srun, once per host.
@@ -59,6 +61,9 @@ def detect_launch() -> Launch:
 def run_script(main: Callable[[], None]) -> None:
     """Run a script's `main`; a `UserError` becomes one line on standard error and exit status 1.
 
+    So does a file that cannot be read or written. A run that was asked to stop exits with
+    `stopping.EXIT_STOPPED`.
+
     Each rank that fails says so, except that mistakes found before the ranks met (a wrong flag, a
     missing file), which all ranks find alike, are told by rank 0 alone.
     """
@@ -71,6 +76,15 @@ def run_script(main: Callable[[], None]) -> None:
         if launch.rank == 0 or met:
             who = f"[rank {launch.rank}] " if met and launch.world_size > 1 else ""
             print(f"error: {who}{error}", file=sys.stderr, flush=True)
+        sys.exit(1)
+    except Stopped as reason:
+        if detect_launch().rank == 0:
+            print(f"{reason}; run the same command again to continue", file=sys.stderr, flush=True)
+        sys.exit(EXIT_STOPPED)
+    except OSError as error:
+        if error.filename is None and error.errno != errno.ENOSPC:
+            raise
+        print(f"error: {error}", file=sys.stderr, flush=True)
         sys.exit(1)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr, flush=True)

@@ -4,7 +4,8 @@ import csv
 import datetime
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -47,21 +48,23 @@ class RunLog:
             return
         print(message, flush=True)
         now = datetime.datetime.now().isoformat(sep=" ", timespec="seconds")
-        with open(self.directory / "log.txt", "a") as file:
+        with self._tolerant(), open(self.directory / "log.txt", "a") as file:
             file.write(f"{now}  {message}\n")
 
     def row(self, step: int, values: Mapping[str, float]) -> None:
         """Record the values of one step everywhere."""
         if not self.active:
             return
-        self._append_csv({"step": step, **values})
-        if self._events is None:
-            from tensorboardX import SummaryWriter
+        with self._tolerant():
+            self._append_csv({"step": step, **values})
+        with self._tolerant():
+            if self._events is None:
+                from tensorboardX import SummaryWriter
 
-            self._events = SummaryWriter(str(self.directory))
-        for name, value in values.items():
-            self._events.add_scalar(name, value, step)
-        self._events.flush()
+                self._events = SummaryWriter(str(self.directory))
+            for name, value in values.items():
+                self._events.add_scalar(name, value, step)
+            self._events.flush()
         if self._wandb is not None:
             self._wandb.log(dict(values), step=step)
 
@@ -78,6 +81,14 @@ class RunLog:
             self._events.close()
         if self._wandb is not None:
             self._wandb.finish()
+
+    @contextmanager
+    def _tolerant(self) -> Iterator[None]:
+        """A record that cannot be written (a full disk) is told on standard error; the run goes on."""
+        try:
+            yield
+        except OSError as error:
+            print(f"WARNING: could not write the record: {error}", file=sys.stderr, flush=True)
 
     def _append_csv(self, row: dict[str, float]) -> None:
         path = self.directory / "progress.csv"

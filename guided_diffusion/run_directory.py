@@ -1,16 +1,25 @@
-"""A run's directory: made, described and closed in one place."""
+"""A run's directory: chosen, described and closed in one place."""
 
 import argparse
+import datetime
+import json
+import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 from . import cli, dist_util
 from .checkpoint import Checkpoint, newest_checkpoint, open_checkpoint
-from .config import save_experiment
+from .config import experiment_text, project_root
+from .errors import UserError
 from .figures import save_curves
+from .files import atomic_path
 from .logger import RunLog
 from .settings import Experiment
+from .stopping import Stopped
 
 
 @contextmanager
@@ -19,6 +28,9 @@ def start_run(
 ) -> Iterator[tuple[RunLog, Checkpoint | None]]:
     """Meet the other ranks, open the run's directory, and find what to continue from.
 
+    The directory is `--exp_dir`; or that of `--resume_checkpoint`; or that of an unfinished run of the
+    same configuration, so that the same command continues it; or a new experiments/KIND/NAME-TIME.
+
     Args:
         kind: "kd" or "train", the folder under experiments/.
         experiment: the configuration; its resolved form is written to config.yaml.
@@ -26,35 +38,104 @@ def start_run(
         batch_size: of one rank.
 
     Yields:
-        The record, and the checkpoint to continue from: `--resume_checkpoint`'s, else the
-        configuration's, else the newest of an `--exp_dir` that was there before.
+        The record, and the checkpoint to continue from, if any. How the block ends is written to
+        run.json: "finished", "stopped", or the error.
 
     Raises:
         UserError: no such checkpoint.
     """
     launch = dist_util.setup_dist()
-    wanted = args.resume_checkpoint or experiment.student.resume_checkpoint
-    if wanted:
-        found = [path for path in (Path(wanted), cli.output_path(wanted, args.config)) if path.exists()]
-        named = open_checkpoint(found[0] if found else wanted)
-        resume: Checkpoint | None = named
-        directory = args.exp_dir or named.directory
-    else:
-        directory = dist_util.broadcast_object(cli.run_directory(kind, experiment, args.config, args.exp_dir))
-        resume = newest_checkpoint(directory) if directory.is_dir() else None
+    directory, resume = _choose(kind, experiment, args)
     dist_util.barrier()  # all ranks have looked before rank 0 writes
     log = RunLog(directory, active=launch.rank == 0, wandb=args.wandb, name=experiment.name)
+    devices = dist_util.describe()
+    record = _record(args.config, devices)
     if launch.rank == 0:
-        save_experiment(experiment, directory / "config.yaml")
+        with atomic_path(directory / "config.yaml") as temporary:
+            temporary.write_text(experiment_text(experiment))
+        _write(directory, record | {"ended": "not yet"})
     log.info(f"{experiment.name}: writing to {directory}")
-    for line in dist_util.describe():
+    for line in devices:
         log.info(line)
     log.info(
         f"{launch.world_size} rank(s) (launcher: {launch.launcher}), batch {batch_size} per rank, "
         f"{batch_size * launch.world_size} together"
     )
-    yield log, resume
-    if launch.rank == 0 and (directory / "progress.csv").exists():
-        save_curves(directory / "curves.png", directory / "progress.csv", experiment.name)
-    log.info("finished")
-    log.close()
+    try:
+        yield log, resume
+    except BaseException as error:
+        told = isinstance(error, (Stopped, UserError))
+        log.info(f"ended: {error if told else repr(error)}")
+        if launch.rank == 0:
+            _write(directory, record | {"ended": str(error) if told else repr(error)})
+        raise
+    else:
+        log.info("finished")
+        if launch.rank == 0:
+            _write(directory, record | {"ended": "finished"})
+    finally:
+        if launch.rank == 0 and (directory / "progress.csv").exists():
+            save_curves(directory / "curves.png", directory / "progress.csv", experiment.name)
+        log.close()
+
+
+def _choose(kind: str, experiment: Experiment, args: argparse.Namespace) -> tuple[Path, Checkpoint | None]:
+    wanted = args.resume_checkpoint or experiment.student.resume_checkpoint
+    if wanted:
+        found = [path for path in (Path(wanted), cli.output_path(wanted, args.config)) if path.exists()]
+        named = open_checkpoint(found[0] if found else wanted)
+        return args.exp_dir or named.directory, named
+    if args.exp_dir is not None:
+        return args.exp_dir, newest_checkpoint(args.exp_dir) if args.exp_dir.is_dir() else None
+    parent = cli.output_path(f"experiments/{kind}", args.config)
+    now = datetime.datetime.now().strftime("%Y-%m-%d-%H-%M-%S")
+    directory = _unfinished(parent, experiment) or parent / f"{experiment.name}-{now}"
+    directory = dist_util.broadcast_object(directory)
+    return directory, newest_checkpoint(directory) if directory.is_dir() else None
+
+
+def _unfinished(parent: Path, experiment: Experiment) -> Path | None:
+    """The newest run of this very configuration that has a checkpoint and did not finish."""
+    text = experiment_text(experiment)
+    for directory in sorted(parent.glob(f"{experiment.name}-*"), reverse=True):
+        try:
+            same = (directory / "config.yaml").read_text() == text
+            ended = json.loads((directory / "run.json").read_text())["ended"]
+        except (OSError, ValueError, KeyError):
+            continue  # not a run of ours, or one that never began
+        if same and ended != "finished" and newest_checkpoint(directory) is not None:
+            return directory
+    return None
+
+
+def _record(config: Path, devices: list[str]) -> dict[str, Any]:
+    """What a run's results may depend on besides its configuration."""
+    packages = ("torch", "numpy", "omegaconf", "safetensors", "mpi4py")
+    installed = {d.metadata["Name"]: d.version for d in metadata.distributions()}
+    return {
+        "command": sys.argv,
+        "started": datetime.datetime.now().isoformat(timespec="seconds"),
+        "git_revision": _git_revision(project_root(config)),
+        "versions": {"python": sys.version.split()[0]} | {p: installed.get(p) for p in packages},
+        "ranks": devices,
+    }
+
+
+def _git_revision(folder: Path) -> str | None:
+    """The commit checked out in a folder, "+changes" if files differ from it; None outside git."""
+    git = ["git", "-C", str(folder)]
+    try:
+        head = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, timeout=10)
+        changes = subprocess.run(
+            [*git, "status", "--porcelain", "-uno"], capture_output=True, text=True, timeout=10
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    if head.returncode:
+        return None
+    return head.stdout.strip() + ("+changes" if changes.stdout.strip() else "")
+
+
+def _write(directory: Path, record: dict[str, Any]) -> None:
+    with atomic_path(directory / "run.json") as temporary:
+        temporary.write_text(json.dumps(record, indent=1))

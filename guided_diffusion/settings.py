@@ -191,18 +191,24 @@ class Run:
     warmup_steps: int = key(0, "raise lr linearly from 0 over so many iterations")
     seed: int = key(0, "seed of everything random")
     precision: str = key("auto", "auto, fp32, bf16 or fp16 (auto: fp32, or the device's best if use_fp16)")
+    grad_clip: float = key(0.0, "clip the gradient's norm to this (0: do not)")
+    max_bad_steps: int = key(50, "give up after so many skipped iterations in a row (non-finite gradients)")
+    ema_warmup: bool = key(False, "average with min(rate, (1 + step) / (10 + step))")
+    keep_last: int = key(0, "keep only so many of the newest checkpoints (0: all)")
+    keep_every: int = key(0, "keep checkpoints at multiples of this besides (0: none)")
     sample_interval: int = key(0, "iterations between grids of samples (0: with every checkpoint; -1: never)")
     num_samples: int = key(16, "samples in such a grid")
     sample_respacing: str = key("50", "timestep_respacing of such a grid")
 
     def check(self, where: str) -> None:
         """Raise `UserError` for values that cannot be right."""
-        for name in ("iterations", "warmup_steps", "seed"):
+        for name in ("iterations", "warmup_steps", "seed", "grad_clip", "keep_last", "keep_every"):
             _require(getattr(self, name) >= 0, f"{where}{name} must not be negative")
         _require(
             self.precision in ("auto", "fp32", "bf16", "fp16"),
             f"{where}precision must be auto, fp32, bf16 or fp16, not '{self.precision}'",
         )
+        _require(self.max_bad_steps > 0, f"{where}max_bad_steps must be positive, not {self.max_bad_steps}")
         _require(self.sample_interval >= -1, f"{where}sample_interval must be -1 or more")
         _require(self.num_samples > 0, f"{where}num_samples must be positive")
 

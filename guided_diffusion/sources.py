@@ -7,6 +7,7 @@ from typing import Any, Protocol
 import torch as th
 
 from . import dist_util
+from .checkpoint_writer import to_cpu
 from .dynamic_batch import DistillationBatch, DynamicBatch
 from .gaussian_diffusion import GaussianDiffusion, Model
 from .objectives import ImageBatch
@@ -14,7 +15,13 @@ from .pool_file import write_pool
 
 
 class Source(Protocol):
-    """Where the batches of this rank come from."""
+    """Where the batches of this rank come from.
+
+    Attributes:
+        has_state: whether there is something to save beside the number of the step.
+    """
+
+    has_state: bool
 
     def next_batch(self) -> Any:
         """The next iteration's batch, on the device."""
@@ -27,6 +34,8 @@ class Source(Protocol):
 
 class TeacherSource:
     """Batches from the dynamic batch, which the teacher advances as it makes the targets."""
+
+    has_state = True
 
     def __init__(
         self, pool: DynamicBatch, teacher: Model, diffusion: GaussianDiffusion, batch_size: int, prob: float
@@ -43,6 +52,7 @@ class TeacherSource:
         pool = self.pool
         x, levels = dist_util.all_gather(pool.x), dist_util.all_gather(pool.levels)
         y = None if pool.y is None else dist_util.all_gather(pool.y)
+        x, levels, y = to_cpu([x, levels, y])  # copies: training goes on while they are written
         whole = DynamicBatch(x, levels, pool.num_timesteps, y)
         return lambda path: write_pool(path, [whole], {"T": pool.num_timesteps}, th.float32)
 
@@ -51,6 +61,8 @@ class ImageSource:
     """Batches of images from an iterator of (float32 [B, 3, H, W], int64 [B]); what is drawn at a
     step is a function of the step, so there is no state to keep.
     """
+
+    has_state = False
 
     def __init__(self, batches: Iterator[tuple[th.Tensor, th.Tensor]], labelled: bool):
         self.batches, self.labelled = batches, labelled

@@ -1,6 +1,7 @@
 """The training loop: source of batches -> objective -> optimizer -> record. One loop for every objective."""
 
 import dataclasses
+import json
 import os
 import time
 from typing import Any
@@ -9,18 +10,12 @@ import numpy as np
 import torch as th
 
 from . import dist_util
-from .checkpoint import (
-    Checkpoint,
-    complete_checkpoints,
-    drop_file,
-    load_file,
-    load_network,
-    load_strictly,
-    save_checkpoint,
-)
+from .checkpoint import Checkpoint, load_file, load_network, load_strictly
+from .checkpoint_writer import CheckpointWriter
 from .ema import Ema
 from .errors import UserError
 from .figures import save_grid
+from .files import atomic_path
 from .gaussian_diffusion import GaussianDiffusion
 from .logger import RunLog, progress_bar
 from .metrics import Metrics
@@ -29,7 +24,15 @@ from .sampling import sample_images
 from .script_util import build_process
 from .settings import Run, Student
 from .sources import Source
+from .stopping import Stopped, StopSignals
 from .unet import UNetModel
+
+
+def describe(value: th.Tensor) -> str:
+    """Shape, range and number of non-finite entries of a tensor, for a person."""
+    finite = value[value.isfinite()].float()
+    text = f"{list(value.shape)}, {value.numel() - len(finite)} non-finite"
+    return f"{text}, {float(finite.min()):.4g} to {float(finite.max()):.4g}" if len(finite) else text
 
 
 def reseed(seed: int, rank: int, step: int) -> None:
@@ -93,7 +96,9 @@ class TrainLoop:
         self.head = objective
         self.parameters = [*model.parameters(), *objective.parameters()]
         self.emas = {rate: Ema(model, rate) for rate in student.ema_rates}
-        self.optimizer = th.optim.AdamW(self.parameters, lr=student.lr, weight_decay=student.weight_decay)
+        self.optimizer = th.optim.AdamW(
+            self.parameters, lr=student.lr, weight_decay=student.weight_decay, fused=True
+        )
         # The originals' rule: log2 of the scale grows by fp16_scale_growth each iteration.
         self.scaler = th.amp.GradScaler(
             dist_util.dev().type,
@@ -102,44 +107,62 @@ class TrainLoop:
             growth_interval=1,
             enabled=model.compute_dtype == th.float16,
         )
+        self.bad_steps = th.zeros((), device=dist_util.dev())  # skipped in a row
         self.metrics = Metrics()
+        self.writer = CheckpointWriter(
+            log.directory,
+            log.info,
+            keep_last=run.keep_last,
+            keep_every=run.keep_every,
+            keep_pool_every=student.cache_save_interval,
+        )
         if resume is not None:
             self._load(resume)
         dist_util.sync_params([*self.parameters, *(a for ema in self.emas.values() for a in ema.average)])
         self._set_lr()
 
     def run(self) -> None:
-        """Train until the last iteration, then save."""
+        """Train until the last iteration, or until a signal asks to stop; then save.
+
+        Raises:
+            Stopped: SIGTERM or SIGINT came, and the checkpoint is written.
+            UserError: too many iterations in a row had non-finite gradients, or the last checkpoint
+                could not be written.
+        """
         self.model.train()
         self.head.train()
         started, step_at_start = time.monotonic(), self.step
-        saved = self.step if self.step else -1
+        if not self.iterations:
+            self.log.info("no end is set (run.iterations=N sets one): Ctrl-C saves a checkpoint and stops")
         bar = progress_bar(
             self.iterations or None, "training", initial=self.step, active=dist_util.rank() == 0
         )
-        while not self.iterations or self.step < self.iterations:
-            reseed(self.run_settings.seed, dist_util.rank(), self.step)
-            self.train_step(self.source.next_batch())
-            bar.update()
-            if self.step % self.student.log_interval == 0 or self.step == self.iterations:
-                rate = (self.step - step_at_start) / (time.monotonic() - started)
-                self._log(rate)
-            if self.step % self.student.save_interval == 0:
-                self.save()
-                saved = self.step
-            if self._samples_due():
-                self.save_samples()
-        bar.close()
-        if saved != self.step:
-            self.save()
-            if self.run_settings.sample_interval == 0:
-                self.save_samples()
+        with StopSignals() as signals, bar:
+            stop = False
+            while not stop and (not self.iterations or self.step < self.iterations):
+                reseed(self.run_settings.seed, dist_util.rank(), self.step)
+                batch = self.source.next_batch()
+                self.train_step(batch)
+                bar.update()
+                if self.step % self.student.log_interval == 0 or self.step == self.iterations:
+                    self._give_up_if_hopeless(batch)
+                    self._log((self.step - step_at_start) / (time.monotonic() - started))
+                stop = dist_util.any_rank(bool(signals.received))
+                last = stop or self.step == self.iterations
+                if last or self.step % self.student.save_interval == 0:
+                    self.save()
+                if self._samples_due(last) and not stop:
+                    self.save_samples()
+            self.writer.close()
+        if stop:
+            raise Stopped(f"stopped by {signals.received or 'a signal to another rank'} at step {self.step}")
 
     def train_step(self, batch: Any) -> None:
         """One iteration: every pass's backward, one optimizer step, EMA, learning rate.
 
         Microbatches give the gradient of the whole batch, each counting by its share; only the
-        contrastive term differs, since it sees no more than its own microbatch's negatives.
+        contrastive term differs, since it sees no more than its own microbatch's negatives. Non-finite
+        gradients leave the weights as they are.
         """
         self.optimizer.zero_grad(set_to_none=True)
         size = self.student.microbatch if self.student.microbatch > 0 else len(batch)
@@ -152,30 +175,66 @@ class TrainLoop:
             assert isinstance(total, th.Tensor)
             self.metrics.add("loss", total)
         dist_util.average_gradients(self.parameters)
-        self.scaler.unscale_(self.optimizer)
-        norms = th._foreach_norm([p.grad for p in self.parameters if p.grad is not None])
-        self.metrics.add("grad_norm", th.stack(norms).norm())
-        self.scaler.step(self.optimizer)
-        self.scaler.update()
+        self._optimizer_step()
         for ema in self.emas.values():
-            ema.update()
+            ema.update(self.step if self.run_settings.ema_warmup else None)
         self.step += 1
         self._set_lr()
 
+    def _optimizer_step(self) -> None:
+        """Clip, and step unless a gradient is not finite; decided on the device, without waiting for it."""
+        self.scaler.unscale_(self.optimizer)
+        gradients = [p.grad for p in self.parameters if p.grad is not None]
+        norm = th.stack(th._foreach_norm(gradients)).norm()
+        bad = (~norm.isfinite()).float()
+        if self.run_settings.grad_clip > 0:
+            th._foreach_mul_(gradients, (self.run_settings.grad_clip / (norm + 1e-6)).clamp(max=1.0))
+        if self.scaler.is_enabled():
+            self.scaler.step(self.optimizer)
+            self.scaler.update()
+            if self.scaler.get_scale() < 1.0:  # a floor: below it the gradients themselves are at fault
+                self.scaler.update(1.0)
+        else:
+            # The fused optimizer's own way of skipping, which GradScaler uses too.
+            self.optimizer.found_inf = bad  # type: ignore[attr-defined]
+            self.optimizer.step()
+            del self.optimizer.found_inf  # type: ignore[attr-defined]
+        self.bad_steps = (self.bad_steps + 1) * bad
+        self.metrics.add("grad_norm", th.where(bad > 0, 0.0, norm))
+        self.metrics.add("skipped", bad)
+
+    def _give_up_if_hopeless(self, batch: Any) -> None:
+        """End the run when the last iterations were all skipped; checkpoints before them stay as they are."""
+        if self.bad_steps < self.run_settings.max_bad_steps:
+            return
+        name = f"bad-step{self.step:06d}.json"
+        if dist_util.rank() == 0:
+            facts = {key: describe(value) for key, value in vars(batch).items() if value is not None}
+            gradients = {n: describe(p.grad) for n, p in self.model.named_parameters() if p.grad is not None}
+            with atomic_path(self.log.directory / name) as temporary:
+                record = {"step": self.step, "batch": facts, "gradients": gradients}
+                temporary.write_text(json.dumps(record, indent=1))
+        self.writer.close()
+        raise UserError(
+            f"gradients were not finite for {int(self.bad_steps)} iterations in a row, up to step "
+            f"{self.step}; the last checkpoint is kept, and {name} describes the step"
+        )
+
     def save(self) -> None:
-        """Write a checkpoint. Collective."""
+        """Have a checkpoint written. Collective."""
         write = self.source.writer()
         if dist_util.rank() == 0:
             contents: dict[str, Any] = {"model": self.model.state_dict()}
             contents |= {f"ema_{rate}": ema.state_dict() for rate, ema in self.emas.items()}
-            contents["opt"] = {"optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict()}
+            contents["opt"] = {
+                "optimizer": self.optimizer.state_dict(),
+                "scaler": self.scaler.state_dict(),
+                "world_size": dist_util.world_size(),
+            }
             contents["head"] = self.head.state_dict()
             if write is not None:
                 contents["pool"] = write
-            save_checkpoint(self.log.directory, self.step, contents)
-            self._drop_old_pools()
-            self.log.info(f"saved step {self.step} to {self.log.directory}")
-        dist_util.barrier()
+            self.writer.submit(self.step, contents)
 
     def save_samples(self) -> None:
         """Draw a grid of samples with the last EMA's weights, on rank 0."""
@@ -192,20 +251,10 @@ class TrainLoop:
             save_grid(self.log.directory / f"samples{self.step:06d}.png", images)
         dist_util.barrier()
 
-    def _samples_due(self) -> bool:
-        interval = self.run_settings.sample_interval or self.student.save_interval
-        return interval > 0 and self.step % interval == 0
-
-    def _drop_old_pools(self) -> None:
-        """Keep the pools of the newest two checkpoints, and those that `cache_save_interval` asks for.
-
-        Pools are far larger than networks; two, so that a run whose newest checkpoint is damaged still
-        resumes exactly from the one before.
-        """
-        keep = self.student.cache_save_interval
-        for checkpoint in complete_checkpoints(self.log.directory)[:-2]:
-            if keep < 1 or checkpoint.step % keep:
-                drop_file(checkpoint, "pool")
+    def _samples_due(self, last: bool) -> bool:
+        if self.run_settings.sample_interval == 0:
+            return last or self.step % self.student.save_interval == 0
+        return self.run_settings.sample_interval > 0 and self.step % self.run_settings.sample_interval == 0
 
     def _set_lr(self) -> None:
         """The next iteration's learning rate: linear warm-up times ADM's linear annealing.
@@ -254,6 +303,8 @@ class TrainLoop:
         if checkpoint.has("opt"):
             self._load_optimizer(checkpoint.path("opt"))
         expected = ["opt", "head", *(f"ema_{rate}" for rate in self.emas)]
+        if self.source.has_state:
+            expected.append("pool")
         missing = [name for name in expected if not checkpoint.has(name)]
         self.step = checkpoint.step
         self.log.drop_rows_after(self.step)
@@ -265,6 +316,12 @@ class TrainLoop:
         try:
             if "optimizer" in state:
                 self.scaler.load_state_dict(state["scaler"])
+                before, now = state["world_size"], dist_util.world_size()
+                if before != now:
+                    self.log.info(
+                        f"the run had {before} rank(s), now {now}: what is drawn at random differs from "
+                        "here on; weights, averages, optimizer and pool continue exactly"
+                    )
                 state = state["optimizer"]
             self.optimizer.load_state_dict(state)
         except (KeyError, ValueError, TypeError, RuntimeError) as error:

@@ -1,0 +1,102 @@
+"""Saving off the training path: a step's time does not show a save, and a failed save does not end a run."""
+
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import torch as th
+from safetensors import SafetensorError
+
+from .checkpoint import complete_checkpoints, drop_file, file_name, remove_checkpoint, save_checkpoint
+from .errors import UserError
+
+
+class CheckpointWriter:
+    """Writes checkpoints one after the other in a thread of its own.
+
+    A save that fails (a full disk) is told, leaves nothing behind, and is tried again with the next
+    checkpoint; the older checkpoints are not touched before a newer one is complete.
+
+    Args:
+        directory: where to.
+        report: told what happened, one line each.
+        keep_last: how many of the newest checkpoints stay; 0 for all.
+        keep_every: checkpoints at multiples of this stay too; 0 for none.
+        keep_pool_every: pools at multiples of this stay besides the newest two; -1 for none. Two, so
+            that a run whose newest checkpoint is damaged still resumes exactly from the one before.
+    """
+
+    def __init__(
+        self,
+        directory: Path,
+        report: Callable[[str], None],
+        *,
+        keep_last: int = 0,
+        keep_every: int = 0,
+        keep_pool_every: int = -1,
+    ):
+        self.directory, self.report = directory, report
+        self.keep_last, self.keep_every, self.keep_pool_every = keep_last, keep_every, keep_pool_every
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
+        self._pending: Future[str] | None = None
+        self._failure = ""
+
+    def submit(self, step: int, contents: Mapping[str, Any]) -> None:
+        """Save a checkpoint soon; waits for the one before. `contents` are copied at once."""
+        self.wait()
+        held = {name: content if callable(content) else to_cpu(content) for name, content in contents.items()}
+        self._pending = self._thread.submit(self._save, step, held)
+
+    def wait(self) -> None:
+        """Wait for the save under way, if any."""
+        if self._pending is not None:
+            self._failure = self._pending.result()
+            self._pending = None
+
+    def close(self) -> None:
+        """Wait, and end the thread.
+
+        Raises:
+            UserError: the last checkpoint could not be saved.
+        """
+        self.wait()
+        self._thread.shutdown()
+        if self._failure:
+            raise UserError(f"the last checkpoint could not be saved: {self._failure}")
+
+    def _save(self, step: int, contents: Mapping[str, Any]) -> str:
+        try:
+            save_checkpoint(self.directory, step, contents)
+            self._prune()
+        except (OSError, RuntimeError, SafetensorError) as error:  # torch tells a full disk by RuntimeError
+            reason = str(error).strip().splitlines()[0]
+            self.report(
+                f"WARNING: could not save step {step}: {reason}; training goes on, older checkpoints stay"
+            )
+            for name in contents:
+                (self.directory / file_name(name, step)).unlink(missing_ok=True)
+            return reason
+        self.report(f"saved step {step} to {self.directory}")
+        return ""
+
+    def _prune(self) -> None:
+        checkpoints = complete_checkpoints(self.directory)
+        for checkpoint in checkpoints[:-2]:
+            if self.keep_pool_every < 1 or checkpoint.step % self.keep_pool_every:
+                drop_file(checkpoint, "pool")
+        if self.keep_last:
+            for checkpoint in checkpoints[: -self.keep_last]:
+                if not self.keep_every or checkpoint.step % self.keep_every:
+                    remove_checkpoint(checkpoint)
+
+
+def to_cpu(value: Any) -> Any:
+    """A copy on the CPU of nested containers of tensors, which later training does not change."""
+    if isinstance(value, th.Tensor):
+        return value.detach().to("cpu", copy=True)
+    if isinstance(value, Mapping):
+        return {key: to_cpu(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return type(value)(to_cpu(item) for item in value)
+    return value
