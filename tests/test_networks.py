@@ -1,0 +1,111 @@
+"""Networks beyond the golden cases: narrow widths, checkpointing, 16-bit arithmetic, misuse."""
+
+import pytest
+import torch as th
+from tiny import network, randomise
+
+from guided_diffusion.errors import UserError
+from guided_diffusion.nn import GroupNorm32, group_count, timestep_embedding
+from guided_diffusion.noise_encoder import NoiseEncoder
+from guided_diffusion.script_util import build_network, create_model
+from guided_diffusion.settings import Network
+
+
+@pytest.mark.parametrize(
+    "widths, groups", [((64, 128), 32), ((96, 192), 32), ((32,), 32), ((16, 32), 4), ((8, 16), 2), ((6,), 1)]
+)
+def test_groups(widths, groups):
+    assert group_count(*widths) == groups
+    assert all(width % groups == 0 for width in widths)
+
+
+def test_every_published_width_has_32_groups():
+    with th.device("meta"):
+        model = create_model(32, 64, 3, channel_mult="", attention_resolutions="16,8", num_head_channels=32)
+    assert {m.num_groups for m in model.modules() if isinstance(m, GroupNorm32)} == {32}
+
+
+def test_a_narrow_network_runs():
+    model, _ = build_network(Network(**network(16, channels=16)))
+    randomise(model)(th.randn(2, 3, 16, 16), th.tensor([0, 19])).sum().backward()
+    assert all(p.grad is not None for p in model.parameters())
+
+
+def test_recomputation_changes_nothing():
+    results = []
+    for use_checkpoint in (False, True):
+        th.manual_seed(0)
+        model, _ = build_network(
+            Network(**network(8, attention_resolutions="4", use_checkpoint=use_checkpoint))
+        )
+        randomise(model)
+        output = model(th.linspace(-1, 1, 384).reshape(2, 3, 8, 8), th.tensor([3, 7]))
+        output.square().sum().backward()
+        results.append([output.detach(), *(p.grad for p in model.parameters())])
+    for plain, recomputed in zip(*results, strict=True):
+        th.testing.assert_close(plain, recomputed)
+
+
+@pytest.mark.parametrize("dtype", [th.bfloat16, th.float16])
+def test_sixteen_bits_stay_close_and_parameters_stay_float32(dtype):
+    model, _ = build_network(Network(**network(16)))
+    randomise(model)
+    x, t = th.randn(2, 3, 16, 16), th.tensor([3, 7])
+    exact = model(x, t).detach()
+    model.compute_dtype = dtype
+    rough = model(x, t).detach()
+    assert rough.dtype == th.float32
+    assert {p.dtype for p in model.parameters()} == {th.float32}
+    error = float((rough - exact).norm() / exact.norm())
+    assert 0 < error < (0.03 if dtype is th.bfloat16 else 0.004)
+
+
+def test_labels_are_given_if_and_only_if_wanted():
+    plain, _ = build_network(Network(**network(16)))
+    conditional, _ = build_network(Network(**network(16, class_cond=True, num_classes=3)))
+    x, t, y = th.randn(2, 3, 16, 16), th.tensor([3, 7]), th.tensor([0, 2])
+    with pytest.raises(ValueError, match="class labels"):
+        plain(x, t, y)
+    with pytest.raises(ValueError, match="class labels"):
+        conditional(x, t)
+    randomise(conditional)
+    assert not th.equal(conditional(x, t, y), conditional(x, t, y.flip(0)))
+
+
+@pytest.mark.parametrize(
+    "keys, told",
+    [
+        ({"num_head_channels": 24}, "num_head_channels 24 does not divide"),
+        ({"num_heads": 3}, "num_heads 3 does not divide"),
+        ({"channel_mult": ""}, "image_size 16 has no default channel_mult"),
+        ({"channel_mult": "1,2,2,2,2,2"}, "cannot be halved 5 times"),
+        ({"timestep_respacing": "ddim8"}, "no integer stride"),
+        ({"timestep_respacing": "x"}, "timestep_respacing 'x'"),
+    ],
+)
+def test_sizes_that_do_not_fit_are_told(keys, told):
+    with pytest.raises(UserError) as error:
+        build_network(Network(**network(16, **keys)), "student.")
+    assert told in str(error.value)
+    assert "student" in str(error.value)
+
+
+def test_the_timestep_embedding_puts_cosines_first():
+    emb = timestep_embedding(th.tensor([0, 1]), 7)
+    assert emb.shape == (2, 7)
+    assert th.equal(emb[0], th.tensor([1.0, 1, 1, 0, 0, 0, 0]))
+    assert emb[1, 0] == pytest.approx(0.5403, abs=1e-4) and emb[1, 3] == pytest.approx(0.8415, abs=1e-4)
+
+
+@pytest.mark.parametrize("size", [16, 32, 64])
+def test_the_noise_encoder_has_16_patches_at_every_size(size):
+    encoder = NoiseEncoder(channels=8, dim=24, image_size=size)
+    flatten = encoder.to_patch_embedding[0]
+    h = th.arange(8 * size * size, dtype=th.float32).reshape(1, 8, size, size)
+    patches = flatten(h)
+    p = size // 4
+    assert patches.shape == (1, 16, p * p * 8)
+    assert th.equal(patches[0, 1, :8], h[0, :, 0, p])  # the second patch is to the right; channels innermost
+    assert encoder(h).shape == (1, 24)
+    with pytest.raises(UserError, match="divisible by 4"):
+        NoiseEncoder(8, 24, 18)
