@@ -24,6 +24,13 @@ from .settings import Distill, Experiment, Run, Student, Teacher
 
 SECTIONS: dict[str, type] = {"teacher": Teacher, "student": Student, "distill": Distill, "run": Run}
 _INCLUDES = ("model", "diffusion", "training")
+# Keys of the originals' diffusion files that are no choice in a configuration here: the value that
+# describes what is done, and where the choice lies.
+_SETTLED = {
+    "use_ddim": (False, "the teacher's chain is ancestral; image_sample.py takes --use_ddim"),
+    "clip_denoised": (True, "the teacher's x_0 is clipped; image_sample.py takes --clip_denoised"),
+    "clip_first": (False, "only clip_last is known"),
+}
 _T = TypeVar("_T")
 
 
@@ -60,6 +67,8 @@ def load_experiment(path: str | os.PathLike, overrides: Sequence[str] = ()) -> E
     for name in ("teacher", "student"):
         if name in sections:
             sections[name] = _include(sections[name], path)
+            _drop_settled(sections[name], path, "" if "teacher" not in sections else f"{name}.")
+    sections.get("teacher", {}).pop("clip_last", None)  # its x_0 is clipped at every step anyway
 
     top_level = "teacher" not in sections
     experiment = Experiment(
@@ -172,6 +181,13 @@ def _include(section: dict[str, Any], path: Path, depth: int = 0) -> dict[str, A
         elif included is not None:
             raise UserError(f"{path}: '{name}' must name a file or hold keys, not {included!r}")
     return merged | {k: v for k, v in section.items() if k not in _INCLUDES}
+
+
+def _drop_settled(section: dict[str, Any], path: Path, where: str) -> None:
+    """Accept the originals' keys of `_SETTLED` where they say what is done anyway."""
+    for name, (value, why) in _SETTLED.items():
+        if section.pop(name, value) != value:
+            raise UserError(f"{path}: {where}{name} can only be {str(value).lower()}: {why}")
 
 
 def _find_include(name: str, path: Path) -> Path:

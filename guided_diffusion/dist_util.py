@@ -6,8 +6,11 @@ the identity and torch.distributed is not started.
 
 import atexit
 import datetime
+import json
 import os
+import re
 import socket
+import struct
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -19,6 +22,7 @@ from .errors import UserError
 from .launch import Launch, detect_launch
 
 _TIMEOUT = datetime.timedelta(minutes=30)
+_SIOCGIFADDR = 0x8915  # Linux' request for an interface's address (netdevice(7))
 _state: dict[str, Any] = {"device": th.device("cpu"), "launch": Launch("none", 0, 1, 0)}
 
 
@@ -38,13 +42,14 @@ def setup_dist() -> Launch:
         return launch
     store, local_rank = _rendezvous(launch)
     _state["device"] = _choose_device(local_rank)
-    if _state["device"].type == "cpu":
+    own_gpu = th.cuda.is_available() and local_rank < th.cuda.device_count()
+    ranks = _exchange(store, launch, "rank", (socket.gethostname(), own_gpu))
+    if _state["device"].type == "cpu" and "OMP_NUM_THREADS" not in os.environ:
         # Ranks share the host's cores; without this each would start a thread on every one.
-        ranks_here = int(os.environ.get("MPI_LOCALNRANKS", launch.world_size))
-        if "OMP_NUM_THREADS" not in os.environ:
-            th.set_num_threads(max(1, (os.cpu_count() or 1) // ranks_here))
+        ranks_here = sum(host == socket.gethostname() for host, _ in ranks)
+        th.set_num_threads(max(1, (os.cpu_count() or 1) // ranks_here))
     dist.init_process_group(
-        "nccl" if _state["device"].type == "cuda" else "gloo",
+        "nccl" if all(own for _, own in ranks) else "gloo",  # nccl refuses two ranks on one GPU
         store=store,
         rank=launch.rank,
         world_size=launch.world_size,
@@ -77,12 +82,17 @@ def _rendezvous(launch: Launch) -> tuple[dist.Store, int]:
             )
         hosts = world.allgather(socket.gethostname())
         local_rank = hosts[: launch.rank].count(hosts[launch.rank])
-        address = world.bcast("127.0.0.1" if len(set(hosts)) == 1 else _own_address())
         store = None
         if launch.rank == 0:  # port 0 lets the system choose a free one, so nothing can race for it
-            store = dist.TCPStore(address, 0, launch.world_size, True, _TIMEOUT, False)
-        port = world.bcast(store.port if store else None)
-        store = store or dist.TCPStore(address, port, launch.world_size, False, _TIMEOUT)
+            store = dist.TCPStore("127.0.0.1", 0, launch.world_size, True, _TIMEOUT, False)
+        offered = ["127.0.0.1"] if len(set(hosts)) == 1 else _own_addresses()
+        offered, port = world.bcast((offered, store.port if store else 0))
+        reached = world.allgather([address for address in offered if _reaches(address, port)])
+        common = [address for address in offered if all(address in some for some in reached)]
+        if not common:
+            raise UserError(f"no address of {hosts[0]} can be reached from all hosts; it has {offered}")
+        store = store or dist.TCPStore(common[0], port, launch.world_size, False, _TIMEOUT)
+        _choose_interface(store, launch, common[0])
         return store, local_rank
 
     if launch.launcher == "slurm" and "MASTER_ADDR" not in os.environ:
@@ -95,7 +105,7 @@ def _rendezvous(launch: Launch) -> tuple[dist.Store, int]:
         raise UserError(
             f"started by {launch.launcher}, but {', '.join(missing) or 'the local rank'} is not set"
         )
-    store = dist.TCPStore(
+    server = dist.TCPStore(
         os.environ["MASTER_ADDR"],
         int(os.environ["MASTER_PORT"]),
         launch.world_size,
@@ -103,25 +113,81 @@ def _rendezvous(launch: Launch) -> tuple[dist.Store, int]:
         _TIMEOUT,
         False,
     )
-    return dist.PrefixStore("tccd", store), launch.local_rank
+    shared = dist.PrefixStore("tccd", server)
+    _choose_interface(shared, launch, os.environ["MASTER_ADDR"])
+    return shared, launch.local_rank
 
 
-def _own_address() -> str:
-    """This host's address towards others; `connect` on a datagram socket sends nothing."""
+def _choose_interface(store: dist.Store, launch: Launch, master: str) -> None:
+    """On several hosts, have gloo use the interface that leads to the others.
+
+    Left alone it takes the address that the host's own name resolves to, which may be none, or (on
+    Debian) loopback. `master` is rank 0's address, as each host knows it.
+    """
+    host, address = socket.gethostname(), _address_towards(master)
+    ranks = _exchange(store, launch, "host", (host, address))
+    elsewhere = [its for other, its in ranks if other != host]
+    if not elsewhere or "GLOO_SOCKET_IFNAME" in os.environ:
+        return
+    if address is None or address.startswith("127."):  # on rank 0's host, whose name leads to itself
+        address = next((own for its in elsewhere if its and (own := _address_towards(its))), None)
+    for name, its in _interfaces().items():
+        if its == address:
+            os.environ["GLOO_SOCKET_IFNAME"] = name
+
+
+def _exchange(store: dist.Store, launch: Launch, name: str, value: Any) -> list[Any]:
+    """Every rank's value, in rank order, through the store alone."""
+    store.set(f"{name}{launch.rank}", json.dumps(value))
+    return [json.loads(store.get(f"{name}{rank}")) for rank in range(launch.world_size)]
+
+
+def _interfaces() -> dict[str, str]:
+    """The IPv4 address of each network interface that has one; of none where they cannot be asked for."""
+    import fcntl  # not on every system, nor needed on one host
+
+    addresses = {}
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        for _, name in socket.if_nameindex():
+            try:
+                answer = fcntl.ioctl(probe, _SIOCGIFADDR, struct.pack("256s", name.encode()))
+            except OSError:
+                continue
+            addresses[name] = socket.inet_ntoa(answer[20:24])
+    return addresses
+
+
+def _address_towards(host: str) -> str | None:
+    """This host's address on the way to another; None if there is no way."""
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         try:
-            probe.connect(("192.0.2.1", 9))  # TEST-NET-1: any address outside serves
+            probe.connect((host, 9))  # on a datagram socket this sends nothing
             return probe.getsockname()[0]
         except OSError:
-            return socket.gethostbyname(socket.gethostname())
+            return None
+
+
+def _own_addresses() -> list[str]:
+    """The addresses others may know this host by, the likeliest first: the one towards the outside."""
+    outside = _address_towards("192.0.2.1")  # TEST-NET-1: any address outside serves
+    addresses = [outside, *_interfaces().values()]
+    return list(dict.fromkeys(a for a in addresses if a and not a.startswith("127.")))
+
+
+def _reaches(address: str, port: int) -> bool:
+    """Whether something answers there."""
+    try:
+        socket.create_connection((address, port), timeout=5).close()
+        return True
+    except OSError:
+        return False
 
 
 def _first_slurm_host(nodelist: str) -> str:
-    """First host of a SLURM list such as "gpu[03-05,09],cpu1"."""
-    head, bracket, tail = nodelist.partition("[")
-    if not bracket or "," in head:
-        return nodelist.partition(",")[0]
-    return head + tail.partition("]")[0].partition(",")[0].partition("-")[0]
+    """First host of a SLURM list such as "gpu[03-05,09]-ib,cpu1"."""
+    entry = re.match(r"(\[[^\]]*\]|[^,\[])*", nodelist)
+    assert entry is not None
+    return re.sub(r"\[([^\],-]*)[^\]]*\]", r"\1", entry[0])
 
 
 def _leave() -> None:

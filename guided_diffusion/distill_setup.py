@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from . import dist_util
-from .checkpoint import Checkpoint, load_network
+from .checkpoint import Checkpoint, load_network, load_strictly
 from .dynamic_batch import DynamicBatch, pool_size
 from .errors import UserError
 from .files import sha256_of
@@ -12,10 +12,11 @@ from .gaussian_diffusion import GaussianDiffusion
 from .logger import RunLog
 from .objectives import Distillation
 from .pool_file import read_pool
+from .precision import compute_dtype
 from .script_util import build_network
 from .settings import Experiment
 from .sources import TeacherSource
-from .train_util import TrainLoop, compute_dtype, reseed, sample_process
+from .train_util import TrainLoop, reseed, sample_process
 from .unet import UNetModel
 
 
@@ -26,7 +27,8 @@ def load_teacher(experiment: Experiment, weights: Path) -> tuple[UNetModel, Gaus
     teacher, diffusion = build_network(settings, "teacher.")
     load_network(teacher, weights)
     teacher.to(dist_util.dev()).eval().requires_grad_(False)
-    teacher.compute_dtype = compute_dtype(experiment.run.precision, settings.use_fp16, dist_util.dev())
+    dtype = compute_dtype(experiment.run.precision, settings.use_fp16, dist_util.dev())
+    teacher.use_dtype(dtype, frozen=True)
     return teacher, diffusion
 
 
@@ -122,10 +124,12 @@ def distillation_loop(
         input_perturb=settings.input_perturb,
     )
     if initial is not None:
-        load_network(model, initial)
+        head = load_network(model, initial)
+        if head and objective.noise_encoder is not None:
+            load_strictly(objective.noise_encoder, head, initial)
     model.to(device)
     objective.to(device)
-    model.compute_dtype = compute_dtype(experiment.run.precision, student.use_fp16, device)
+    model.use_dtype(compute_dtype(experiment.run.precision, student.use_fp16, device))
 
     total = teacher_diffusion.num_timesteps
     if resume is not None and resume.has("pool"):

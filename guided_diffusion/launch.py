@@ -49,6 +49,8 @@ def detect_launch() -> Launch:
             continue
         if launcher == "slurm" and "SLURM_STEP_ID" not in os.environ:
             continue  # inside an allocation (sbatch, salloc) but not started by srun
+        if names[0] == "PMI_RANK" and names[2] not in os.environ and "SLURM_STEP_ID" in os.environ:
+            continue  # srun speaks MPI's protocol too (--mpi=pmi2); mpiexec also sets the local rank
         try:
             rank, world_size = int(os.environ[names[0]]), int(os.environ[names[1]])
             local = os.environ.get(names[2])

@@ -14,6 +14,11 @@ class GroupNorm32(nn.GroupNorm):
 
     def forward(self, x: th.Tensor) -> th.Tensor:
         """Normalise [B, C, ...]."""
+        if x.device.type == "cpu" and x.dtype == th.bfloat16 and not th.is_grad_enabled():
+            # The CPU's kernel reads bfloat16, computes in float32 and writes bfloat16, sparing the
+            # copies; its backward pass is slower than they are.
+            with th.autocast("cpu", enabled=False):
+                return super().forward(x)
         return super().forward(x.float()).type(x.dtype)
 
 

@@ -53,7 +53,8 @@ def read_pool(
         path: our file, or a pickle of the original's.
         num_timesteps: T of the process.
         image_size: H = W.
-        expected: what the pool must belong to; compared with what the file says where it says it.
+        expected: what the pool must belong to; compared with what the file says where it says it. An
+            original's file says nothing, and may hold more than `expected["size"]` samples.
         rank, world_size: which share.
 
     Returns:
@@ -71,20 +72,23 @@ def read_pool(
     for key, value in (expected or {}).items():
         if key in belongs_to and belongs_to[key] != value:
             raise UserError(f"{path}: was made for {key} {belongs_to[key]!r}, this run has {value!r}")
-    x, levels = arrays["total_x_t_1"], arrays["total_t"]
+    x, levels, y = arrays["total_x_t_1"], arrays["total_t"], arrays.get("total_y")
     if x.ndim != 4 or x.shape[1:] != (3, image_size, image_size) or not x.is_floating_point():
         wanted = f"float [N, 3, {image_size}, {image_size}]"
         raise UserError(f"{path}: holds samples {list(x.shape)} of {x.dtype}, this run needs {wanted}")
-    if levels.dtype != th.int64 or len(levels) != len(x):
-        raise UserError(f"{path}: 'total_t' must be int64 [{len(x)}], not {list(levels.shape)}")
+    for name, numbers in (("total_t", levels), ("total_y", y)):
+        if numbers is not None and (numbers.dtype != th.int64 or numbers.shape != x.shape[:1]):
+            found = f"{numbers.dtype} {list(numbers.shape)}"
+            raise UserError(f"{path}: '{name}' must be int64 [{len(x)}], not {found}")
     size = (expected or {}).get("size")
+    if is_pickle and size is not None:  # the originals read as many as they need of a larger pool
+        x, levels = x[:size], levels[:size]
     if size is not None and len(x) != size:
         raise UserError(f"{path}: holds {len(x)} samples; rho, T and batch size of this run make {size}")
     if len(x) % world_size:
         raise UserError(f"{path}: {len(x)} samples cannot be divided evenly among {world_size} ranks")
     share = len(x) // world_size
     mine = slice(rank * share, (rank + 1) * share)
-    y = arrays.get("total_y")
     try:
         return DynamicBatch(
             x[mine].float(), levels[mine].clone(), num_timesteps, None if y is None else y[mine].clone()

@@ -151,7 +151,7 @@ def create_model(
         use_new_attention_order=use_new_attention_order,
     )
     if use_fp16:
-        model.compute_dtype = th.float16
+        model.use_dtype(th.float16)
     return model
 
 
@@ -218,8 +218,8 @@ def build_network(network: Network, where: str = "") -> tuple[UNetModel, SpacedD
         )
     except ValueError as error:
         raise UserError(f"{where.rstrip('.') or 'configuration'}: {error}") from None
-    # Which 16-bit format, if any, is the run's choice: see train_util.compute_dtype.
-    model.compute_dtype = th.float32
+    # Which 16-bit format, if any, is the run's choice: see precision.compute_dtype.
+    model.use_dtype(th.float32)
     return model, build_process(network, f"{where}timestep_respacing")
 
 

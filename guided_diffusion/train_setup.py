@@ -8,11 +8,12 @@ from .errors import UserError
 from .image_datasets import open_dataset, sample_batches
 from .logger import RunLog
 from .objectives import DiffusionTraining
+from .precision import compute_dtype
 from .resample import create_named_schedule_sampler
 from .script_util import build_network
 from .settings import Experiment
 from .sources import ImageSource
-from .train_util import TrainLoop, compute_dtype, reseed, sample_process
+from .train_util import TrainLoop, reseed, sample_process
 
 
 def training_loop(
@@ -50,7 +51,7 @@ def training_loop(
     if initial is not None:
         load_network(model, initial)
     model.to(device)
-    model.compute_dtype = compute_dtype(run.precision, student.use_fp16, device)
+    model.use_dtype(compute_dtype(run.precision, student.use_fp16, device))
     sampler = create_named_schedule_sampler(student.schedule_sampler, diffusion.num_timesteps)
     objective = DiffusionTraining(diffusion, sampler).to(device)
     batches = sample_batches(

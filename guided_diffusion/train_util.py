@@ -43,19 +43,6 @@ def reseed(seed: int, rank: int, step: int) -> None:
     th.manual_seed(int(state[0]) << 32 | int(state[1]))
 
 
-def compute_dtype(precision: str, use_fp16: bool, device: th.device) -> th.dtype:
-    """The dtype of `run.precision` on a device.
-
-    "auto" is float32, except with the configurations' old `use_fp16: true` on a GPU, which then takes
-    bfloat16 where the GPU has it and float16 where not.
-    """
-    if precision != "auto":
-        return {"fp32": th.float32, "bf16": th.bfloat16, "fp16": th.float16}[precision]
-    if not use_fp16 or device.type != "cuda":
-        return th.float32
-    return th.bfloat16 if th.cuda.is_bf16_supported() else th.float16
-
-
 class TrainLoop:
     """Trains a network and whatever its objective holds.
 

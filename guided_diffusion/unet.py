@@ -203,6 +203,24 @@ class UNetModel(nn.Module):
         return self.predict(h)                                   # (B, 3 or 6, H, W)
         # fmt: on
 
+    def use_dtype(self, dtype: th.dtype, *, frozen: bool = False) -> None:
+        """Choose the arithmetic: float32, or convolutions and attention in bfloat16 or float16.
+
+        Args:
+            dtype: of the arithmetic. In 16 bits the weights are laid out channels last.
+            frozen: the network is only evaluated, so the blocks' weights are cast once and for all; else
+                parameters stay float32 and are cast as they are used.
+        """
+        self.compute_dtype = dtype
+        if dtype == th.float32:
+            return
+        self.to(memory_format=th.channels_last)  # type: ignore[call-overload]
+        if frozen:
+            for part in (self.input_blocks, self.middle_block, self.output_blocks, self.out):
+                for module in part.modules():
+                    if isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Linear)):
+                        module.to(dtype)
+
     def _autocast(self, x: th.Tensor) -> th.autocast:
         enabled = self.compute_dtype != th.float32
         return th.autocast(x.device.type, dtype=self.compute_dtype if enabled else None, enabled=enabled)

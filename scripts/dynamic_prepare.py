@@ -14,6 +14,8 @@ def main() -> None:
     teacher_settings, student = experiment.teacher, experiment.student
     if teacher_settings is None:
         raise UserError(f"{args.config}: preparing needs a 'teacher' section")
+    if teacher_settings.iter_choice == "iterative_distillation":
+        raise UserError(f"{args.config}: iterative_distillation starts from noise: nothing to prepare")
     if not teacher_settings.tempfile:
         raise UserError(f"{args.config}: teacher.tempfile is not set: where should the pool be written?")
     weights = cli.input_file(teacher_settings.model_path, args.config, "teacher.model_path")
@@ -35,8 +37,6 @@ def main() -> None:
     size = pool_size(teacher_settings.iter_choice, teacher_settings.BATCH, total, batch)
     identity = pool_identity(experiment, weights, size * world)
     path = cli.output_path(teacher_settings.tempfile, args.config)
-    if teacher_settings.iter_choice == "iterative_distillation":
-        raise UserError("iterative_distillation starts from noise: there is nothing to prepare")
     if path.is_file() and not args.overwrite:
         read_pool(path, total, teacher_settings.image_size, expected=identity)
         if rank == 0:

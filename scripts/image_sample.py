@@ -33,15 +33,16 @@ def main() -> None:
 
     from guided_diffusion import dist_util
     from guided_diffusion.checkpoint import load_network
+    from guided_diffusion.precision import compute_dtype
     from guided_diffusion.sample_files import SampleSet
     from guided_diffusion.script_util import build_network
-    from guided_diffusion.train_util import compute_dtype
 
     dist_util.setup_dist()
     model, diffusion = build_network(network)
     load_network(model, weights)
     model.to(dist_util.dev()).eval()
-    model.compute_dtype = compute_dtype(experiment.run.precision, network.use_fp16, dist_util.dev())
+    dtype = compute_dtype(experiment.run.precision, network.use_fp16, dist_util.dev())
+    model.use_dtype(dtype, frozen=True)
     samples = SampleSet(
         directory,
         args.num_samples,

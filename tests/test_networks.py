@@ -52,7 +52,7 @@ def test_sixteen_bits_stay_close_and_parameters_stay_float32(dtype):
     randomise(model)
     x, t = th.randn(2, 3, 16, 16), th.tensor([3, 7])
     exact = model(x, t).detach()
-    model.compute_dtype = dtype
+    model.use_dtype(dtype)
     rough = model(x, t).detach()
     assert rough.dtype == th.float32
     assert {p.dtype for p in model.parameters()} == {th.float32}
