@@ -1,0 +1,102 @@
+"""The loop's own parts: what is logged, the learning rate, averages, arithmetic, what is kept."""
+
+import pytest
+import torch as th
+from test_objectives import build, loop_for, make_batch
+from tiny import distillation, one_line_error, script
+
+from guided_diffusion.checkpoint import complete_checkpoints
+from guided_diffusion.ema import Ema
+from guided_diffusion.metrics import Metrics
+from guided_diffusion.objectives import PassLoss
+from guided_diffusion.precision import compute_dtype
+from guided_diffusion.train_util import reseed
+
+
+def test_quartiles_are_those_of_the_batchs_own_timesteps():
+    metrics = Metrics()
+    t = th.tensor([0, 24, 25, 99, 75])
+    values = th.tensor([1.0, 3.0, 5.0, 7.0, 9.0])
+    metrics.add_pass(PassLoss(values, {"mse": values}, t), num_timesteps=100)
+    assert metrics.read() == {"mse": 5.0, "mse_q0": 2.0, "mse_q1": 5.0, "mse_q3": 8.0}
+    assert metrics.read() == {}  # a reading starts anew; an empty quartile is left out
+
+
+def test_learning_rate(tmp_path):
+    model, diffusion, objective = build()
+    loop = loop_for(model, diffusion, objective, tmp_path, lr=1.0, lr_anneal_steps=10)
+    rates = []
+    for loop.step in range(12):
+        loop._set_lr()
+        rates.append(loop.optimizer.param_groups[0]["lr"])
+    assert rates == pytest.approx([1.0, 1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1, 0.0])
+    loop.student.lr_anneal_steps, loop.run_settings.warmup_steps = 0, 4
+    rates = []
+    for loop.step in range(6):
+        loop._set_lr()
+        rates.append(loop.optimizer.param_groups[0]["lr"])
+    assert rates == pytest.approx([0.25, 0.5, 0.75, 1.0, 1.0, 1.0])
+
+
+def test_averages():
+    module = th.nn.Linear(1, 1, bias=False)
+    th.nn.init.zeros_(module.weight)
+    ema = Ema(module, 0.9)
+    th.nn.init.ones_(module.weight)
+    for _ in range(3):
+        ema.update()
+    assert float(ema.state_dict()["weight"]) == pytest.approx(1 - 0.9**3)
+    ema.swap()
+    assert module.weight.item() == pytest.approx(1 - 0.9**3)
+    ema.swap()
+    assert module.weight.item() == 1
+    fresh = Ema(th.nn.Linear(1, 1, bias=False), 0.9)
+    th.nn.init.zeros_(fresh.average[0])
+    th.nn.init.ones_(fresh.module.weight)
+    fresh.update(warmup_step=0)  # rate 1/10 instead of 0.9
+    assert float(fresh.state_dict()["weight"]) == pytest.approx(0.9)
+
+
+def test_arithmetic():
+    cpu, gpu = th.device("cpu"), th.device("cuda")
+    assert compute_dtype("auto", False, gpu) == th.float32
+    assert compute_dtype("fp16", False, cpu) == th.float16
+    assert compute_dtype("fp32", True, gpu) == th.float32
+    assert compute_dtype("auto", True, cpu) in (th.bfloat16, th.float32)
+
+
+def test_a_step_is_a_function_of_seed_rank_and_number():
+    draws = []
+    for key in [(0, 0, 5), (0, 0, 5), (0, 0, 6), (0, 1, 5), (1, 0, 5)]:
+        reseed(*key)
+        draws.append(th.randn(3))
+    assert th.equal(draws[0], draws[1])
+    assert all(not th.equal(draws[0], other) for other in draws[2:])
+
+
+def test_gradient_clipping(tmp_path):
+    model, diffusion, objective = build()
+    batch = make_batch(diffusion)
+    loop = loop_for(model, diffusion, objective, tmp_path)
+    loop.run_settings.grad_clip = 0.01
+    loop.train_step(batch)
+    assert float(th.stack([p.grad.norm() for p in loop.parameters]).norm()) == pytest.approx(0.01, rel=1e-3)
+
+
+def test_initial_weights_and_kept_pools(tmp_path):
+    config = distillation(tmp_path, student__save_interval=1, student__lr=1e-12, student__weight_decay=0.0)
+    script("scripts/dynamic_prepare.py", "--config", config)
+    flags = ["--config", config, f"student.model_path={tmp_path / 'teacher.pt'}", "run.iterations=6"]
+    run = tmp_path / "run"
+    script("scripts/image_kd.py", *flags, "--exp_dir", run, "student.cache_save_interval=2")
+    start = th.load(tmp_path / "teacher.pt", weights_only=True)
+    end = th.load(run / "model000006.pt", weights_only=True)
+    for name in start:  # lr is next to nothing: the student is still the weights it was given
+        th.testing.assert_close(start[name], end[name], atol=1e-6, rtol=1e-5)
+    kept = {c.step for c in complete_checkpoints(run) if c.has("pool")}
+    assert kept == {2, 4, 5, 6}  # every second, and the newest two
+    assert len(complete_checkpoints(run)) == 6
+    flags[2] = f"student.model_path={tmp_path / 'absent.pt'}"
+    assert "student.model_path: no such file" in one_line_error(
+        script("scripts/image_kd.py", *flags, check=False)
+    )
