@@ -39,8 +39,9 @@ def save_comparison(path: str | os.PathLike, panels: dict[str, np.ndarray], colu
         figure.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True
     ):
         rows = len(images) // columns
-        n, height, width, _ = images[: rows * columns].shape
-        tiles = images[:n].reshape(rows, columns, height, width, 3)
+        images = np.pad(images[: rows * columns], ((0, 0), (1, 1), (1, 1), (0, 0)), constant_values=96)
+        height, width = images.shape[1:3]
+        tiles = images.reshape(rows, columns, height, width, 3)
         axes.imshow(tiles.transpose(0, 2, 1, 3, 4).reshape(rows * height, columns * width, 3))
         axes.set_title(title, fontsize=11)
         axes.axis("off")
