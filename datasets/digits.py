@@ -18,9 +18,7 @@ from guided_diffusion.launch import run_script
 def main() -> None:
     """Parse, convert, write."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument(
-        "--out", type=Path, default=Path("datasets/digits"), help="folder for digits.npz"
-    )
+    parser.add_argument("--out", type=Path, default=Path("datasets/digits"), help="folder for digits.npz")
     args = parser.parse_args()
     images, labels = load_digit_images()
     path = args.out / "digits.npz"

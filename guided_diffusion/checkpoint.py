@@ -9,7 +9,6 @@ and checksum: a set without it, or that differs from it, is no checkpoint.
 import json
 import logging
 import os
-import pickle
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -21,38 +20,21 @@ from torch import nn
 
 from .errors import UserError
 from .files import atomic_path, sha256_of
+from .torch_file import read_torch_file
 
 HEAD_PREFIX = "out_embed."  # of the noise encoder inside the original TCCD's checkpoints
-_MANIFEST = re.compile(r"checkpoint(\d{6,})\.json")
+_MANIFEST = re.compile(r"checkpoint(\d{6,})\.json", re.ASCII)
+_MANIFEST_BYTES = 1 << 20
 logger = logging.getLogger(__name__)
-
-
-def load_file(path: str | os.PathLike) -> Any:
-    """Read a `.pt` file onto the CPU without executing anything it contains.
-
-    Raises:
-        UserError: missing, damaged, or holding more than tensors and plain containers.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise UserError(f"no such checkpoint: {path}")
-    try:
-        return th.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else "unreadable pickle"
-        raise UserError(f"{path}: refused, it is damaged or holds more than tensors ({reason})") from None
-    except (RuntimeError, EOFError, ValueError, OSError, KeyError, AttributeError, TypeError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UserError(f"{path}: not a readable checkpoint ({reason})") from None
 
 
 def load_state_dict(path: str | os.PathLike) -> dict[str, th.Tensor]:
     """Read a state dict: a mapping of names to tensors.
 
     Raises:
-        UserError: as `load_file`, or if it is no state dict.
+        UserError: as `read_torch_file`, or if it is no state dict.
     """
-    state = load_file(path)
+    state = read_torch_file(path)
     if not isinstance(state, Mapping) or not all(
         isinstance(k, str) and isinstance(v, th.Tensor) for k, v in state.items()
     ):
@@ -171,7 +153,7 @@ def complete_checkpoints(directory: Path) -> list[Checkpoint]:
             files = _read_manifest(directory, int(match[1]))
             sizes = {name: (directory / name).stat().st_size for name in files}
             wrong = [name for name in files if sizes[name] != files[name]["bytes"]]
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (OSError, ValueError) as error:
             logger.warning("ignoring %s: %s", path, error)
             continue
         if wrong:
@@ -184,12 +166,21 @@ def complete_checkpoints(directory: Path) -> list[Checkpoint]:
 def newest_checkpoint(directory: Path) -> Checkpoint | None:
     """The newest complete checkpoint whose files still have their checksums; None if there is none."""
     for checkpoint in reversed(complete_checkpoints(directory)):
-        files = _read_manifest(directory, checkpoint.step)
-        damaged = [name for name, file in files.items() if sha256_of(directory / name) != file["sha256"]]
-        if not damaged:
+        if not (damage := _damage(checkpoint)):
             return checkpoint
-        logger.warning("ignoring the checkpoint at step %d: %s is damaged", checkpoint.step, damaged[0])
+        logger.warning("ignoring the checkpoint at step %d: %s", checkpoint.step, damage)
     return None
+
+
+def _damage(checkpoint: Checkpoint) -> str:
+    """What is wrong with a file of a complete checkpoint; "" if nothing is."""
+    try:
+        for name, file in _read_manifest(checkpoint.directory, checkpoint.step).items():
+            if sha256_of(checkpoint.directory / name) != file["sha256"]:
+                return f"{name} is damaged"
+    except (OSError, ValueError) as error:
+        return str(error)
+    return ""
 
 
 def remove_checkpoint(checkpoint: Checkpoint) -> None:
@@ -204,8 +195,26 @@ def _manifest_path(directory: Path, step: int) -> Path:
 
 
 def _read_manifest(directory: Path, step: int) -> dict[str, dict[str, Any]]:
-    """Each file's "bytes" and "sha256"."""
-    return json.loads(_manifest_path(directory, step).read_text())["files"]
+    """Each file's "bytes" and "sha256".
+
+    Raises:
+        ValueError: it is no manifest of this step's. Its names are not to be believed either: files
+            that it names are removed in time.
+    """
+    path = _manifest_path(directory, step)
+    if path.stat().st_size > _MANIFEST_BYTES:
+        raise ValueError("too large for a manifest")
+    try:
+        files = json.loads(path.read_text())["files"]
+        own = re.compile(rf"(model|ema_[^/]*_|opt|head|teacher-state-){step:06d}\.(pt|cache)")
+        valid = all(
+            own.fullmatch(name) and file.keys() == {"bytes", "sha256"} for name, file in files.items()
+        )
+    except (KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise ValueError(f"not a manifest ({error})") from None
+    if not valid or file_name("model", step) not in files:
+        raise ValueError("not a manifest of this step's files")
+    return files
 
 
 def _write_manifest(directory: Path, step: int, files: dict[str, dict[str, Any]]) -> None:
@@ -233,7 +242,14 @@ def open_checkpoint(path: str | os.PathLike) -> Checkpoint:
     if not (match := re.fullmatch(r"model(\d+)\.pt", path.name)):
         raise UserError(f"{path}: to resume, name a run directory or a file called modelNNNNNN.pt")
     number = match[1]
+    step = int(number)
+    if _manifest_path(path.parent, step).exists():
+        named = next((c for c in complete_checkpoints(path.parent) if c.step == step), None)
+        damage = _damage(named) if named else "it is not complete"
+        if named is None or damage:
+            raise UserError(f"{path}: differs from {_manifest_path(path.parent, step).name}: {damage}")
+        return named
     beside = [
         p.name for p in path.parent.iterdir() if p.stem.endswith(number) and p.suffix in (".pt", ".cache")
     ]
-    return Checkpoint(path.parent, int(number), tuple(beside))
+    return Checkpoint(path.parent, step, tuple(beside))

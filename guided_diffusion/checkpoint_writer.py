@@ -1,5 +1,7 @@
 """Saving off the training path: a step's time does not show a save, and a failed save does not end a run."""
 
+import contextlib
+import shutil
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -68,16 +70,21 @@ class CheckpointWriter:
     def _save(self, step: int, contents: Mapping[str, Any]) -> str:
         try:
             save_checkpoint(self.directory, step, contents)
-            self._prune()
         except (OSError, RuntimeError, SafetensorError) as error:  # torch tells a full disk by RuntimeError
-            reason = str(error).strip().splitlines()[0]
+            reason = f"{_first_line(error)}; {_free_space(self.directory)}"
             self.report(
-                f"WARNING: could not save step {step}: {reason}; training goes on, older checkpoints stay"
+                f"WARNING: could not save step {step}: {reason}; training goes on, older checkpoints stay, "
+                "and the next save tries again"
             )
-            for name in contents:
-                (self.directory / file_name(name, step)).unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                for name in contents:
+                    (self.directory / file_name(name, step)).unlink(missing_ok=True)
             return reason
         self.report(f"saved step {step} to {self.directory}")
+        try:
+            self._prune()
+        except OSError as error:  # what is superfluous stays; nothing is lost
+            self.report(f"WARNING: could not remove older checkpoints: {_first_line(error)}")
         return ""
 
     def _prune(self) -> None:
@@ -89,6 +96,18 @@ class CheckpointWriter:
             for checkpoint in checkpoints[: -self.keep_last]:
                 if not self.keep_every or checkpoint.step % self.keep_every:
                     remove_checkpoint(checkpoint)
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def _free_space(directory: Path) -> str:
+    """Torch's words for a full disk do not say so."""
+    try:
+        return f"{shutil.disk_usage(directory).free / 1e6:.0f} MB are free"
+    except OSError as error:
+        return _first_line(error)
 
 
 def to_cpu(value: Any) -> Any:

@@ -17,7 +17,15 @@ from typing import Any, TypeVar
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from yaml import YAMLError  # type: ignore[attr-defined]
+from yaml import (  # type: ignore[attr-defined]
+    AliasEvent,
+    CollectionEndEvent,
+    CollectionStartEvent,
+    SafeLoader,
+    ScalarEvent,
+    YAMLError,
+)
+from yaml import parse as parse_yaml  # type: ignore[attr-defined]
 
 from .errors import UserError
 from .settings import Distill, Experiment, Run, Student, Teacher
@@ -32,6 +40,9 @@ _SETTLED = {
     "clip_first": (False, "only clip_last is known"),
 }
 _T = TypeVar("_T")
+_MOST_BYTES, _MOST_NODES, _DEEPEST = 1 << 20, 10_000, 20
+# What reading damaged or foreign YAML raises: impossible dates, keys that are lists, ...
+_DAMAGE = (OmegaConfBaseException, YAMLError, OSError, ValueError, TypeError, LookupError, AttributeError)
 
 
 def load_experiment(path: str | os.PathLike, overrides: Sequence[str] = ()) -> Experiment:
@@ -149,8 +160,9 @@ def _read(path: Path, depth: int = 0) -> DictConfig:
     if depth > 8:
         raise UserError(f"{path}: 'base' files nest too deeply (in a circle?)")
     try:
+        _require_modest(path)
         tree = OmegaConf.load(path)
-    except (OmegaConfBaseException, YAMLError, UnicodeDecodeError, OSError) as error:
+    except _DAMAGE as error:
         raise UserError(f"{path}: not readable as YAML: {_first_line(error)}") from None
     if not isinstance(tree, DictConfig):
         raise UserError(f"{path}: must hold keys and values")
@@ -163,6 +175,38 @@ def _read(path: Path, depth: int = 0) -> DictConfig:
     merged = OmegaConf.merge(*layers, tree)
     assert isinstance(merged, DictConfig)
     return merged
+
+
+def _require_modest(path: Path) -> None:
+    """Refuse a file whose aliases unfold into far more than it holds, or contain themselves.
+
+    Raises:
+        ValueError: it is one; or YAMLError.
+    """
+    if path.stat().st_size > _MOST_BYTES:
+        raise ValueError("too large for a configuration")
+    sizes: dict[str, int] = {}  # of what each anchor names, once it is complete
+    open_nodes: list[tuple[str | None, int]] = [(None, 0)]  # anchor, and size so far
+    for event in parse_yaml(path.read_text(encoding="utf-8"), SafeLoader):
+        anchor, size = getattr(event, "anchor", None), 1
+        if isinstance(event, CollectionStartEvent):
+            open_nodes.append((anchor, 1))
+            if len(open_nodes) > _DEEPEST:
+                raise ValueError("nested too deeply")
+            continue
+        if isinstance(event, CollectionEndEvent):
+            anchor, size = open_nodes.pop()
+        elif isinstance(event, AliasEvent):
+            if anchor not in sizes:
+                raise ValueError(f"the alias {anchor!r} names nothing before it")
+            size, anchor = sizes[str(anchor)], None
+        elif not isinstance(event, ScalarEvent):
+            continue
+        if anchor is not None:
+            sizes[anchor] = size
+        open_nodes[-1] = (open_nodes[-1][0], open_nodes[-1][1] + size)
+        if open_nodes[-1][1] > _MOST_NODES:
+            raise ValueError("its aliases unfold into too much")
 
 
 def _include(section: dict[str, Any], path: Path, depth: int = 0) -> dict[str, Any]:

@@ -11,9 +11,11 @@ import os
 import re
 import socket
 import struct
+import sys
+import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NoReturn
 
 import torch as th
 import torch.distributed as dist
@@ -22,6 +24,7 @@ from .errors import UserError
 from .launch import Launch, detect_launch
 
 _TIMEOUT = datetime.timedelta(minutes=30)
+_PATIENCE = 10.0  # seconds for other ranks to find the mistake that this one found
 _SIOCGIFADDR = 0x8915  # Linux' request for an interface's address (netdevice(7))
 _state: dict[str, Any] = {"device": th.device("cpu"), "launch": Launch("none", 0, 1, 0)}
 
@@ -41,6 +44,7 @@ def setup_dist() -> Launch:
         _state["device"] = _choose_device(0)
         return launch
     store, local_rank = _rendezvous(launch)
+    _state["store"] = store
     _state["device"] = _choose_device(local_rank)
     own_gpu = th.cuda.is_available() and local_rank < th.cuda.device_count()
     ranks = _exchange(store, launch, "rank", (socket.gethostname(), own_gpu))
@@ -193,6 +197,36 @@ def _first_slurm_host(nodelist: str) -> str:
 def _leave() -> None:
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+def met() -> bool:
+    """Whether there are other ranks that may be waiting for this one."""
+    return world_size() > 1
+
+
+def leave_together(status: int) -> None:
+    """Wait a while for all ranks to get here; if some do not, they wait for this one: end them all."""
+    store = _state.get("store")
+    if store is None:
+        abort(status)
+    try:
+        store.add("left", 1)
+        deadline = time.monotonic() + _PATIENCE
+        while store.add("left", 0) < world_size():
+            if time.monotonic() > deadline:
+                abort(status)
+            time.sleep(0.1)
+    except RuntimeError:
+        pass  # rank 0, which keeps the store, has seen all ranks get here and left
+
+
+def abort(status: int) -> NoReturn:
+    """End this process and with it all ranks, without waiting for any."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if "mpi4py.MPI" in sys.modules:
+        sys.modules["mpi4py.MPI"].COMM_WORLD.Abort(status)
+    os._exit(status)  # torchrun, and srun --kill-on-bad-exit, then end the others
 
 
 def dev() -> th.device:

@@ -1,7 +1,12 @@
 """Files that are never half-written, and archives that are checked before they are believed."""
 
 import hashlib
+import lzma
+import math
 import os
+import re
+import struct
+import tokenize
 import zipfile
 import zlib
 from collections.abc import Iterator
@@ -14,7 +19,14 @@ from numpy.lib import format as npy_format
 from .errors import UserError
 
 # What the zip and npy readers raise on damaged or foreign contents.
-_DAMAGE = (ValueError, zipfile.BadZipFile, zlib.error, EOFError, OSError, NotImplementedError)
+_DAMAGE = (
+    *(ValueError, TypeError, LookupError, ArithmeticError, EOFError, OSError),
+    *(RuntimeError, SyntaxError, MemoryError),  # encrypted, too deeply nested; a header beyond parsing
+    *(zipfile.BadZipFile, zlib.error, lzma.LZMAError, struct.error, tokenize.TokenError),
+)
+# An entry that unfolds into more than this must not be this many times larger than it is in the file.
+_BOMB_BYTES, _BOMB_RATIO = 64 << 20, 200
+_CHUNK = 1 << 20
 
 
 @contextmanager
@@ -40,6 +52,17 @@ def atomic_path(path: str | os.PathLike) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
+def remove_leftovers(directory: Path, name: str = "") -> None:
+    """Remove what killed processes left of their `atomic_path`s in a directory, of one file or of all.
+
+    Only where no other process is writing.
+    """
+    pattern = re.compile(rf"\.{re.escape(name) or '.+'}\.\d+\.tmp")
+    for path in directory.glob(".*.tmp"):
+        if pattern.fullmatch(path.name):
+            path.unlink(missing_ok=True)
+
+
 def sha256_of(path: str | os.PathLike) -> str:
     """SHA-256 of a file's contents, as 64 hexadecimal digits, read in chunks."""
     digest = hashlib.sha256()
@@ -56,8 +79,8 @@ class NpzFile:
         path: the archive.
 
     Raises:
-        UserError: missing, truncated or not a zip archive, or an entry that is no plain array
-            (object arrays, which could run code when unpickled, are refused).
+        UserError: missing, truncated or not a zip archive, an entry that is no plain array (object
+            arrays, which could run code when unpickled, are refused), or one that unfolds absurdly.
     """
 
     def __init__(self, path: str | os.PathLike):
@@ -68,14 +91,22 @@ class NpzFile:
         try:
             with zipfile.ZipFile(self.path) as archive:
                 for member in archive.infolist():
+                    if not member.filename.endswith(".npy"):
+                        raise ValueError(f"entry {member.filename[:60]!r} is no array")
+                    if member.header_offset + member.compress_size > self.path.stat().st_size:
+                        raise ValueError(f"entry {member.filename} is larger than the file")
+                    if member.file_size > max(_BOMB_BYTES, _BOMB_RATIO * member.compress_size):
+                        raise ValueError(f"entry {member.filename} unfolds into {member.file_size} bytes")
                     with archive.open(member) as stream:
                         shape, dtype = _read_header(stream)
-                    expected = int(np.prod(shape, dtype=object)) * dtype.itemsize
-                    if dtype.hasobject or not 0 <= member.file_size - expected <= 1 << 16:
-                        raise ValueError(f"entry {member.filename} is no plain array of {shape}")
+                        header = stream.tell()
+                    if dtype.hasobject or not dtype.itemsize or any(n < 0 for n in shape):
+                        raise ValueError(f"entry {member.filename} is no plain array")
+                    if header + math.prod(shape) * dtype.itemsize != member.file_size:
+                        raise ValueError(f"entry {member.filename} is no array of {shape}")
                     self.headers[member.filename.removesuffix(".npy")] = (shape, dtype)
         except _DAMAGE as error:
-            raise UserError(f"{self.path}: not a readable npz archive ({error})") from None
+            raise UserError(f"{self.path}: not a readable npz archive ({_one_line(error)})") from None
 
     def require(self, name: str) -> tuple[tuple[int, ...], np.dtype]:
         """Shape and dtype of an array that must be there."""
@@ -86,12 +117,16 @@ class NpzFile:
 
     def load(self, name: str) -> np.ndarray:
         """The whole array."""
-        self.require(name)
+        shape, dtype = self.require(name)
         try:
-            with np.load(self.path, allow_pickle=False) as archive:
-                return archive[name]
+            with zipfile.ZipFile(self.path) as archive, archive.open(f"{name}.npy") as stream:
+                _read_header(stream)
+                data = bytearray()
+                while chunk := stream.read(_CHUNK):  # at the end zipfile compares the checksum
+                    data += chunk
+                return np.frombuffer(data, dtype, math.prod(shape)).reshape(shape)
         except _DAMAGE as error:
-            raise UserError(f"{self.path}: damaged archive ({error})") from None
+            raise UserError(f"{self.path}: damaged archive ({_one_line(error)})") from None
 
     def stream(self, name: str, rows: int) -> Iterator[np.ndarray]:
         """Yield the array in blocks of at most `rows` rows, decompressing as it goes."""
@@ -109,8 +144,13 @@ class NpzFile:
                     if len(data) != count * row_bytes:
                         raise EOFError(f"array '{name}' ends after {start} of {shape[0]} rows")
                     yield np.frombuffer(data, dtype).reshape(count, *row_shape).copy()
+                stream.read(1)  # at the end zipfile compares the checksum
         except _DAMAGE as error:
-            raise UserError(f"{self.path}: damaged archive ({error})") from None
+            raise UserError(f"{self.path}: damaged archive ({_one_line(error)})") from None
+
+
+def _one_line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def _read_header(stream) -> tuple[tuple[int, ...], np.dtype]:

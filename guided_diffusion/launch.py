@@ -3,8 +3,10 @@
 import errno
 import os
 import sys
+import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 from .errors import UserError
 from .stopping import EXIT_STOPPED, Stopped
@@ -67,17 +69,23 @@ def run_script(main: Callable[[], None]) -> None:
     `stopping.EXIT_STOPPED`.
 
     Each rank that fails says so, except that mistakes found before the ranks met (a wrong flag, a
-    missing file), which all ranks find alike, are told by rank 0 alone.
+    missing file), which all ranks find alike, are told by rank 0 alone. A rank that fails alone takes
+    the others with it.
     """
+    dist_util: Any = None  # once `main` has imported it, and with it torch
     try:
-        main()
+        try:
+            main()
+        finally:
+            dist_util = sys.modules.get(f"{__package__}.dist_util")
     except UserError as error:
+        met = dist_util is not None and dist_util.met()
         launch = detect_launch()
-        distributed = sys.modules.get("torch.distributed")
-        met = distributed is not None and distributed.is_initialized()
         if launch.rank == 0 or met:
-            who = f"[rank {launch.rank}] " if met and launch.world_size > 1 else ""
+            who = f"[rank {launch.rank}] " if met else ""
             print(f"error: {who}{error}", file=sys.stderr, flush=True)
+        if met:
+            dist_util.leave_together(1)
         sys.exit(1)
     except Stopped as reason:
         if detect_launch().rank == 0:
@@ -85,9 +93,26 @@ def run_script(main: Callable[[], None]) -> None:
         sys.exit(EXIT_STOPPED)
     except OSError as error:
         if error.filename is None and error.errno != errno.ENOSPC:
+            _fail(dist_util)
             raise
-        print(f"error: {error}", file=sys.stderr, flush=True)
+        who = f"[rank {detect_launch().rank}] " if dist_util is not None and dist_util.met() else ""
+        print(f"error: {who}{error}", file=sys.stderr, flush=True)
+        if dist_util is not None and dist_util.met():
+            dist_util.leave_together(1)
         sys.exit(1)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr, flush=True)
-        sys.exit(130)
+        sys.stdout.flush()
+        os._exit(130)  # at once: a checkpoint being written is not waited for
+    except Exception:
+        _fail(dist_util)
+        raise
+
+
+def _fail(dist_util: Any) -> None:
+    """Show the present exception's traceback and end all ranks, if there are others."""
+    if dist_util is None or not dist_util.met():
+        return
+    lines = traceback.format_exc().splitlines()
+    print(*(f"[rank {detect_launch().rank}] {line}" for line in lines), sep="\n", file=sys.stderr)
+    dist_util.abort(1)

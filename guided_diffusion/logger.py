@@ -4,8 +4,9 @@ import csv
 import datetime
 import os
 import sys
+import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -48,23 +49,21 @@ class RunLog:
             return
         print(message, flush=True)
         now = datetime.datetime.now().isoformat(sep=" ", timespec="seconds")
-        with self._tolerant(), open(self.directory / "log.txt", "a") as file:
+        with self.tolerant(), open(self.directory / "log.txt", "a") as file:
             file.write(f"{now}  {message}\n")
 
     def row(self, step: int, values: Mapping[str, float]) -> None:
         """Record the values of one step everywhere."""
         if not self.active:
             return
-        with self._tolerant():
+        with self.tolerant():
             self._append_csv({"step": step, **values})
-        with self._tolerant():
-            if self._events is None:
-                from tensorboardX import SummaryWriter
-
-                self._events = SummaryWriter(str(self.directory))
-            for name, value in values.items():
-                self._events.add_scalar(name, value, step)
-            self._events.flush()
+        with self.tolerant():
+            try:
+                self._write_events(step, values)
+            except OSError:
+                self._events = None  # its file may end in half a record: the next row begins another
+                raise
         if self._wandb is not None:
             self._wandb.log(dict(values), step=step)
 
@@ -73,17 +72,35 @@ class RunLog:
         path = self.directory / "progress.csv"
         if not self.active or not path.exists():
             return
-        self._rewrite([row for row in _raw_rows(path) if float(row["step"]) <= step])
+        with self.tolerant():
+            self._rewrite([row for row in _raw_rows(path) if float(row["step"]) <= step])
 
     def close(self) -> None:
         """Flush and close what is open."""
-        if self._events is not None:
-            self._events.close()
+        with self.tolerant():
+            if self._events is not None:
+                self._events.close()
         if self._wandb is not None:
             self._wandb.finish()
 
+    def _write_events(self, step: int, values: Mapping[str, float]) -> None:
+        # Not its SummaryWriter, whose thread dies of a full disk and whose queue then blocks for ever.
+        from tensorboardX.event_file_writer import EventsWriter
+        from tensorboardX.proto.event_pb2 import Event, SessionLog
+        from tensorboardX.summary import scalar
+
+        if self._events is None:
+            self._events = EventsWriter(str(self.directory / "events"), f".{os.getpid()}.{step}")
+            # Readers then forget what an interrupted run wrote from this step on.
+            start = SessionLog(status=SessionLog.START)
+            self._events.write_event(Event(wall_time=time.time(), step=step, session_log=start))
+        for name, value in values.items():
+            event = Event(wall_time=time.time(), step=step, summary=scalar(name, value))
+            self._events.write_event(event)
+        self._events.flush()
+
     @contextmanager
-    def _tolerant(self) -> Iterator[None]:
+    def tolerant(self) -> Iterator[None]:
         """A record that cannot be written (a full disk) is told on standard error; the run goes on."""
         try:
             yield
@@ -93,10 +110,14 @@ class RunLog:
     def _append_csv(self, row: dict[str, float]) -> None:
         path = self.directory / "progress.csv"
         header: list[str] = []
+        whole = True  # whether the last line is: a kill or a full disk may have cut it
         if path.exists():
-            with open(path, newline="") as file:
+            with open(path, newline="", errors="replace") as file:
                 header = next(csv.reader(file), [])
-        if header and set(row) <= set(header):
+            with open(path, "rb") as last, suppress(OSError):  # of an empty file
+                last.seek(-1, os.SEEK_END)
+                whole = last.read() == b"\n"
+        if header and whole and set(row) <= set(header):
             with open(path, "a", newline="") as file:
                 csv.DictWriter(file, header).writerow(row)
         else:  # a new column: write the file anew
@@ -119,8 +140,18 @@ def read_progress(path: str | os.PathLike) -> list[dict[str, float]]:
 
 
 def _raw_rows(path: str | os.PathLike) -> list[dict[str, str]]:
-    with open(path, newline="") as file:
-        return list(csv.DictReader(file))
+    """The whole rows: one that a kill cut short, or that holds something else than numbers, is left out."""
+    with open(path, newline="", errors="replace") as file:
+        text = file.read()
+    lines = text[: text.rfind("\n") + 1].replace("\0", "").splitlines()
+    return [row for row in csv.DictReader(lines) if _is_whole(row)]
+
+
+def _is_whole(row: dict[str, Any]) -> bool:
+    try:
+        return bool(row["step"]) and all(not value or float(value) is not None for value in row.values())
+    except (KeyError, TypeError, ValueError):
+        return False
 
 
 def progress_bar(total: int | None, description: str, *, initial: int = 0, active: bool = True) -> Any:

@@ -1,5 +1,7 @@
 """Means of what a run logs, gathered without waiting for the device."""
 
+from collections.abc import Mapping
+
 import torch as th
 
 from . import dist_util
@@ -30,9 +32,20 @@ class Metrics:
 
     def read(self) -> dict[str, float]:
         """The means over all ranks, and start anew. Collective; waits for the device."""
+        totals = self.totals()
+        self.sums = {}
+        pairs = {name: pair.tolist() for name, pair in totals.items()}
+        return {name: total / count for name, (total, count) in pairs.items() if count}
+
+    def totals(self) -> dict[str, th.Tensor]:
+        """Each quantity's sum and count over all ranks, [2], on the device. Collective."""
         names = list(self.sums)
         if not names:
             return {}
-        totals = dist_util.all_reduce_sum(th.stack([self.sums[name] for name in names])).tolist()
-        self.sums = {}
-        return {name: total / count for name, (total, count) in zip(names, totals, strict=True) if count}
+        totals = dist_util.all_reduce_sum(th.stack([self.sums[name] for name in names]))
+        return dict(zip(names, totals, strict=True))
+
+    def load_totals(self, totals: Mapping[str, th.Tensor]) -> None:
+        """Continue from `totals`, which rank 0 takes up for all."""
+        share = float(dist_util.rank() == 0)
+        self.sums = {name: pair.to(dist_util.dev()) * share for name, pair in totals.items()}

@@ -4,6 +4,7 @@
 class labels. The header records what the pool belongs to, so that a wrong one is refused.
 """
 
+import hashlib
 import json
 import os
 from collections.abc import Mapping
@@ -21,6 +22,7 @@ from .files import atomic_path
 from .safe_pickle import load_arrays
 
 _SUFFIX_OF_PART = ".part"
+_ARRAYS = ("total_x_t_1", "total_t", "total_y")
 
 
 def write_pool(
@@ -34,8 +36,9 @@ def write_pool(
     labels = [pool.y for pool in pools if pool.y is not None]
     if labels:
         arrays["total_y"] = th.cat([y.cpu() for y in labels])
+    header = {"pool": json.dumps(dict(belongs_to)), "sha256": _sha256(arrays)}
     with atomic_path(path) as temporary:
-        save_file(arrays, temporary, metadata={"pool": json.dumps(dict(belongs_to))})
+        save_file(arrays, temporary, metadata=header)
 
 
 def read_pool(
@@ -88,10 +91,14 @@ def read_pool(
     if len(x) % world_size:
         raise UserError(f"{path}: {len(x)} samples cannot be divided evenly among {world_size} ranks")
     share = len(x) // world_size
+    # Copies: the arrays are the mapped file, and who truncates or unmounts that must not end a run.
     mine = slice(rank * share, (rank + 1) * share)
     try:
         return DynamicBatch(
-            x[mine].float(), levels[mine].clone(), num_timesteps, None if y is None else y[mine].clone()
+            x[mine].to(th.float32, copy=True),
+            levels[mine].clone(),
+            num_timesteps,
+            None if y is None else y[mine].clone(),
         )
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
@@ -123,10 +130,25 @@ def _read_safetensors(path: Path) -> tuple[dict[str, th.Tensor], dict[str, Any]]
             missing = {"total_t", "total_x_t_1"} - set(file.keys())
             if missing:
                 raise UserError(f"{path}: is no pool, it has no {', '.join(sorted(missing))}")
-            belongs_to = json.loads((file.metadata() or {}).get("pool", "{}"))
-            return {name: file.get_tensor(name) for name in file.keys()}, belongs_to  # noqa: SIM118
-    except (SafetensorError, ValueError, OSError) as error:
-        raise UserError(f"{path}: not a readable pool ({error})") from None
+            header = file.metadata() or {}
+            belongs_to = json.loads(header.get("pool", "{}"))
+            if not isinstance(belongs_to, dict):
+                raise ValueError("its header does not say what it belongs to")
+            arrays = {name: file.get_tensor(name) for name in _ARRAYS if name in file.keys()}  # noqa: SIM118
+            if "sha256" in header and header["sha256"] != _sha256(arrays):
+                raise ValueError("its contents do not have their checksum")
+            return arrays, belongs_to
+    except (SafetensorError, ValueError, OSError, RecursionError, TypeError, LookupError) as error:
+        told = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UserError(f"{path}: not a readable pool ({told})") from None
+
+
+def _sha256(arrays: Mapping[str, th.Tensor]) -> str:
+    digest = hashlib.sha256()
+    for name in sorted(arrays):
+        digest.update(f"{name} {arrays[name].dtype} {list(arrays[name].shape)}".encode())
+        digest.update(arrays[name].contiguous().reshape(-1).view(th.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 def _read_pickle(path: Path) -> tuple[dict[str, th.Tensor], dict[str, Any]]:

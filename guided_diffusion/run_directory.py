@@ -16,10 +16,12 @@ from .checkpoint import Checkpoint, newest_checkpoint, open_checkpoint
 from .config import experiment_text, project_root
 from .errors import UserError
 from .figures import save_curves
-from .files import atomic_path
+from .files import atomic_path, remove_leftovers
 from .logger import RunLog
 from .settings import Experiment
 from .stopping import Stopped
+
+_NOT_YET = "not yet"  # in run.json, while the run goes on
 
 
 @contextmanager
@@ -45,15 +47,15 @@ def start_run(
         UserError: no such checkpoint.
     """
     launch = dist_util.setup_dist()
-    directory, resume = _choose(kind, experiment, args)
-    dist_util.barrier()  # all ranks have looked before rank 0 writes
+    directory, resume = _agree(kind, experiment, args)
     log = RunLog(directory, active=launch.rank == 0, wandb=args.wandb, name=experiment.name)
     devices = dist_util.describe()
     record = _record(args.config, devices)
     if launch.rank == 0:
+        remove_leftovers(directory)
         with atomic_path(directory / "config.yaml") as temporary:
             temporary.write_text(experiment_text(experiment))
-        _write(directory, record | {"ended": "not yet"})
+        _write(directory, record | {"ended": _NOT_YET})
     log.info(f"{experiment.name}: writing to {directory}")
     for line in devices:
         log.info(line)
@@ -65,18 +67,36 @@ def start_run(
         yield log, resume
     except BaseException as error:
         told = isinstance(error, (Stopped, UserError))
-        log.info(f"ended: {error if told else repr(error)}")
-        if launch.rank == 0:
-            _write(directory, record | {"ended": str(error) if told else repr(error)})
+        reason = str(error) if told else repr(error)
+        log.info(f"ended: {reason}")
+        with log.tolerant():
+            if launch.rank == 0 or not isinstance(error, Stopped):
+                who = f"rank {launch.rank}: " if launch.rank else ""
+                _write_end(directory, record, who + reason)
         raise
     else:
         log.info("finished")
         if launch.rank == 0:
             _write(directory, record | {"ended": "finished"})
     finally:
-        if launch.rank == 0 and (directory / "progress.csv").exists():
-            save_curves(directory / "curves.png", directory / "progress.csv", experiment.name)
+        with log.tolerant():
+            if launch.rank == 0 and (directory / "progress.csv").exists():
+                save_curves(directory / "curves.png", directory / "progress.csv", experiment.name)
         log.close()
+
+
+def _agree(kind: str, experiment: Experiment, args: argparse.Namespace) -> tuple[Path, Checkpoint | None]:
+    """Rank 0's choice, on all ranks: others might find other files readable."""
+    answer: Any = None
+    if dist_util.rank() == 0:
+        try:
+            answer = _choose(kind, experiment, args)
+        except UserError as error:
+            answer = str(error)
+    answer = dist_util.broadcast_object(answer)
+    if isinstance(answer, str):
+        raise UserError(answer)
+    return answer
 
 
 def _choose(kind: str, experiment: Experiment, args: argparse.Namespace) -> tuple[Path, Checkpoint | None]:
@@ -90,7 +110,6 @@ def _choose(kind: str, experiment: Experiment, args: argparse.Namespace) -> tupl
     parent = cli.output_path(f"experiments/{kind}", args.config)
     now = datetime.datetime.now().strftime("%Y-%m-%d-%H-%M-%S")
     directory = _unfinished(parent, experiment) or parent / f"{experiment.name}-{now}"
-    directory = dist_util.broadcast_object(directory)
     return directory, newest_checkpoint(directory) if directory.is_dir() else None
 
 
@@ -100,8 +119,8 @@ def _unfinished(parent: Path, experiment: Experiment) -> Path | None:
     for directory in sorted(parent.glob(f"{experiment.name}-*"), reverse=True):
         try:
             same = (directory / "config.yaml").read_text() == text
-            ended = json.loads((directory / "run.json").read_text())["ended"]
-        except (OSError, ValueError, KeyError):
+            ended = _ended(directory)
+        except (OSError, ValueError):
             continue  # not a run of ours, or one that never began
         if same and ended != "finished" and newest_checkpoint(directory) is not None:
             return directory
@@ -134,6 +153,28 @@ def _git_revision(folder: Path) -> str | None:
     if head.returncode:
         return None
     return head.stdout.strip() + ("+changes" if changes.stdout.strip() else "")
+
+
+def _ended(directory: Path) -> str:
+    """How a run ended, from its run.json.
+
+    Raises:
+        ValueError: the file does not say.
+    """
+    try:
+        return str(json.loads((directory / "run.json").read_text())["ended"])
+    except (KeyError, TypeError, RecursionError) as error:
+        raise ValueError(f"not a record of a run ({error})") from None
+
+
+def _write_end(directory: Path, record: dict[str, Any], reason: str) -> None:
+    """Record why a run ended, unless a rank did already: the first reason is the cause of the others."""
+    try:
+        first = _ended(directory) == _NOT_YET
+    except (OSError, ValueError):
+        first = True
+    if first:
+        _write(directory, record | {"ended": reason})
 
 
 def _write(directory: Path, record: dict[str, Any]) -> None:

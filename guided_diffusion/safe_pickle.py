@@ -11,7 +11,7 @@ import math
 import os
 import pickletools
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any, BinaryIO, cast
@@ -50,7 +50,7 @@ _TUPLES = {"TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3}
 _OPCODES = {opcode.code.encode("latin-1"): opcode for opcode in pickletools.opcodes}
 
 # What decoding damaged or foreign contents can raise.
-_DAMAGE = (ValueError, EOFError, OSError)
+DAMAGE = (ValueError, EOFError, OSError)
 
 
 def load_arrays(source: str | os.PathLike | BinaryIO, name: str | None = None) -> Any:
@@ -78,19 +78,19 @@ def load_arrays(source: str | os.PathLike | BinaryIO, name: str | None = None) -
             return load_arrays(stream, name)
     name = name or str(getattr(source, "name", "pickle"))
     try:
-        reader = _BoundedReader(source)
-        return _Interpreter(reader.size).run(reader)
-    except _Refused as error:
+        reader = BoundedReader(source)
+        return Interpreter(reader.size).run(reader)
+    except Refused as error:
         raise UserError(f"{name}: refused, nothing in it was run: {error}") from None
-    except _DAMAGE as error:
+    except DAMAGE as error:
         raise UserError(f"{name}: truncated, or not a pickle ({error})") from None
 
 
-class _Refused(Exception):
+class Refused(Exception):
     """Well-formed, but more than plain data and arrays."""
 
 
-class _BoundedReader:
+class BoundedReader:
     """What `pickletools` reads with; refuses a length beyond the end before allocating it."""
 
     def __init__(self, stream: BinaryIO):
@@ -101,6 +101,7 @@ class _BoundedReader:
         stream.seek(start)
 
     def read(self, count: int) -> bytes:
+        """Exactly so many bytes, or fewer at the end of the stream."""
         if count > self._left:
             raise EOFError(f"{count} more bytes are expected, {self._left} are left")
         data = self._stream.read(count)
@@ -108,12 +109,13 @@ class _BoundedReader:
         return data
 
     def readline(self) -> bytes:
+        """Up to the next line feed."""
         data = self._stream.readline()
         self._left -= len(data)
         return data
 
 
-def _instructions(reader: _BoundedReader) -> Iterator[tuple[str, Any]]:
+def _instructions(reader: BoundedReader) -> Iterator[tuple[str, Any]]:
     """Name and decoded argument of each instruction before STOP."""
     while True:
         code = reader.read(1)
@@ -136,8 +138,8 @@ def _unquoted(line: bytes) -> str:
 
 
 @dataclass(frozen=True)
-class _Global:
-    """A name the file may mention. Inert: `_Interpreter` decides what it stands for."""
+class Global:
+    """A name the file may mention. Inert: `Interpreter` decides what it stands for."""
 
     role: str
 
@@ -151,8 +153,16 @@ class _Pending:
     memo_keys: list[int] = field(default_factory=list)
 
 
-class _Interpreter:
-    """A stack, its marks, and a memo, as in the pickle machine."""
+class Interpreter:
+    """A stack, its marks, and a memo, as in the pickle machine. `torch_file` teaches it tensors.
+
+    Attributes:
+        globals: the names a file may mention, and the role each plays in `_call`.
+        plain: the types that may be left in the end, besides dict, list and tuple.
+    """
+
+    globals: Mapping[tuple[str, str], str] = _GLOBALS
+    plain: tuple[type, ...] = _PLAIN
 
     def __init__(self, size: int):
         self._stack: list[Any] = []
@@ -160,11 +170,12 @@ class _Interpreter:
         self._memo: dict[int, Any] = {}
         self._allowance = size  # what copying may still produce: as much as the file holds
 
-    def run(self, reader: _BoundedReader) -> Any:
+    def run(self, reader: BoundedReader) -> Any:
+        """What the pickle holds."""
         for name, argument in _instructions(reader):
             self._step(name, argument)
         result = self._pop()
-        _require_plain(result)
+        _require_plain(result, self.plain)
         return result
 
     def _step(self, name: str, argument: Any) -> None:
@@ -196,17 +207,17 @@ class _Interpreter:
         elif name == "LIST":
             stack.append(self._pop_to_mark())
         elif name == "DICT":
-            stack.append(_as_dict(self._pop_to_mark()))
+            stack.append(self._as_dict(self._pop_to_mark()))
         elif name in ("APPEND", "APPENDS"):
             items = self._pop_many(1) if name == "APPEND" else self._pop_to_mark()
             self._top(list).extend(items)
         elif name in ("SETITEM", "SETITEMS"):
             items = self._pop_many(2) if name == "SETITEM" else self._pop_to_mark()
-            self._top(dict).update(_as_dict(items))
+            self._top(dict).update(self._as_dict(items))
         elif name == "GLOBAL":
-            stack.append(_named_global(*argument.split(" ", 1)))
+            stack.append(self._named_global(*argument.split(" ", 1)))
         elif name == "STACK_GLOBAL":
-            stack.append(_named_global(*self._pop_many(2)))
+            stack.append(self._named_global(*self._pop_many(2)))
         elif name == "REDUCE":
             function, arguments = self._pop_many(2)
             stack.append(self._call(function, arguments))
@@ -219,7 +230,7 @@ class _Interpreter:
                 self._memo[key] = built
         else:
             asked = f"{name} {argument!r:.60}" if argument else name
-            raise _Refused(f"it uses the instruction {asked}, which arrays have no need of")
+            raise Refused(f"it uses the instruction {asked}, which arrays have no need of")
 
     def _pop(self) -> Any:
         return self._pop_many(1)[0]
@@ -242,7 +253,7 @@ class _Interpreter:
 
     def _top(self, kind: type) -> Any:
         if not self._stack or not isinstance(self._stack[-1], kind):
-            raise _Refused("an instruction does not fit what it is applied to")
+            raise Refused("an instruction does not fit what it is applied to")
         return self._stack[-1]
 
     def _remember(self, key: int) -> None:
@@ -257,15 +268,15 @@ class _Interpreter:
             # A small file that copies one long string many times must not fill the memory.
             self._allowance -= len(value)
             if self._allowance < 0:
-                raise _Refused("it unfolds into more than the file holds")
+                raise Refused("it unfolds into more than the file holds")
             return value.encode("latin-1")
         if not isinstance(value, (bytes, bytearray)):
-            raise _Refused(f"an array's contents are a {type(value).__name__}, not bytes")
+            raise Refused(f"an array's contents are a {type(value).__name__}, not bytes")
         return value
 
     def _call(self, function: Any, arguments: Any) -> Any:
         """What the allowed calls produce; nothing that the file names is called."""
-        role = function.role if isinstance(function, _Global) else None
+        role = function.role if isinstance(function, Global) else None
         match role, arguments:
             case "defaultdict", () | (None,):
                 return {}
@@ -275,35 +286,36 @@ class _Interpreter:
                 return self._as_bytes(text)
             case "dtype", (str(code), *_):
                 return _Pending("dtype", _checked_code(code))
-            case "reconstruct", (_Global(role="ndarray"), *_):
+            case "reconstruct", (Global(role="ndarray"), *_):
                 return _Pending("array")
             case "scalar", (np.dtype() as dtype, data):
                 return _array(self._as_bytes(data), dtype, (), "C")[()]
             case "frombuffer", (data, np.dtype() as dtype, shape, "C" | "F" as order):
                 return _array(self._as_bytes(data), dtype, shape, order)
-        raise _Refused(f"it calls {role or 'something that is no function'} in an unusual way")
+        raise Refused(f"it calls {role or 'something that is no function'} in an unusual way")
 
+    def _named_global(self, module: Any, name: Any) -> Global:
+        if not isinstance(module, str) or not isinstance(name, str):
+            raise Refused("it asks for something whose name is no text")
+        if (module, name) not in self.globals:
+            asked = f"{module}.{name}"[:80]
+            raise Refused(f"it asks for {asked!r}, which arrays have no need of")
+        return Global(self.globals[module, name])
 
-def _named_global(module: Any, name: Any) -> _Global:
-    if not isinstance(module, str) or not isinstance(name, str):
-        raise _Refused("it asks for something whose name is no text")
-    if (module, name) not in _GLOBALS:
-        asked = f"{module}.{name}"[:80]
-        raise _Refused(f"it asks for {asked!r}, which arrays have no need of")
-    return _Global(_GLOBALS[module, name])
+    def _as_dict(self, items: list[Any]) -> dict[Any, Any]:
+        """A dict of keys and values in turn."""
+        for key in items[::2]:
+            if not self._is_key(key):
+                raise Refused(f"a dictionary's key is a {type(key).__name__}")
+        return dict(zip(items[::2], items[1::2], strict=True))
 
-
-def _as_dict(items: list[Any]) -> dict[Any, Any]:
-    """A dict of keys and values in turn."""
-    for key in items[::2]:
-        if not isinstance(key, _KEYS):
-            raise _Refused(f"a dictionary's key is a {type(key).__name__}")
-    return dict(zip(items[::2], items[1::2], strict=True))
+    def _is_key(self, value: Any) -> bool:
+        return isinstance(value, _KEYS)
 
 
 def _checked_code(code: str) -> str:
     if not _DTYPE_CODE.fullmatch(code):
-        raise _Refused(f"an array of type {code[:20]!r}, which is no plain number")
+        raise Refused(f"an array of type {code[:20]!r}, which is no plain number")
     return code
 
 
@@ -313,22 +325,22 @@ def _built(pending: _Pending, state: Any, as_bytes: Any) -> Any:
             return np.dtype(pending.code).newbyteorder(order)
         case "array", (1, shape, np.dtype() as dtype, bool() | 0 | 1 as fortran_order, data):
             return _array(as_bytes(data), dtype, shape, "F" if fortran_order else "C")
-    raise _Refused(f"an unusual description of a numpy {pending.role}")
+    raise Refused(f"an unusual description of a numpy {pending.role}")
 
 
 def _array(data: bytes | bytearray, dtype: np.dtype, shape: Any, order: Any) -> np.ndarray:
     """A read-only view of `data`; the shape must account for every byte."""
     if not isinstance(shape, tuple) or len(shape) > 8 or any(type(n) is not int for n in shape):
-        raise _Refused("an array's shape is not a few whole numbers")
+        raise Refused("an array's shape is not a few whole numbers")
     fits = all(0 <= n < 1 << 40 for n in shape) and math.prod(shape) * dtype.itemsize == len(data)
     if not fits:
-        raise _Refused(f"an array of shape {shape!r:.60} does not fit its {len(data)} bytes")
+        raise Refused(f"an array of shape {shape!r:.60} does not fit its {len(data)} bytes")
     if not data:
         return np.empty(shape, dtype, order)
     return np.frombuffer(memoryview(data).toreadonly(), dtype).reshape(shape, order=order)
 
 
-def _require_plain(root: Any) -> None:
+def _require_plain(root: Any, plain: tuple[type, ...]) -> None:
     """Refuse what is left unfinished anywhere in a (possibly shared or circular) structure."""
     waiting, seen = [root], set()
     while waiting:
@@ -337,5 +349,5 @@ def _require_plain(root: Any) -> None:
             if id(value) not in seen:
                 seen.add(id(value))
                 waiting.extend(value.values() if isinstance(value, dict) else value)
-        elif not isinstance(value, _PLAIN):
-            raise _Refused("it holds something else than plain data and arrays")
+        elif not isinstance(value, plain):
+            raise Refused("it holds something else than plain data and arrays")

@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import numpy as np
 from . import dist_util
 from .errors import UserError
 from .figures import save_grid
-from .files import NpzFile, atomic_path, sha256_of
+from .files import NpzFile, atomic_path, remove_leftovers, sha256_of
 from .gaussian_diffusion import GaussianDiffusion
 from .logger import progress_bar
 from .npz_writer import create_npz
@@ -68,6 +69,7 @@ class SampleSet:
         with dist_util.rank_zero_first() as first:
             if first:
                 self._check_settings(settings)
+                self._tidy(final, size)
         if final.is_file():
             return final
 
@@ -101,7 +103,10 @@ class SampleSet:
     def _check_settings(self, settings: dict[str, Any]) -> None:
         path = self.directory / "sampling.json"
         if path.is_file():
-            before = json.loads(path.read_text())
+            try:
+                before = dict(json.loads(path.read_text()))
+            except (ValueError, TypeError, RecursionError):
+                raise UserError(f"{path}: is damaged; choose another --name, or remove the folder") from None
             changed = [key for key in settings if before.get(key) != settings[key]]
             if changed:
                 raise UserError(
@@ -110,6 +115,21 @@ class SampleSet:
                 )
         with atomic_path(path) as temporary:
             temporary.write_text(json.dumps(settings))
+
+    def _tidy(self, final: Path, size: int) -> None:
+        """Clear away what a killed run left: halves of files, damaged shards, shards already joined."""
+        for directory in (self.directory, self.shards):
+            remove_leftovers(directory)
+        if final.is_file():
+            shutil.rmtree(self.shards, ignore_errors=True)
+        for indices, path in self._drawn():
+            try:
+                images = NpzFile(path).load("arr_0")
+                if images.shape != (len(indices), size, size, 3):
+                    raise UserError(f"{path}: holds {list(images.shape)}")
+            except UserError as error:
+                print(f"WARNING: {error}; drawing these samples again", file=sys.stderr, flush=True)
+                path.unlink()
 
     def _drawn(self) -> list[tuple[range, Path]]:
         found = []
@@ -132,7 +152,6 @@ class SampleSet:
         return batches
 
     def _join(self, final: Path) -> None:
-        first: np.ndarray | None = None
         with create_npz(final, self.num_samples) as writer:
             done = 0
             for indices, path in self._drawn():
@@ -141,8 +160,9 @@ class SampleSet:
                 images = shard.load("arr_0")[skip]
                 labels = shard.load("arr_1")[skip] if "arr_1" in shard.headers else None
                 writer.append(images, labels)
+                if not done:  # before the archive has its name: once it has, all is done
+                    save_grid(
+                        self.directory / "samples.png", images[:64], scale=max(1, 64 // images.shape[1])
+                    )
                 done += len(images)
-                first = images[:64] if first is None else first
-        if first is not None:
-            save_grid(self.directory / "samples.png", first, scale=max(1, 64 // first.shape[1]))
         shutil.rmtree(self.shards)

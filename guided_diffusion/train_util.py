@@ -10,7 +10,7 @@ import numpy as np
 import torch as th
 
 from . import dist_util
-from .checkpoint import Checkpoint, load_file, load_network, load_strictly
+from .checkpoint import Checkpoint, load_network, load_state_dict, load_strictly
 from .checkpoint_writer import CheckpointWriter
 from .ema import Ema
 from .errors import UserError
@@ -25,6 +25,7 @@ from .script_util import build_process
 from .settings import Run, Student
 from .sources import Source
 from .stopping import Stopped, StopSignals
+from .torch_file import read_torch_file
 from .unet import UNetModel
 
 
@@ -105,6 +106,8 @@ class TrainLoop:
         )
         if resume is not None:
             self._load(resume)
+        else:
+            log.drop_rows_after(0)  # of a run that was killed before its first checkpoint
         dist_util.sync_params([*self.parameters, *(a for ema in self.emas.values() for a in ema.average)])
         self._set_lr()
 
@@ -131,8 +134,10 @@ class TrainLoop:
                 batch = self.source.next_batch()
                 self.train_step(batch)
                 bar.update()
-                if self.step % self.student.log_interval == 0 or self.step == self.iterations:
+                log_due = self.step % self.student.log_interval == 0 or self.step == self.iterations
+                if log_due or self.step % self.run_settings.max_bad_steps == 0:
                     self._give_up_if_hopeless(batch)
+                if log_due:
                     self._log((self.step - step_at_start) / (time.monotonic() - started))
                 stop = dist_util.any_rank(bool(signals.received))
                 last = stop or self.step == self.iterations
@@ -198,10 +203,10 @@ class TrainLoop:
         if dist_util.rank() == 0:
             facts = {key: describe(value) for key, value in vars(batch).items() if value is not None}
             gradients = {n: describe(p.grad) for n, p in self.model.named_parameters() if p.grad is not None}
-            with atomic_path(self.log.directory / name) as temporary:
+            with self.log.tolerant(), atomic_path(self.log.directory / name) as temporary:
                 record = {"step": self.step, "batch": facts, "gradients": gradients}
                 temporary.write_text(json.dumps(record, indent=1))
-        self.writer.close()
+        self.writer.wait()
         raise UserError(
             f"gradients were not finite for {int(self.bad_steps)} iterations in a row, up to step "
             f"{self.step}; the last checkpoint is kept, and {name} describes the step"
@@ -210,6 +215,7 @@ class TrainLoop:
     def save(self) -> None:
         """Have a checkpoint written. Collective."""
         write = self.source.writer()
+        totals = self.metrics.totals()
         if dist_util.rank() == 0:
             contents: dict[str, Any] = {"model": self.model.state_dict()}
             contents |= {f"ema_{rate}": ema.state_dict() for rate, ema in self.emas.items()}
@@ -217,6 +223,8 @@ class TrainLoop:
                 "optimizer": self.optimizer.state_dict(),
                 "scaler": self.scaler.state_dict(),
                 "world_size": dist_util.world_size(),
+                "metrics": totals,  # of the row of the log that is not full yet
+                "bad_steps": self.bad_steps,
             }
             contents["head"] = self.head.state_dict()
             if write is not None:
@@ -235,7 +243,8 @@ class TrainLoop:
             images, _ = sample_images(self.model, self.sample_diffusion, indices, seed=self.run_settings.seed)
             if ema:
                 ema.swap()
-            save_grid(self.log.directory / f"samples{self.step:06d}.png", images)
+            with self.log.tolerant():
+                save_grid(self.log.directory / f"samples{self.step:06d}.png", images)
         dist_util.barrier()
 
     def _samples_due(self, last: bool) -> bool:
@@ -284,7 +293,7 @@ class TrainLoop:
             else:
                 ema.load_state_dict(self.model.state_dict())
         if checkpoint.has("head"):
-            load_strictly(self.head, load_file(checkpoint.path("head")), checkpoint.path("head"))
+            load_strictly(self.head, load_state_dict(checkpoint.path("head")), checkpoint.path("head"))
         elif head and isinstance(encoder := getattr(self.head, "noise_encoder", None), th.nn.Module):
             load_strictly(encoder, head, checkpoint.path("model"))
         if checkpoint.has("opt"):
@@ -299,7 +308,7 @@ class TrainLoop:
         self.log.info(f"resumed from step {self.step} of {checkpoint.directory}{note}")
 
     def _load_optimizer(self, path: str | os.PathLike) -> None:
-        state = load_file(path)
+        state = read_torch_file(path)
         try:
             if "optimizer" in state:
                 self.scaler.load_state_dict(state["scaler"])
@@ -309,9 +318,11 @@ class TrainLoop:
                         f"the run had {before} rank(s), now {now}: what is drawn at random differs from "
                         "here on; weights, averages, optimizer and pool continue exactly"
                     )
+                self.metrics.load_totals(state.get("metrics", {}))
+                self.bad_steps = state.get("bad_steps", self.bad_steps).to(self.bad_steps)
                 state = state["optimizer"]
             self.optimizer.load_state_dict(state)
-        except (KeyError, ValueError, TypeError, RuntimeError) as error:
+        except (LookupError, AttributeError, ValueError, TypeError, RuntimeError) as error:
             raise UserError(f"{path}: does not fit the networks being trained ({error})") from None
 
 

@@ -1,0 +1,152 @@
+"""One evaluation from files to results: check everything, build the network, extract, score."""
+
+import warnings
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, get_args
+
+from guided_diffusion.errors import UserError
+from guided_diffusion.files import NpzFile, sha256_of
+
+from .image_files import ImageFile, check_same_size, open_images
+from .results import DigitsResult, DigitsScores, InceptionResult, InceptionScores, Result, versions
+
+if TYPE_CHECKING:
+    from .features import Extractor
+
+Backend = Literal["tensorflow", "torch", "digits"]
+BACKENDS: tuple[Backend, ...] = get_args(Backend)
+
+_DIMENSION = {"tensorflow": 2048, "torch": 2048, "digits": 64}
+_AT_LEAST = 6  # images with five neighbours each
+_RESULTS: dict[type, Any] = {DigitsScores: DigitsResult, InceptionScores: InceptionResult}
+_SIZE = {"tensorflow": None, "torch": None, "digits": (16, 16)}  # height and width of the images
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What to compute and how; `evaluator.evaluate` describes the fields.
+
+    Raises:
+        UserError: a value that makes no sense.
+    """
+
+    backend: Backend = "tensorflow"
+    weights: Path | None = None
+    batch_size: int = 64
+    seed: int = 0
+    kid: bool = False
+    density_coverage: bool = False
+    intervals: int = 0
+    device: str | None = None
+    use_cache: bool = True
+
+    def __post_init__(self) -> None:
+        if self.backend not in BACKENDS:
+            raise UserError(f"no backend '{self.backend}'; there are: {', '.join(BACKENDS)}")
+        if self.batch_size < 1:
+            raise UserError(f"batch_size must be at least 1, not {self.batch_size}")
+        if self.intervals < 0 or self.intervals == 1:
+            raise UserError(f"intervals need at least 2 half-samples (0 for none), not {self.intervals}")
+        if self.seed < 0:
+            raise UserError(f"seed must not be negative, it is {self.seed}")
+        if self.weights is not None and not self.weights.is_file():
+            raise UserError(f"no such weight file: {self.weights}")
+        for wanted, flag in ((self.kid, "kid"), (self.density_coverage, "density_coverage")):
+            if wanted and self.backend == "digits":
+                raise UserError(f"{flag} is for the Inception backends, not for digits")
+        if self.device is not None and self.backend == "digits":
+            raise UserError("device is for the Inception backends; the digits network always runs on the CPU")
+
+
+def evaluate_files(reference: Path, samples: Sequence[Path], settings: Settings) -> Iterator[Result]:
+    """Score sample files against one reference, in order, each given out when it is done.
+
+    The files' headers are all checked before the first is scored; a file whose contents turn out
+    to be damaged ends the run at its turn. `evaluator.evaluate` describes the scores.
+
+    Raises:
+        UserError: a mistake in the files, in one line.
+    """
+    real_npz = NpzFile(reference)
+    real = _reference_images(real_npz, settings)
+    # A half-sample must be enough for every score too.
+    needed = 2 * _AT_LEAST if settings.intervals else _AT_LEAST
+    generated = [
+        open_images(NpzFile(path), at_least=needed, size=_SIZE[settings.backend]) for path in samples
+    ]
+    for file in (*([real] if real else []), *generated):
+        if real is not None:
+            check_same_size(real, file)
+        counted = file is not real or not _has_statistics(real_npz, settings)
+        if counted and file.count < _DIMENSION[settings.backend]:
+            warnings.warn(
+                f"{file.path}: {file.count} images are fewer than the {_DIMENSION[settings.backend]} "
+                "features: Fréchet distances are far too high, compare only equal numbers of images",
+                stacklevel=2,
+            )
+    # The networks' libraries are imported only now: mistakes above are told at once.
+    from .reference import load_reference
+    from .scoring import score_samples
+
+    extractor = build_extractor(settings)
+    known = load_reference(
+        real_npz,
+        real,
+        extractor,
+        batch_size=settings.batch_size,
+        device=settings.device,
+        use_cache=settings.use_cache,
+    )
+    for file in generated:
+        scores, intervals = score_samples(file, known, extractor, settings)
+        yield _RESULTS[type(scores)](
+            **vars(scores),
+            samples=str(file.path),
+            samples_sha256=sha256_of(file.path),
+            n=file.count,
+            reference=str(reference),
+            reference_sha256=known.sha256,
+            n_reference=known.count,
+            reference_statistics=known.origin,
+            backend=settings.backend,
+            weights_sha256=extractor.weights_sha256,
+            seed=settings.seed,
+            intervals=intervals,
+            interval_replicates=settings.intervals,
+            versions=versions(),
+        )
+
+
+def _reference_images(npz: NpzFile, settings: Settings) -> ImageFile | None:
+    """The reference's images; None if it holds stored Inception statistics alone."""
+    if "arr_0" not in npz.headers and _has_statistics(npz, settings):
+        if settings.density_coverage or settings.kid:
+            raise UserError(f"{npz.path}: holds statistics alone; KID, density and coverage need its images")
+        return None
+    return open_images(npz, at_least=_AT_LEAST, size=_SIZE[settings.backend])
+
+
+def _has_statistics(npz: NpzFile, settings: Settings) -> bool:
+    """Whether the file stores statistics of these features itself, as ADM reference batches do."""
+    return settings.backend != "digits" and "mu" in npz.headers and "sigma" in npz.headers
+
+
+def build_extractor(settings: Settings) -> "Extractor":
+    """The feature network that the settings name.
+
+    Raises:
+        UserError: its weights or its library are not there.
+    """
+    if settings.backend == "digits":
+        from .digits_classifier import DEFAULT_WEIGHTS, DigitsExtractor
+
+        return DigitsExtractor(settings.weights or DEFAULT_WEIGHTS)
+    if settings.backend == "torch":
+        from .inception_torch import TorchExtractor, find_weights
+
+        return TorchExtractor(find_weights(settings.weights), settings.device)
+    from .inception_tensorflow import TensorflowExtractor, find_graph
+
+    return TensorflowExtractor(find_graph(settings.weights))

@@ -1,0 +1,194 @@
+"""What an evaluation returns, and how it is written down."""
+
+import dataclasses
+import json
+import math
+import platform
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+
+from guided_diffusion.files import atomic_path
+
+
+@dataclass(frozen=True)
+class DigitsScores:
+    """Scores of 16x16 digits.
+
+    Attributes:
+        fd: digits-FD, the Fréchet distance of the classifier's 64-d features; 0 is best.
+        confidence: mean probability of the likeliest class. No quality measure: it is high on
+            collapsed sets too.
+        class_balance: entropy of the histogram of predicted classes over log 10, 0..1.
+        noise_share: share of images that are rougher than any real digit (`digits.is_noise`).
+        histogram: how many images are predicted to be each digit, 0 to 9.
+    """
+
+    fd: float
+    confidence: float
+    class_balance: float
+    noise_share: float
+    histogram: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class InceptionScores:
+    """Scores on Inception features; None where the reference holds too little, or not asked for.
+
+    Attributes:
+        inception_score: Inception Score, splits of 5000; higher is better.
+        fid: Fréchet Inception distance of the 2048-d features.
+        sfid: the same of the 2023-d spatial features.
+        precision: improved precision, k = 3, 0..1.
+        recall: improved recall, k = 3, 0..1.
+        kid: kernel Inception distance (not multiplied by 1000).
+        density: density, k = 5; can exceed 1.
+        coverage: coverage, k = 5, 0..1.
+    """
+
+    inception_score: float
+    fid: float
+    sfid: float | None
+    precision: float | None
+    recall: float | None
+    kid: float | None = None
+    density: float | None = None
+    coverage: float | None = None
+
+
+@dataclass(frozen=True)
+class Provenance:
+    """What a result was computed from.
+
+    Attributes:
+        n: number of sample images.
+        n_reference: number of reference images, None where only their statistics are stored.
+        reference_statistics: "computed", "cached" or "stored" (as an ADM reference batch has them).
+        intervals: score -> (low, high), empty unless asked for.
+        interval_replicates: half-samples the intervals come from.
+    """
+
+    samples: str
+    samples_sha256: str
+    n: int
+    reference: str
+    reference_sha256: str
+    n_reference: int | None
+    reference_statistics: str
+    backend: str
+    weights_sha256: str
+    seed: int
+    intervals: dict[str, tuple[float, float]]
+    interval_replicates: int
+    versions: dict[str, str]
+
+
+@dataclass(frozen=True)
+class DigitsResult(DigitsScores, Provenance):
+    """Scores of one sample file by the digits backend."""
+
+
+@dataclass(frozen=True)
+class InceptionResult(InceptionScores, Provenance):
+    """Scores of one sample file by the `tensorflow` or the `torch` backend."""
+
+
+Scores = DigitsScores | InceptionScores
+Result = DigitsResult | InceptionResult
+
+
+def values(scores: Scores) -> dict[str, float]:
+    """The numbers among the scores that were computed, by name."""
+    kind = DigitsScores if isinstance(scores, DigitsScores) else InceptionScores
+    pairs = ((field.name, getattr(scores, field.name)) for field in dataclasses.fields(kind))
+    return {name: value for name, value in pairs if isinstance(value, float)}
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python and of the installed libraries that take part in a score."""
+    found = {"python": platform.python_version()}
+    for library in ("numpy", "scipy", "torch", "torch-fidelity", "tensorflow", "tensorflow-cpu"):
+        try:
+            found[library] = metadata.version(library)
+        except metadata.PackageNotFoundError:
+            continue  # not installed, so it took no part
+    return found
+
+
+def write_json(results: Sequence[Result], path: Path) -> None:
+    """Write results as a JSON list of objects, one per sample file, atomically."""
+    text = json.dumps([dataclasses.asdict(result) for result in results], indent=2)
+    with atomic_path(path) as temporary:
+        temporary.write_text(text + "\n")
+
+
+_UNBOUNDED, _SHARE = (0.0, math.inf), (0.0, 1.0)
+RANGES: dict[str, tuple[float, float]] = {
+    "fd": _UNBOUNDED,
+    "confidence": _SHARE,
+    "class_balance": _SHARE,
+    "noise_share": _SHARE,
+    "inception_score": (1.0, math.inf),
+    "fid": _UNBOUNDED,
+    "sfid": _UNBOUNDED,
+    "precision": _SHARE,
+    "recall": _SHARE,
+    "kid": (-math.inf, math.inf),
+    "density": _UNBOUNDED,
+    "coverage": _SHARE,
+}
+_TITLES: dict[str, str] = {
+    "fd": "digits-FD",
+    "confidence": "confidence",
+    "class_balance": "class balance",
+    "noise_share": "noise share",
+    "inception_score": "Inception Score",
+    "fid": "FID",
+    "sfid": "sFID",
+    "precision": "Precision",
+    "recall": "Recall",
+    "kid": "KID",
+    "density": "Density",
+    "coverage": "Coverage",
+}
+
+
+def format_result(result: Result) -> str:
+    """One result, a score to a line, with its interval where there is one."""
+    lines = []
+    for name, value in values(result).items():
+        interval = ""
+        if name in result.intervals:
+            low, high = result.intervals[name]
+            interval = f"  [{low:.6g}, {high:.6g}]"
+        lines.append(f"{_TITLES[name]}: {value:.6g}{interval}")
+    if isinstance(result, DigitsResult):
+        lines.append("predicted 0-9: " + " ".join(map(str, result.histogram)))
+    return "\n".join(lines)
+
+
+def format_table(results: Sequence[Result]) -> str:
+    """Several results, a file to a row; files are told apart by as little of their path as it takes."""
+    names = [name for name in _TITLES if any(name in values(result) for result in results)]
+    rows = [["samples", "N", *(_TITLES[name] for name in names)]]
+    for label, result in zip(_labels([result.samples for result in results]), results, strict=True):
+        scores = values(result)
+        cells = [f"{scores[name]:.5g}" if name in scores else "-" for name in names]
+        rows.append([label, str(result.n), *cells])
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return "\n".join(
+        "  ".join(
+            [row[0].ljust(widths[0]), *(cell.rjust(w) for cell, w in zip(row[1:], widths[1:], strict=True))]
+        )
+        for row in rows
+    )
+
+
+def _labels(paths: Sequence[str]) -> list[str]:
+    parts = [Path(path).parts for path in paths]
+    for depth in range(1, max(map(len, parts)) + 1):
+        labels = [str(Path(*part[-depth:])) for part in parts]
+        if len(set(labels)) == len(set(paths)):
+            break
+    return labels

@@ -1,0 +1,160 @@
+"""From features to scores: which metrics a backend's features get, and how sure they are."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from .digits import is_noise
+from .features import Extractor, FeatureSet, choose_device, extract_features
+from .image_files import ImageFile
+from .metrics import (
+    SPLIT_SIZE,
+    Gaussian,
+    class_entropy,
+    frechet_distance,
+    inception_score_of_splits,
+    kernel_distance,
+)
+from .neighbours import PRECISION_RECALL_K, nearest_distances, neighbour_scores
+from .reference import Reference
+from .results import RANGES, DigitsScores, InceptionScores, Scores, values
+
+if TYPE_CHECKING:
+    from .evaluation import Settings
+
+
+def score_samples(
+    images: ImageFile, reference: Reference, extractor: Extractor, settings: "Settings"
+) -> tuple[Scores, dict[str, tuple[float, float]]]:
+    """Scores of one sample file and, if the settings ask for them, their intervals."""
+    samples = extract_features(extractor, images, settings.batch_size, keep_spatial=settings.intervals > 0)
+    rough = np.zeros(0, dtype=bool)
+    if settings.backend == "digits":
+        rough = np.concatenate([is_noise(batch) for batch in images.batches(settings.batch_size)])
+
+    def score(part: FeatureSet, noise: np.ndarray) -> Scores:
+        if settings.backend == "digits":
+            return score_digits(reference.gaussian, part, extractor.probabilities(part.features), noise)
+        return score_inception(
+            reference,
+            part,
+            extractor,
+            seed=settings.seed,
+            kid=settings.kid,
+            density_coverage=settings.density_coverage,
+            device=settings.device,
+        )
+
+    scores = score(samples, rough)
+    if not settings.intervals:
+        return scores, {}
+    return scores, half_sample_intervals(
+        lambda rows: score(samples.subset(rows), rough[rows] if len(rough) else rough),
+        scores,
+        images.count,
+        settings.intervals,
+        settings.seed,
+    )
+
+
+def score_inception(
+    reference: Reference,
+    samples: FeatureSet,
+    extractor: Extractor,
+    *,
+    seed: int,
+    kid: bool = False,
+    density_coverage: bool = False,
+    device: str | None = None,
+) -> InceptionScores:
+    """The scores of the Inception backends.
+
+    Args:
+        reference: with or without features; without them the scores that need them stay None.
+        samples: features of the generated images, in the order of generation.
+        extractor: gives class probabilities of features.
+        seed: of the kernel distance's subsets.
+        kid: also the kernel distance.
+        density_coverage: also density and coverage.
+        device: torch device for the nearest neighbours; None for a GPU if there is one.
+    """
+    features = samples.features
+    splits = (features[i : i + SPLIT_SIZE] for i in range(0, len(features), SPLIT_SIZE))
+    scores = InceptionScores(
+        inception_score=inception_score_of_splits(extractor.probabilities(split) for split in splits),
+        fid=frechet_distance(reference.gaussian, samples.gaussian),
+        sfid=None,
+        precision=None,
+        recall=None,
+    )
+    if reference.spatial_gaussian is not None and samples.spatial_gaussian is not None:
+        sfid = frechet_distance(reference.spatial_gaussian, samples.spatial_gaussian)
+        scores = dataclasses.replace(scores, sfid=sfid)
+    if reference.features is None or reference.neighbours is None:
+        return scores
+    torch_device = choose_device(device)
+    near = neighbour_scores(
+        reference.features,
+        features,
+        reference.neighbours,
+        nearest_distances(features, PRECISION_RECALL_K, torch_device),
+        density_coverage=density_coverage,
+        device=torch_device,
+    )
+    scores = dataclasses.replace(scores, **vars(near))
+    if kid:
+        scores = dataclasses.replace(scores, kid=kernel_distance(reference.features, features, seed=seed))
+    return scores
+
+
+def score_digits(
+    reference: Gaussian, samples: FeatureSet, probabilities: np.ndarray, noise: np.ndarray
+) -> DigitsScores:
+    """The scores of the digits backend.
+
+    Args:
+        reference: of the real digits' features, 64-d.
+        samples: features of the generated images.
+        probabilities: float32 [N, 10], the classifier's.
+        noise: bool [N], which images count as noise.
+    """
+    histogram = np.bincount(probabilities.argmax(axis=1), minlength=probabilities.shape[1])
+    return DigitsScores(
+        fd=frechet_distance(reference, samples.gaussian),
+        confidence=float(probabilities.max(axis=1).mean(dtype=np.float64)),
+        class_balance=class_entropy(histogram),
+        noise_share=float(noise.mean()),
+        histogram=tuple(int(count) for count in histogram),
+    )
+
+
+def half_sample_intervals(
+    score: Callable[[np.ndarray], Scores], centre: Scores, n: int, replicates: int, seed: int
+) -> dict[str, tuple[float, float]]:
+    """95 % confidence intervals of the scores for the finite number of samples, at that number.
+
+    Each replicate scores a random half of the samples, drawn without replacement. The spread of a
+    mean over such halves equals the spread of the mean of all n over fresh samples (the delete-half
+    jackknife; Shao & Wu 1989), and so it does, to first order, for the scores. Resampling with
+    replacement would not do: duplicated images have neighbours at distance 0, which upsets
+    precision, recall and KID. The interval is the score +- 1.96 standard deviations; the reference
+    counts as fixed, the bias that Fréchet distances have at small n is part of the score, and no
+    interval leaves the range of its score.
+
+    Args:
+        score: gives the scores of some rows (sorted int64 indices).
+        centre: the scores of all rows.
+        n: number of rows, at least twice what `score` needs.
+        replicates: at least 2.
+        seed: of the halves.
+    """
+    generator = np.random.default_rng(seed)
+    draws = [values(score(np.sort(generator.choice(n, n // 2, replace=False)))) for _ in range(replicates)]
+    intervals = {}
+    for name, value in values(centre).items():
+        margin = 1.96 * float(np.std([draw[name] for draw in draws], ddof=1))
+        lowest, highest = RANGES[name]
+        intervals[name] = (max(lowest, value - margin), min(highest, value + margin))
+    return intervals

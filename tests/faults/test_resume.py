@@ -1,0 +1,160 @@
+"""A run that is killed and started again is the run that would have been, to the last bit."""
+
+import json
+import random
+import time
+
+import pytest
+from driver import (
+    Child,
+    assert_readable,
+    assert_same_end,
+    die_while_saving,
+    distil,
+    kill_in_step,
+    rows,
+    run,
+    run_ranks,
+    train,
+)
+
+from guided_diffusion.checkpoint import newest_checkpoint
+from guided_diffusion.logger import read_progress
+
+MAKE = {"kd": distil, "train": train}
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("kind", ["kd", "train"])
+def test_killed_in_a_step_and_started_again(tmp_path, kind, ranks):
+    """The checkpoint (4) is neither where it dies (6, 9) nor at the end of a row of the log (3)."""
+    keys = {"student__log_interval": 3} if kind == "kd" else {}
+    command = MAKE[kind](tmp_path, **keys)
+    straight, killed = tmp_path / "straight", tmp_path / "killed"
+    command.append("run.iterations=10")
+    run_ranks(tmp_path, ranks, *command, "--exp_dir", straight)
+    for step in (6, 9):
+        tamper = kill_in_step(step, rank=ranks - 1)
+        run_ranks(tmp_path, ranks, *command, "--exp_dir", killed, tamper=tamper, expect=None)
+        assert newest_checkpoint(killed).step == step // 4 * 4
+    text = run_ranks(tmp_path, ranks, *command, "--exp_dir", killed)
+    assert "resumed from step 8" in text and "not there" not in text
+    assert_same_end(straight, killed, 10)
+    if ranks == 1:
+        assert rows(straight) == rows(killed)
+    else:  # summed over the ranks in another order
+        pairs = zip(
+            read_progress(straight / "progress.csv"), read_progress(killed / "progress.csv"), strict=True
+        )
+        for a, b in pairs:
+            a.pop("iterations_per_second"), b.pop("iterations_per_second")
+            assert a == pytest.approx(b, rel=1e-5)
+
+
+def test_another_number_of_ranks_is_told(tmp_path):
+    command = [*distil(tmp_path), "--exp_dir", tmp_path / "run"]
+    run_ranks(tmp_path, 1, *command, "run.iterations=4")
+    text = run_ranks(tmp_path, 2, *command)
+    assert "resumed from step 4" in text
+    assert "the run had 1 rank(s), now 2: what is drawn at random differs from here on" in text
+    assert newest_checkpoint(tmp_path / "run").step == 6
+
+
+def test_a_named_checkpoint_that_is_damaged_is_refused(tmp_path):
+    command = [*distil(tmp_path), "--exp_dir", tmp_path / "run"]
+    run(tmp_path, *command, "run.iterations=4")
+    path = tmp_path / "run/opt000004.pt"
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+    code, text = run(tmp_path, *command, "--resume_checkpoint", tmp_path / "run/model000004.pt")
+    assert code == 1 and "opt000004.pt is damaged" in text and "Traceback" not in text
+
+
+def kill_until_done(folder, command, kills, dice):
+    """Start a run again and again, killing it at random moments; kills, how many of them while saving."""
+    run_folder, killed, while_saving, before = folder / "run", 0, 0, 0
+    start, total = time.monotonic(), 0.0
+    while True:
+        saving = killed % 2 == 1
+        child = Child(folder / "output.txt", *command, tamper=die_while_saving(dice) if saving else None)
+        if not saving:  # a moment between the start and the end of an undisturbed run
+            child.process.join(dice.uniform(0.1, 1.2 * total if total else 1.5))
+            child.kill()
+        code = child.wait()
+        assert code in (-9, 0), child.text()
+        assert "Traceback" not in child.text(), child.text()
+        step = assert_readable(run_folder)
+        assert step >= before, "a complete checkpoint was lost"
+        told = [int(line.split()[2]) for line in child.text().splitlines() if line.startswith("saved step")]
+        assert step >= max(told, default=0), "a checkpoint that was said to be saved is not there"
+        if "resumed" in child.text():
+            assert f"resumed from step {before} " in child.text()
+        before = step
+        if code == 0:
+            break
+        killed += 1
+        while_saving += saving
+        total = max(total, 0.5 * (time.monotonic() - start) / killed)
+        if killed >= kills:
+            assert run(folder, *command)[0] == 0
+            break
+    assert not list(run_folder.glob(".*.tmp")), "halves of files were left"
+    return killed, while_saving
+
+
+def shown_by_kills(folder, total, capsys):
+    dice = random.Random(5)
+    command = distil(folder, student__save_interval=1, run__iterations=8)
+    assert run(folder, *command, "--exp_dir", folder / "straight")[0] == 0
+    killed = saving = rounds = 0
+    while killed < total:
+        here = folder / f"round{rounds}"
+        here.mkdir()
+        more = kill_until_done(here, [*command, "--exp_dir", here / "run"], total - killed, dice)
+        killed, saving, rounds = killed + more[0], saving + more[1], rounds + 1
+        assert_same_end(folder / "straight", here / "run", 8)
+        assert rows(folder / "straight") == rows(here / "run")
+    with capsys.disabled():
+        print(
+            f"\n  {killed} SIGKILLs ({saving} of runs made to die while saving) in {rounds} runs: no "
+            "checkpoint lost or unreadable, final weights, averages, optimizer, head and pool bit-equal"
+        )
+
+
+def test_kills_at_random_moments(tmp_path, capsys):
+    shown_by_kills(tmp_path, 6, capsys)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_a_hundred_kills(tmp_path, capsys):
+    shown_by_kills(tmp_path, 120, capsys)
+
+
+@pytest.mark.parametrize("ended", ["killed", "finished"])
+def test_the_same_command_continues_what_is_unfinished(tmp_path, ended):
+    config_folder = tmp_path / "project/yaml"
+    config_folder.mkdir(parents=True)
+    command = distil(config_folder)
+    tamper = kill_in_step(5) if ended == "killed" else None
+    run_ranks(tmp_path, 1, *command, tamper=tamper, expect=None)
+    time.sleep(1.01)  # directories are named by the second
+    code, text = run(tmp_path, *command)
+    assert code == 0
+    runs = list((tmp_path / "project/experiments/kd").iterdir())
+    assert ("resumed from step 4" in text) == (ended == "killed")
+    assert len(runs) == (1 if ended == "killed" else 2)
+
+
+def test_a_run_says_what_it_was(tmp_path):
+    command = [*distil(tmp_path), "--exp_dir", tmp_path / "run"]
+    assert run(tmp_path, *command)[0] == 0
+    record = json.loads((tmp_path / "run/run.json").read_text())
+    assert record["ended"] == "finished"
+    assert record["command"][0].endswith("image_kd.py") and "--exp_dir" in record["command"]
+    assert {"python", "torch", "numpy", "omegaconf", "safetensors", "mpi4py"} == set(record["versions"])
+    assert record["versions"]["torch"] and record["versions"]["safetensors"]
+    assert "git_revision" in record and "started" in record
+    (rank,) = record["ranks"]
+    assert rank.startswith("rank 0: host ") and "cpu" in rank

@@ -1,0 +1,149 @@
+"""Every experiment under yaml/: the network its name says, and one real iteration at a small size."""
+
+import dataclasses
+import functools
+import re
+
+import numpy as np
+import pytest
+import torch as th
+from tiny import ROOT, T, make_teacher, randomise
+
+from guided_diffusion.config import load_experiment
+from guided_diffusion.distill_setup import distillation_loop, pool_identity
+from guided_diffusion.dynamic_batch import DynamicBatch, pool_size
+from guided_diffusion.logger import RunLog, read_progress
+from guided_diffusion.pool_file import read_pool, write_pool
+from guided_diffusion.script_util import build_network
+from guided_diffusion.settings import Network
+from guided_diffusion.train_setup import training_loop
+
+EXPERIMENTS = sorted(ROOT.glob("yaml/*/exp/*.yaml"))
+ON_MIXED_DATA = [  # names that stand for the file without the ratio
+    ROOT / f"yaml/{name}-Baseline-{ratio}.yaml"
+    for name, ratio in (
+        ("cifar10_32/exp/CIFAR10-14M", "0.05"),
+        ("celeba_64/exp/CelebA64-57M", "0.15"),
+        ("imagenet_32/exp/ImageNet32-14M", "1"),
+    )
+]
+BATCH = 4
+SMALL = [
+    *("num_channels=32", "num_res_blocks=1", "channel_mult=1,2", "num_head_channels=32"),
+    f"diffusion_steps={T}",
+]
+TRAINING = [f"batch_size={BATCH}", "microbatch=2", "log_interval=1"]
+RUN = ["run.iterations=1", "run.sample_interval=-1"]
+
+
+def in_section(name, overrides):
+    return [f"{name}.{override}" for override in overrides]
+
+
+@pytest.fixture(scope="module")
+def teachers(tmp_path_factory):
+    """A random tiny teacher's file for a section of settings; the same for all of one image size."""
+    folder = tmp_path_factory.mktemp("teachers")
+
+    def teacher(settings):
+        path = folder / f"{settings.image_size}.pt"
+        if not path.exists():
+            make_teacher(settings, path)
+        return path
+
+    return teacher
+
+
+@pytest.mark.parametrize(
+    "path", [p for p in EXPERIMENTS if not p.stem.startswith("digits")], ids=lambda p: p.stem
+)
+def test_the_name_tells_the_students_size(path):
+    student = dataclasses.asdict(load_experiment(path).student)
+    network = tuple((field.name, student[field.name]) for field in dataclasses.fields(Network))
+    assert millions_of_parameters(network) == int(re.search(r"-(\d+)M-", path.stem)[1])
+
+
+@functools.cache
+def millions_of_parameters(network):
+    with th.device("meta"):
+        model, _ = build_network(Network(**dict(network)))
+    return sum(parameter.numel() for parameter in model.parameters()) // 10**6
+
+
+@pytest.mark.parametrize("path", EXPERIMENTS + ON_MIXED_DATA, ids=lambda path: path.stem)
+def test_one_iteration(path, teachers, tmp_path):
+    plain = load_experiment(path)
+    th.manual_seed(0)
+    if plain.teacher is None:
+        loop = baseline(path, tmp_path)
+        terms = {"mse", "vb"}
+    else:
+        loop = distillation(path, teachers, tmp_path)
+        stage1, stage2 = plain.distill.stage1_weight > 0, plain.distill.stage2_weight > 0
+        terms = {"stage1_mse", "stage1_vb"}
+        terms |= {"stage1_align"} if stage1 else set()
+        terms |= {"stage2_mse", "stage2_vb"} if stage2 else set()
+        assert (stage1, stage2) == stages_of(path.stem)
+    size = plain.student.image_size
+    assert loop.model.image_size == size == image_size_of(path)
+    randomise(loop.model)
+    before = [parameter.detach().clone() for parameter in loop.parameters]
+    levels = loop.source.pool.levels.clone() if plain.teacher else None
+    loop.run()
+
+    (row,) = read_progress(tmp_path / "run" / "progress.csv")
+    logged = {name for name in row if re.fullmatch(r"(stage\d_)?(mse|vb|align)", name)}
+    assert logged == terms
+    assert all(np.isfinite(value) for value in row.values())
+    assert row["step"] == loop.step == 1 and row["skipped"] == 0
+    assert not any(th.equal(a, b) for a, b in zip(before, loop.parameters, strict=True))
+    assert (tmp_path / "run" / "model000001.pt").exists()
+    if plain.teacher:
+        steps = levels - loop.source.pool.levels
+        assert sorted(steps.tolist()) == [0] * (len(levels) - BATCH) + [1] * BATCH
+        saved = read_pool(tmp_path / "run" / "teacher-state-000001.cache", T, size)
+        assert th.equal(saved.levels, loop.source.pool.levels)
+
+
+def distillation(path, teachers, folder):
+    overrides = in_section("teacher", SMALL) + in_section("student", SMALL + TRAINING) + RUN
+    experiment = load_experiment(path, overrides)
+    settings = experiment.teacher
+    weights = teachers(settings)
+    size = pool_size(settings.iter_choice, settings.BATCH, T, BATCH)
+    if settings.iter_choice != "iterative_distillation":
+        pool = DynamicBatch.of_noise(size, settings.image_size, T)
+        pool.levels = th.randint(1, T, (size,))
+        write_pool(folder / "pool.cache", [pool], pool_identity(experiment, weights, size), th.float32)
+    return distillation_loop(
+        experiment,
+        weights=weights,
+        pool_path=folder / "pool.cache",
+        batch_size=BATCH,
+        log=RunLog(folder / "run"),
+    )
+
+
+def baseline(path, folder):
+    experiment = load_experiment(path, SMALL + TRAINING + RUN)
+    size = experiment.student.image_size
+    images = np.random.default_rng(0).integers(0, 256, (2 * BATCH, size, size, 3), dtype=np.uint8)
+    np.savez(folder / "images.npz", images)
+    return training_loop(
+        experiment,
+        data_dir=str(folder / "images.npz"),
+        batch_size=BATCH,
+        num_workers=0,
+        log=RunLog(folder / "run"),
+    )
+
+
+def stages_of(name):
+    """Whether stages 1 and 2 are on, by an experiment's name."""
+    if "Dynamic" in name:
+        return False, False
+    return not name.endswith("stage2"), not name.endswith("stage1")
+
+
+def image_size_of(path):
+    return int(path.parent.parent.name.rpartition("_")[2])

@@ -1,0 +1,269 @@
+"""Variants of the dynamic batch through the real scripts: ranks, policies, options, classes, wrong pools."""
+
+import hashlib
+
+import numpy as np
+import pytest
+import torch as th
+import yaml
+from in_process import script_here
+from safetensors import safe_open
+from tiny import T, distillation, make_teacher, network, one_line_error, script
+
+from guided_diffusion.config import load_experiment
+from guided_diffusion.pool_file import read_pool
+
+SIZE, B = 8, 4
+ONE = ["run.iterations=1"]
+
+
+def tiny(folder, **more):
+    folder.mkdir(exist_ok=True)
+    return distillation(folder, image_size=SIZE, **more)
+
+
+def pool_of(folder, **more):
+    return read_pool(folder / "pool.cache", T, SIZE, **more)
+
+
+def state_of(run, step):
+    return read_pool(run / f"teacher-state-{step:06d}.cache", T, SIZE)
+
+
+def rows(pool):
+    """Each sample with its level and label as bytes, sorted: what a pool holds, whatever the order."""
+    y = [-1] * len(pool) if pool.y is None else pool.y.tolist()
+    return sorted(
+        (x.numpy().tobytes(), t, c) for x, t, c in zip(pool.x, pool.levels.tolist(), y, strict=True)
+    )
+
+
+def digest(path):
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+# --- a pool prepared by N ranks and trained by M; 2 and 2 below, with classes ----------------------
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory):
+    """Configurations whose pools were prepared by 1 and by 2 ranks."""
+    configs = {ranks: tiny(tmp_path_factory.mktemp(f"prepared-by-{ranks}")) for ranks in (1, 2)}
+    script_here("scripts/dynamic_prepare.py", "--config", configs[1])
+    script("scripts/dynamic_prepare.py", "--config", configs[2], ranks=2)
+    return configs
+
+
+@pytest.mark.parametrize("prepared_by, trained_by", [(1, 2), (2, 1)])
+def test_a_pool_goes_from_any_number_of_ranks_to_any(prepared, prepared_by, trained_by, tmp_path):
+    config = prepared[prepared_by]
+    whole, before = pool_of(config.parent), digest(config.parent / "pool.cache")
+    assert len(whole) == len(set(rows(whole))) == round(0.4 * T) * B
+    assert_shares_make_up(whole, config.parent)
+    kd = ["scripts/image_kd.py", "--config", config, "--exp_dir", tmp_path / "run", "run.iterations=1"]
+    if trained_by == 1:
+        script_here(*kd)
+    else:
+        script(*kd, ranks=trained_by)
+    assert_one_batch_advanced(whole, state_of(tmp_path / "run", 1), trained_by)
+    assert digest(config.parent / "pool.cache") == before
+
+
+def assert_shares_make_up(whole, folder):
+    """No sample is lost or read twice, whatever the number of ranks."""
+    for world in (1, 2, 4):
+        shares = [pool_of(folder, rank=rank, world_size=world) for rank in range(world)]
+        assert {len(share) for share in shares} == {len(whole) // world}
+        assert sorted(row for share in shares for row in rows(share)) == rows(whole)
+
+
+def assert_one_batch_advanced(before, after, ranks):
+    """B samples, equally many of each rank, went one step further; all others are where they were."""
+    assert after.x.shape == before.x.shape
+    changed = (after.x != before.x).flatten(1).any(1)
+    assert changed.reshape(ranks, -1).sum(1).tolist() == [B // ranks] * ranks
+    assert th.equal(before.levels - after.levels, changed.long())
+
+
+# --- policies and options --------------------------------------------------------------------------
+
+
+def test_shuffled_with_every_option_on_two_ranks(tmp_path):
+    config = tiny(
+        tmp_path,
+        teacher__iter_choice="shffled_iterative_distillation",
+        teacher__prob=0.5,
+        teacher__input_perturb=0.1,
+        distill__stride=5,
+        distill__pool_dtype="float16",
+    )
+    script_here("scripts/dynamic_prepare.py", "--config", config)
+    with safe_open(tmp_path / "pool.cache", framework="pt") as file:
+        stored = file.get_tensor("total_x_t_1")
+    assert stored.dtype == th.float16
+    pool = pool_of(tmp_path)
+    assert len(pool) == B and th.equal(pool.x, stored.float())
+    assert int(pool.levels.min()) >= 1 and int(pool.levels.max()) <= T - 1
+    script("scripts/image_kd.py", "--config", config, "--exp_dir", tmp_path / "run", ranks=2)
+    later = state_of(tmp_path / "run", 6)  # the pool is always used whole: every sample moves together
+    steps = (pool.levels - later.levels) % T
+    per_rank = steps.reshape(2, -1)
+    assert th.equal(per_rank, per_rank[:, :1].expand_as(per_rank))
+    assert not th.equal(later.x, pool.x)
+
+
+def test_iterative_on_two_ranks(tmp_path):
+    """No pool: all samples walk down from T together."""
+    config = tiny(tmp_path, teacher__iter_choice="iterative_distillation", teacher__tempfile="")
+    refused = script_here("scripts/dynamic_prepare.py", "--config", config, check=False)
+    assert "nothing to prepare" in one_line_error(refused)
+    script("scripts/image_kd.py", "--config", config, "--exp_dir", tmp_path / "run", ranks=2)
+    later = state_of(tmp_path / "run", 6)
+    assert later.levels.tolist() == [T - 6] * B
+    assert len(set(rows(later))) == B  # each rank has samples of its own
+
+
+@pytest.fixture
+def config(tmp_path):
+    config = tiny(tmp_path)
+    script_here("scripts/dynamic_prepare.py", "--config", config)
+    return config
+
+
+def distil(config, name, *overrides):
+    """Distil in this process; the pool and the weights after it."""
+    run, steps = config.parent / name, load_experiment(config, overrides).run.iterations
+    script_here("scripts/image_kd.py", "--config", config, "--exp_dir", run, *overrides)
+    return state_of(run, steps), th.load(run / f"model{steps:06d}.pt", weights_only=True)
+
+
+def test_prob_walks_further_between_the_batches(config):
+    before = pool_of(config.parent)
+    total = {}
+    for prob in (1.0, 0.3):
+        after, _ = distil(config, f"prob{prob}", f"teacher.prob={prob}", "run.iterations=3")
+        total[prob] = int(((before.levels - after.levels) % T).sum())
+    assert total[1.0] == 3 * B  # at level 0 a sample starts again at T
+    assert total[0.3] > total[1.0] and total[0.3] % B == 0  # whole batches go on
+
+
+def test_input_perturb_changes_what_the_student_sees_alone(config):
+    plain, weights = distil(config, "plain", *ONE)
+    perturbed, others = distil(config, "perturbed", "teacher.input_perturb=0.5", *ONE)
+    assert rows(plain) == rows(perturbed)
+    assert any(not th.equal(weights[name], others[name]) for name in weights)
+
+
+def test_half_precision_storage_rounds_and_halves_the_file(config, tmp_path):
+    whole, size = pool_of(tmp_path), (tmp_path / "pool.cache").stat().st_size
+    script_here("scripts/dynamic_prepare.py", "--config", config, "distill.pool_dtype=float16", "--overwrite")
+    rounded = pool_of(tmp_path)
+    assert rounded.x.dtype == th.float32
+    assert th.equal(rounded.x, whole.x.half().float()) and th.equal(rounded.levels, whole.levels)
+    assert (tmp_path / "pool.cache").stat().st_size < 0.6 * size
+    distil(config, "run", *ONE)  # storage is no part of what a pool belongs to
+
+
+def test_a_strided_pool_covers_all_levels_with_fewer_calls(config, tmp_path, monkeypatch):
+    from guided_diffusion.unet import UNetModel
+
+    calls, forward = [], UNetModel.forward
+    monkeypatch.setattr(UNetModel, "forward", lambda *args, **more: calls.append(1) or forward(*args, **more))
+    counts = []
+    for stride in (1, 5):
+        calls.clear()
+        flags = ["--config", config, f"distill.stride={stride}", "teacher.BATCH=2", "--overwrite"]
+        script_here("scripts/dynamic_prepare.py", *flags)
+        counts.append(len(calls))
+        assert pool_of(tmp_path).levels.unique().tolist() == list(range(1, T))
+    assert counts[1] < counts[0] / 3
+    distil(config, "run", "distill.stride=5", "teacher.BATCH=2", *ONE)
+
+
+# --- classes ---------------------------------------------------------------------------------------
+
+
+def test_class_conditional_from_training_the_teacher_to_samples(tmp_path):
+    """Train a teacher on labelled images, prepare, distil and sample on two ranks: labels all the way."""
+    teacher = network(SIZE, class_cond=True, num_classes=3)
+    training = {"batch_size": 4, "lr": 1e-3, "ema_rate": "0.9", "save_interval": 2}
+    (tmp_path / "teacher.yaml").write_text(yaml.safe_dump(teacher | training))
+    images = np.random.default_rng(0).integers(0, 256, (9, SIZE, SIZE, 3), dtype=np.uint8)
+    np.savez(tmp_path / "images.npz", images, np.arange(9) % 3)
+    data = ["--data_dir", tmp_path / "images.npz"]
+    script_here(
+        "scripts/image_train.py", "--config", tmp_path / "teacher.yaml", *data,
+        "--exp_dir", tmp_path / "teacher", "run.iterations=2", "run.sample_interval=-1",
+    )  # fmt: skip
+
+    config = tiny(tmp_path / "distil", class_cond=True, num_classes=3)
+    weights = f"teacher.model_path={tmp_path / 'teacher/model000002.pt'}"
+    one = [weights, "run.iterations=1"]
+    script("scripts/dynamic_prepare.py", "--config", config, weights, ranks=2)
+    pool = pool_of(config.parent)
+    assert pool.y.dtype == th.int64 and set(pool.y.tolist()) == {0, 1, 2}
+    assert_shares_make_up(pool, config.parent)
+
+    run = tmp_path / "run"
+    script("scripts/image_kd.py", "--config", config, *one, "--exp_dir", run, ranks=2)
+    assert_one_batch_advanced(pool, state_of(run, 1), 2)
+    assert th.equal(state_of(run, 1).y, pool.y)  # a label stays with its place
+
+    script(
+        "scripts/image_sample.py", "--config", config, "--model_path", run / "model000001.pt",
+        "--batch_size", 2, "--num_samples", 7, "--timestep_respacing", 2, "--log_dir", tmp_path / "samples",
+        ranks=2,
+    )  # fmt: skip
+    with np.load(tmp_path / "samples" / f"samples_7x{SIZE}x{SIZE}x3.npz") as samples:
+        assert samples["arr_0"].shape == (7, SIZE, SIZE, 3)
+        assert samples["arr_1"].shape == (7,) and samples["arr_1"].dtype == np.int64
+        assert set(samples["arr_1"].tolist()) <= {0, 1, 2}
+
+
+def test_a_pool_without_labels_is_no_pool_of_a_class_conditional_teacher(config):
+    overrides = [
+        f"{section}.{key}"
+        for section in ("teacher", "student")
+        for key in ("class_cond=true", "num_classes=3")
+    ]
+    weights = config.parent / "with-classes.pt"
+    make_teacher(load_experiment(config, overrides).teacher, weights)
+    overrides.append(f"teacher.model_path={weights}")
+    done = script_here("scripts/image_kd.py", "--config", config, *overrides, *ONE, check=False)
+    assert "was made for class_cond False" in one_line_error(done)
+
+
+# --- wrong pools -----------------------------------------------------------------------------------
+
+
+def both(*overrides):
+    return [f"{section}.{override}" for section in ("teacher", "student") for override in overrides]
+
+
+@pytest.mark.parametrize(
+    "overrides, told",
+    [
+        (both("diffusion_steps=30"), "was made for T 20, this run has 30"),
+        (both("timestep_respacing=10"), "was made for timestep_respacing '', this run has '10'"),
+        (both("image_size=16", "attention_resolutions=8"), "was made for image_size 8, this run has 16"),
+        (["teacher.BATCH=0.2"], "was made for rho 0.4, this run has 0.2"),
+        (["student.batch_size=8"], "was made for batch_size 4, this run has 8"),
+        (["distill.stride=2"], "was made for stride 1, this run has 2"),
+        (["teacher.iter_choice=shuffled_iterative_distillation"], "was made for iter_choice"),
+        (["teacher.model_path=other.pt"], "was made for teacher_sha256"),
+    ],
+)
+def test_a_pool_of_something_else_is_refused(config, monkeypatch, overrides, told):
+    monkeypatch.chdir(config.parent)
+    weights = th.load("teacher.pt", weights_only=True)
+    th.save({name: value + 1e-3 for name, value in weights.items()}, "other.pt")
+    for name in ("scripts/dynamic_prepare.py", "scripts/image_kd.py"):
+        done = script_here(name, "--config", config, *overrides, check=False)
+        line = one_line_error(done)
+        assert told in line and "pool.cache" in line
+
+
+def test_every_rank_leaves_when_a_pool_is_refused(config):
+    done = script("scripts/image_kd.py", "--config", config, "teacher.BATCH=0.2", ranks=2, check=False)
+    assert done.returncode != 0 and "Traceback" not in done.stderr
+    assert "was made for rho 0.4, this run has 0.2" in done.stderr
