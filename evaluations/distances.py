@@ -51,11 +51,16 @@ class Points:
         self.device = device
         # One centre for all precisions: rounded for some only, it would shift those.
         self._centre = torch.from_numpy(centre.astype(np.float32)).to(device)
-        blocks = [self.take(np.arange(i, min(i + BLOCK, len(raw))), torch.float64) for i in starts(len(raw))]
-        self.norms = torch.cat([torch.linalg.vecdot(block, block) for block in blocks])
+        self.norms = torch.cat(
+            [self._squares(np.arange(i, min(i + BLOCK, len(raw)))) for i in starts(len(raw))]
+        )
 
     def __len__(self) -> int:
         return len(self.raw)
+
+    def _squares(self, rows: np.ndarray) -> torch.Tensor:
+        block = self.take(rows, torch.float64)
+        return torch.linalg.vecdot(block, block)
 
     def take(self, rows: np.ndarray, dtype: torch.dtype) -> torch.Tensor:
         """Some of the points, ascending rows, centred, in a number format; [n, D]."""

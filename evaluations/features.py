@@ -1,17 +1,16 @@
 """From images to features: the interface of a feature extractor, and what is kept of a set."""
 
-import sys
 from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from guided_diffusion.errors import UserError
 
 from .image_files import ImageFile
 from .metrics import Gaussian, GaussianAccumulator, gaussian_of
+from .progress import progress
 
 
 class Extractor(Protocol):
@@ -74,9 +73,7 @@ def extract_features(
     kept: np.ndarray | None = None
     pooled, spread = GaussianAccumulator(), GaussianAccumulator()
     done, has_spatial = 0, False
-    with tqdm(
-        total=images.count, desc=images.path.name, unit="image", file=sys.stderr, disable=None, leave=False
-    ) as bar:
+    with progress(images.count, images.path.name, "images") as advance:
         for batch in images.batches(batch_size):
             block, spatial = extractor.extract(batch)
             features[done : done + len(batch)] = block
@@ -89,7 +86,7 @@ def extract_features(
                         kept = np.empty((images.count, spatial.shape[1]), dtype=np.float32)
                     kept[done : done + len(batch)] = spatial
             done += len(batch)
-            bar.update(len(batch))
+            advance(len(batch))
     if not np.isfinite(features).all():
         raise UserError(f"{images.path}: the {extractor.name} network gives NaN or infinity for some images")
     return FeatureSet(

@@ -4,20 +4,19 @@ Distances are Euclidean and computed a block at a time; N x N of them are never 
 is that of float64 distances, whatever the blocks: see `distances`.
 """
 
-import sys
 from dataclasses import dataclass
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from .distances import BLOCK, Points, precisions, products, rounding, starts
+from .progress import tracked
 
 PRECISION_RECALL_K = 3
 DENSITY_COVERAGE_K = 5
 NEIGHBOURS = 5  # the most that any score here looks at
 
-_SPARE = 11  # more candidates than neighbours, since a coarse product may swap some
+_SPARE = 15  # more candidates than neighbours, since a coarse product may swap some
 _EXACT_PAIRS = 64
 
 
@@ -73,9 +72,7 @@ class _Candidates:
         self._index = torch.zeros((len(rows), wanted), dtype=torch.int64, device=points.device)
         everything = np.arange(len(points))
         whole = len(rows) == len(points)
-        for i in tqdm(
-            starts(len(rows)), desc="neighbours", unit="block", file=sys.stderr, disable=None, leave=False
-        ):
+        for i in tracked(starts(len(rows)), "nearest neighbours", "blocks"):
             mine = rows[i : i + BLOCK]
             block = points.take(mine, dtype)
             # Of all points with all points, one product serves both blocks.
@@ -164,9 +161,7 @@ def neighbour_scores(
     recalled, covered = np.zeros((2, len(real)), dtype=bool)
     memberships = 0
     dtype = precisions(device)[0]
-    for i in tqdm(
-        starts(len(fake)), desc="precision, recall", unit="block", file=sys.stderr, disable=None, leave=False
-    ):
+    for i in tracked(starts(len(fake)), "precision and recall", "blocks"):
         rows = np.arange(i, min(i + BLOCK, len(fake)))
         block = fake.take(rows, dtype)
         for j in starts(len(real)):

@@ -3,16 +3,15 @@
 import hashlib
 import os
 import re
-import sys
 import urllib.request
 from collections.abc import Callable
 from http.client import HTTPException
 from pathlib import Path
 
-from tqdm import tqdm
-
 from guided_diffusion.errors import UserError
 from guided_diffusion.files import atomic_path, sha256_of
+
+from .progress import progress
 
 _TIMEOUT_SEC = 30
 
@@ -52,10 +51,10 @@ def _fetch(url: str, path: Path) -> None:
         length = response.headers.get("Content-Length")
         expected = None if length is None else int(length)
         name = url.rsplit("/", 1)[1]
-        with tqdm(total=expected, desc=name, unit="B", unit_scale=True, file=sys.stderr, disable=None) as bar:
+        with progress(expected, name, "B") as advance:
             while chunk := response.read(1 << 20):
                 file.write(chunk)
-                bar.update(len(chunk))
+                advance(len(chunk))
         if expected is not None and file.tell() != expected:
             raise OSError(f"the connection ended after {file.tell()} of {expected} bytes")
 

@@ -20,6 +20,7 @@ from .gaussian_diffusion import GaussianDiffusion
 from .logger import RunLog, progress_bar
 from .metrics import Metrics
 from .objectives import Objective
+from .optimizer_state import load_optimizer_state
 from .sampling import sample_images
 from .script_util import build_process
 from .settings import Run, Student
@@ -321,7 +322,7 @@ class TrainLoop:
                 self.metrics.load_totals(state.get("metrics", {}))
                 self.bad_steps = state.get("bad_steps", self.bad_steps).to(self.bad_steps)
                 state = state["optimizer"]
-            self.optimizer.load_state_dict(state)
+            load_optimizer_state(self.optimizer, state)
         except (LookupError, AttributeError, ValueError, TypeError, RuntimeError) as error:
             raise UserError(f"{path}: does not fit the networks being trained ({error})") from None
 

@@ -30,7 +30,7 @@ ON_MIXED_DATA = [  # names that stand for the file without the ratio
 BATCH = 4
 SMALL = [
     *("num_channels=32", "num_res_blocks=1", "channel_mult=1,2", "num_head_channels=32"),
-    f"diffusion_steps={T}",
+    *("attention_resolutions=16", f"diffusion_steps={T}"),
 ]
 TRAINING = [f"batch_size={BATCH}", "microbatch=2", "log_interval=1"]
 RUN = ["run.iterations=1", "run.sample_interval=-1"]

@@ -263,6 +263,7 @@ def test_a_pool_of_something_else_is_refused(config, monkeypatch, overrides, tol
         assert told in line and "pool.cache" in line
 
 
+@pytest.mark.slow
 def test_every_rank_leaves_when_a_pool_is_refused(config):
     done = script("scripts/image_kd.py", "--config", config, "teacher.BATCH=0.2", ranks=2, check=False)
     assert done.returncode != 0 and "Traceback" not in done.stderr

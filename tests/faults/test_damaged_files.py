@@ -177,7 +177,7 @@ def outcome(reader, path):
         except UserError as error:
             told = error
     assert str(told) and "\n" not in str(told)
-    assert path.name in str(told)
+    assert path.name in str(told) or reader is read_config  # there the key is named
     return told
 
 
@@ -199,7 +199,10 @@ def check(kind, folder, scratch, mutate):
     elif reader is read_checkpoint:
         assert got == 20 if target.read_bytes() == whole else got in (10, 20)
     elif exact:
-        assert_same(got, reader(folder / name))
+        wanted = reader(folder / name)
+        if reader is read_npz:  # a damaged directory may hide an array: whoever needs it is then told
+            wanted = {key: wanted[key] for key in got}
+        assert_same(got, wanted)
 
 
 @pytest.mark.parametrize("kind", KINDS)
