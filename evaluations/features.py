@@ -76,6 +76,8 @@ def extract_features(
     with progress(images.count, images.path.name, "images") as advance:
         for batch in images.batches(batch_size):
             block, spatial = extractor.extract(batch)
+            if not np.isfinite(block).all():
+                raise UserError(f"{images.path}: the {extractor.name} network gives NaN or infinity")
             features[done : done + len(batch)] = block
             pooled.update(block)
             if spatial is not None:
@@ -87,8 +89,6 @@ def extract_features(
                     kept[done : done + len(batch)] = spatial
             done += len(batch)
             advance(len(batch))
-    if not np.isfinite(features).all():
-        raise UserError(f"{images.path}: the {extractor.name} network gives NaN or infinity for some images")
     return FeatureSet(
         features,
         pooled.result(),

@@ -19,6 +19,8 @@ class StopSignals:
 
     def __enter__(self) -> "StopSignals":
         for number in (signal.SIGTERM, signal.SIGINT):
+            if signal.getsignal(number) is signal.SIG_IGN:
+                continue  # started in the background, where Ctrl-C is meant for others
             self._before[number] = signal.signal(number, self._handle)
         return self
 

@@ -66,15 +66,16 @@ def arguments(config, run, overrides):
 
 def finish(*processes):
     """Wait for processes; all must succeed. Their output together."""
-    outputs = []
-    for process in processes:
-        try:
+    output = ""
+    try:
+        for process in processes:
             out, err = process.communicate(timeout=300)
-        finally:
+            assert process.returncode == 0, f"{out}\n{err}"
+            output += out + err
+    finally:
+        for process in processes:
             process.kill()
-        assert process.returncode == 0, f"{out}\n{err}"
-        outputs.append(out + err)
-    return "".join(outputs)
+    return output
 
 
 def start(command, environment):

@@ -52,6 +52,7 @@ class Child:
         os.dup2(file, 1)
         os.dup2(file, 2)
         sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", closefd=False)  # noqa: SIM115
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored if the tests run in the background
         code = 70
         run_directory.save_curves = lambda *_: None  # a second of matplotlib's; test_scripts.py has it
         try:
