@@ -184,7 +184,9 @@ def main() -> None:
         "--quick", action="store_true", help="small sizes, half a minute; no claims from these"
     )
     parser.add_argument(
-        "--large_file", action="store_true", help="also 200,000 images of 64x64 (a quarter of an hour)"
+        "--large_file",
+        action="store_true",
+        help="also 200,000 images of 64x64 (long: neighbours grow with the square)",
     )
     parser.add_argument("--task", help=argparse.SUPPRESS)
     args = parser.parse_args()

@@ -16,13 +16,17 @@ BLOCK = 2048
 def precisions(device: torch.device) -> tuple[torch.dtype, ...]:
     """Number formats to try in turn, the coarsest first; the last one settles everything.
 
-    16-bit brain floats come first where the processor multiplies them itself.
+    16-bit brain floats come first where the processor multiplies them itself. float32 is left out
+    where the program has told torch to multiply it in less (`torch.set_float32_matmul_precision`).
     """
+    exact: tuple[torch.dtype, ...] = (torch.float32, torch.float64)
+    if torch.get_float32_matmul_precision() != "highest":
+        exact = (torch.float64,)
     capabilities: Mapping = getattr(torch.cpu, "get_capabilities", dict)()
     native = capabilities.get("avx512_bf16") or capabilities.get("amx_bf16")
     if device.type == "cpu" and native:
-        return torch.bfloat16, torch.float32, torch.float64
-    return torch.float32, torch.float64
+        return torch.bfloat16, *exact
+    return exact
 
 
 def rounding(dtype: torch.dtype, dimension: int) -> float:

@@ -2,62 +2,23 @@
 
 import warnings
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Any
 
 from guided_diffusion.errors import UserError
 from guided_diffusion.files import NpzFile, sha256_of
 
 from .image_files import ImageFile, check_same_size, open_images
 from .results import DigitsResult, DigitsScores, InceptionResult, InceptionScores, Result, versions
+from .settings import Settings
 
 if TYPE_CHECKING:
     from .features import Extractor
-
-Backend = Literal["tensorflow", "torch", "digits"]
-BACKENDS: tuple[Backend, ...] = get_args(Backend)
 
 _DIMENSION = {"tensorflow": 2048, "torch": 2048, "digits": 64}
 _AT_LEAST = 6  # images with five neighbours each
 _RESULTS: dict[type, Any] = {DigitsScores: DigitsResult, InceptionScores: InceptionResult}
 _SIZE = {"tensorflow": None, "torch": None, "digits": (16, 16)}  # height and width of the images
-
-
-@dataclass(frozen=True)
-class Settings:
-    """What to compute and how; `evaluator.evaluate` describes the fields.
-
-    Raises:
-        UserError: a value that makes no sense.
-    """
-
-    backend: Backend = "tensorflow"
-    weights: Path | None = None
-    batch_size: int = 64
-    seed: int = 0
-    kid: bool = False
-    density_coverage: bool = False
-    intervals: int = 0
-    device: str | None = None
-    use_cache: bool = True
-
-    def __post_init__(self) -> None:
-        if self.backend not in BACKENDS:
-            raise UserError(f"no backend '{self.backend}'; there are: {', '.join(BACKENDS)}")
-        if self.batch_size < 1:
-            raise UserError(f"batch_size must be at least 1, not {self.batch_size}")
-        if self.intervals < 0 or self.intervals == 1:
-            raise UserError(f"intervals need at least 2 half-samples (0 for none), not {self.intervals}")
-        if self.seed < 0:
-            raise UserError(f"seed must not be negative, it is {self.seed}")
-        if self.weights is not None and not self.weights.is_file():
-            raise UserError(f"no such weight file: {self.weights}")
-        for wanted, flag in ((self.kid, "kid"), (self.density_coverage, "density_coverage")):
-            if wanted and self.backend == "digits":
-                raise UserError(f"{flag} is for the Inception backends, not for digits")
-        if self.device is not None and self.backend == "digits":
-            raise UserError("device is for the Inception backends; the digits network always runs on the CPU")
 
 
 def evaluate_files(reference: Path, samples: Sequence[Path], settings: Settings) -> Iterator[Result]:

@@ -15,8 +15,9 @@ from os import PathLike
 from pathlib import Path
 from typing import Literal, overload
 
-from evaluations.evaluation import BACKENDS, Backend, Settings, evaluate_files
+from evaluations.evaluation import evaluate_files
 from evaluations.results import DigitsResult, InceptionResult, Result, format_result, format_table, write_json
+from evaluations.settings import BACKENDS, Backend, Settings
 from guided_diffusion.errors import UserError
 from guided_diffusion.launch import run_script
 

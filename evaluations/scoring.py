@@ -2,7 +2,6 @@
 
 import dataclasses
 from collections.abc import Callable
-from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -20,13 +19,11 @@ from .metrics import (
 from .neighbours import PRECISION_RECALL_K, nearest_distances, neighbour_scores
 from .reference import Reference
 from .results import RANGES, DigitsScores, InceptionScores, Scores, values
-
-if TYPE_CHECKING:
-    from .evaluation import Settings
+from .settings import Settings
 
 
 def score_samples(
-    images: ImageFile, reference: Reference, extractor: Extractor, settings: "Settings"
+    images: ImageFile, reference: Reference, extractor: Extractor, settings: Settings
 ) -> tuple[Scores, dict[str, tuple[float, float]]]:
     """Scores of one sample file and, if the settings ask for them, their intervals."""
     samples = extract_features(extractor, images, settings.batch_size, keep_spatial=settings.intervals > 0)

@@ -316,6 +316,17 @@ def test_coarse_precisions_do_not_change_a_decision(monkeypatch, levels, spread)
     np.testing.assert_allclose(nearest_distances(reference), expected, rtol=1e-12)
 
 
+def test_float32_products_of_lower_precision_are_not_trusted():
+    before = th.get_float32_matmul_precision()
+    try:
+        assert th.float32 in distances.precisions(th.device("cpu"))
+        th.set_float32_matmul_precision("medium")
+        assert th.float32 not in distances.precisions(th.device("cpu"))
+        assert distances.precisions(th.device("cpu"))[-1] == th.float64
+    finally:
+        th.set_float32_matmul_precision(before)
+
+
 def test_nearest_distances_need_more_points_than_neighbours():
     with pytest.raises(ValueError, match="5 features"):
         nearest_distances(normal(5), k=5)
