@@ -14,12 +14,14 @@ import struct
 import sys
 import time
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
 from typing import Any, NoReturn
 
 import torch as th
 import torch.distributed as dist
 
+from . import files
 from .errors import UserError
 from .launch import Launch, detect_launch
 
@@ -367,3 +369,13 @@ def rank_zero_first() -> Iterator[bool]:
         if not broadcast_object(None):
             raise UserError("rank 0 failed")
         yield False
+
+
+@contextmanager
+def held(path: Path) -> Iterator[None]:
+    """Rank 0 keeps other jobs from writing to a directory or file (`files.held`) until the block ends."""
+    with ExitStack() as lock:
+        with rank_zero_first() as first:
+            if first:
+                lock.enter_context(files.held(path))
+        yield

@@ -1,16 +1,20 @@
 """Files that are never half-written, and archives that are checked before they are believed."""
 
+import errno
+import fcntl
 import hashlib
 import lzma
 import math
 import os
 import re
+import socket
 import struct
+import time
 import tokenize
 import zipfile
 import zlib
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import numpy as np
@@ -52,12 +56,70 @@ def atomic_path(path: str | os.PathLike) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
-def remove_leftovers(directory: Path, name: str = "") -> None:
-    """Remove what killed processes left of their `atomic_path`s in a directory, of one file or of all.
+# What file systems that do not lock answer.
+_NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
+_PATIENCE = 10.0  # seconds for the one who holds a lock to end
 
-    Only where no other process is writing.
+
+@contextmanager
+def held(path: Path) -> Iterator[None]:
+    """Keep other processes from writing to a directory, or to one file, until the block ends.
+
+    A POSIX record lock on a `.lock` inside the directory, or `.NAME.lock` beside the file: it ends
+    with the process however that ends, is not inherited by forked workers, and holds over NFS. A file
+    system without locks is trusted to have one writer.
+
+    Args:
+        path: an existing directory, or a file in one.
+
+    Raises:
+        UserError: another process holds it, and keeps it for ten seconds; one line says which.
     """
-    pattern = re.compile(rf"\.{re.escape(name) or '.+'}\.\d+\.tmp")
+    lock = path / ".lock" if path.is_dir() else path.with_name(f".{path.name}.lock")
+    deadline = time.monotonic() + _PATIENCE
+    while True:
+        file = open(lock, "a+")  # noqa: SIM115 (closing it is what ends the lock)
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if os.path.samestat(os.fstat(file.fileno()), os.stat(lock)):
+                break
+        except FileNotFoundError:  # its holder has just removed it
+            pass
+        except OSError as error:
+            if error.errno in _NO_LOCKS:
+                break
+            if error.errno not in (errno.EAGAIN, errno.EACCES):
+                file.close()
+                raise
+            if time.monotonic() > deadline:
+                file.seek(0)
+                holder = file.read(100).strip() or "unknown"
+                file.close()
+                raise UserError(f"{path}: another process is writing there ({holder})") from None
+            time.sleep(0.1)
+        file.close()
+    try:
+        with suppress(OSError):  # a full disk
+            file.truncate(0)
+            file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+            file.flush()
+        yield
+    finally:
+        with suppress(OSError):
+            lock.unlink()
+        file.close()
+
+
+def remove_leftovers(directory: Path, name: str = "") -> None:
+    """Remove what killed processes left of their `atomic_path`s in a directory.
+
+    Only where no other process is writing (`held`).
+
+    Args:
+        directory: where to look.
+        name: only of files whose name begins like this.
+    """
+    pattern = re.compile(rf"\.{re.escape(name)}.*\.\d+\.tmp")
     for path in directory.glob(".*.tmp"):
         if pattern.fullmatch(path.name):
             path.unlink(missing_ok=True)

@@ -6,7 +6,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from .checkpoint import Checkpoint, newest_checkpoint, open_checkpoint
 from .config import experiment_text, project_root
 from .errors import UserError
 from .figures import save_curves
-from .files import atomic_path, remove_leftovers
+from .files import atomic_path, held, remove_leftovers
 from .logger import RunLog
 from .settings import Experiment
 from .stopping import Stopped
@@ -32,6 +32,7 @@ def start_run(
 
     The directory is `--exp_dir`; or that of `--resume_checkpoint`; or that of an unfinished run of the
     same configuration, so that the same command continues it; or a new experiments/KIND/NAME-TIME.
+    Until the block ends no other run can write there.
 
     Args:
         kind: "kd" or "train", the folder under experiments/.
@@ -44,10 +45,21 @@ def start_run(
         run.json: "finished", "stopped", or the error.
 
     Raises:
-        UserError: no such checkpoint.
+        UserError: no such checkpoint, or another run is writing to the directory.
     """
+    dist_util.setup_dist()
+    with ExitStack() as lock:
+        directory, resume = _agree(kind, experiment, args, lock)
+        with _recorded(directory, experiment, args, batch_size) as log:
+            yield log, resume
+
+
+@contextmanager
+def _recorded(
+    directory: Path, experiment: Experiment, args: argparse.Namespace, batch_size: int
+) -> Iterator[RunLog]:
+    """Open a run's record, and close it with the reason for which the block ended."""
     launch = dist_util.setup_dist()
-    directory, resume = _agree(kind, experiment, args)
     log = RunLog(directory, active=launch.rank == 0, wandb=args.wandb, name=experiment.name)
     devices = dist_util.describe()
     record = _record(args.config, devices)
@@ -64,7 +76,7 @@ def start_run(
         f"{batch_size * launch.world_size} together"
     )
     try:
-        yield log, resume
+        yield log
     except BaseException as error:
         told = isinstance(error, (Stopped, UserError))
         reason = str(error) if told else repr(error)
@@ -85,13 +97,15 @@ def start_run(
         log.close()
 
 
-def _agree(kind: str, experiment: Experiment, args: argparse.Namespace) -> tuple[Path, Checkpoint | None]:
+def _agree(
+    kind: str, experiment: Experiment, args: argparse.Namespace, lock: ExitStack
+) -> tuple[Path, Checkpoint | None]:
     """Rank 0's choice, on all ranks: others might find other files readable."""
     answer: Any = None
     if dist_util.rank() == 0:
         try:
-            answer = _choose(kind, experiment, args)
-        except UserError as error:
+            answer = _choose(kind, experiment, args, lock)
+        except (UserError, OSError) as error:
             answer = str(error)
     answer = dist_util.broadcast_object(answer)
     if isinstance(answer, str):
@@ -99,23 +113,46 @@ def _agree(kind: str, experiment: Experiment, args: argparse.Namespace) -> tuple
     return answer
 
 
-def _choose(kind: str, experiment: Experiment, args: argparse.Namespace) -> tuple[Path, Checkpoint | None]:
+def _choose(
+    kind: str, experiment: Experiment, args: argparse.Namespace, lock: ExitStack
+) -> tuple[Path, Checkpoint | None]:
+    """The run's directory, which `lock` holds from here on, and what to continue from."""
     wanted = args.resume_checkpoint or experiment.student.resume_checkpoint
     if wanted:
         found = [path for path in (Path(wanted), cli.output_path(wanted, args.config)) if path.exists()]
         named = open_checkpoint(found[0] if found else wanted)
-        return args.exp_dir or named.directory, named
+        return _hold_first([args.exp_dir or named.directory], lock), named
     if args.exp_dir is not None:
-        return args.exp_dir, newest_checkpoint(args.exp_dir) if args.exp_dir.is_dir() else None
-    parent = cli.output_path(f"experiments/{kind}", args.config)
-    now = datetime.datetime.now().strftime("%Y-%m-%d-%H-%M-%S")
-    directory = _unfinished(parent, experiment) or parent / f"{experiment.name}-{now}"
-    return directory, newest_checkpoint(directory) if directory.is_dir() else None
+        candidates = [args.exp_dir]
+    else:
+        parent = cli.output_path(f"experiments/{kind}", args.config)
+        now = datetime.datetime.now().strftime("%Y-%m-%d-%H-%M-%S")
+        candidates = [*_unfinished(parent, experiment), parent / f"{experiment.name}-{now}"]
+    directory = _hold_first(candidates, lock)
+    return directory, newest_checkpoint(directory)
 
 
-def _unfinished(parent: Path, experiment: Experiment) -> Path | None:
-    """The newest run of this very configuration that has a checkpoint and did not finish."""
+def _hold_first(candidates: list[Path], lock: ExitStack) -> Path:
+    """The first directory in which no other run is writing; made if missing.
+
+    Raises:
+        UserError: there is none.
+    """
+    for directory in candidates:
+        directory.mkdir(parents=True, exist_ok=True)
+        try:
+            lock.enter_context(held(directory))
+            return directory
+        except UserError:
+            if directory is candidates[-1]:
+                raise
+    raise AssertionError("no candidates")
+
+
+def _unfinished(parent: Path, experiment: Experiment) -> list[Path]:
+    """The runs of this very configuration that have a checkpoint and did not finish, the newest first."""
     text = experiment_text(experiment)
+    found = []
     for directory in sorted(parent.glob(f"{experiment.name}-*"), reverse=True):
         try:
             same = (directory / "config.yaml").read_text() == text
@@ -123,8 +160,8 @@ def _unfinished(parent: Path, experiment: Experiment) -> Path | None:
         except (OSError, ValueError):
             continue  # not a run of ours, or one that never began
         if same and ended != "finished" and newest_checkpoint(directory) is not None:
-            return directory
-    return None
+            found.append(directory)
+    return found
 
 
 def _record(config: Path, devices: list[str]) -> dict[str, Any]:

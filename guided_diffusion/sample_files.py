@@ -53,8 +53,14 @@ class SampleSet:
             The npz.
 
         Raises:
-            UserError: the directory holds samples drawn with other settings.
+            UserError: the directory holds samples drawn with other settings, or another process is
+                writing to it.
         """
+        self.directory.mkdir(parents=True, exist_ok=True)
+        with dist_util.held(self.directory):
+            return self._draw(model, diffusion, weights, batch_size)
+
+    def _draw(self, model: UNetModel, diffusion: GaussianDiffusion, weights: Path, batch_size: int) -> Path:
         size = model.image_size
         final = self.directory / f"samples_{self.num_samples}x{size}x{size}x3.npz"
         settings = {

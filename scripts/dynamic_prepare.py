@@ -26,6 +26,7 @@ def main() -> None:
     from guided_diffusion import dist_util
     from guided_diffusion.distill_setup import load_teacher, pool_identity
     from guided_diffusion.dynamic_batch import DynamicBatch, pool_size, prepare
+    from guided_diffusion.files import remove_leftovers
     from guided_diffusion.logger import progress_bar
     from guided_diffusion.pool_file import join_parts, part_path, read_pool, write_pool
     from guided_diffusion.train_util import reseed
@@ -43,35 +44,41 @@ def main() -> None:
             print(f"{path} is already prepared for this configuration (--overwrite prepares it anew)")
         return
 
-    reseed(experiment.run.seed, rank, 0)
-    classes = teacher.num_classes
-    pool = DynamicBatch.of_noise(size, teacher_settings.image_size, total, classes, dist_util.dev())
-    if rank == 0:
-        print(
-            f"preparing {size * world} samples on {world} rank(s), T = {total}, "
-            f"stride {experiment.distill.stride}"
-        )
-    bar = progress_bar(size, "preparing", active=rank == 0)
-    arrived, told = 0, 0
-    for count in prepare(pool, teacher, diffusion, teacher_settings.batch_size, experiment.distill.stride):
-        arrived += count
-        bar.update(count)
-        if bar.disable and rank == 0 and 10 * arrived // size > told:
-            told = 10 * arrived // size
-            print(f"  {arrived} of {size} samples are at their level", flush=True)
-    bar.close()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with dist_util.held(path):
+        if rank == 0:
+            remove_leftovers(path.parent, path.name)
+        reseed(experiment.run.seed, rank, 0)
+        classes = teacher.num_classes
+        pool = DynamicBatch.of_noise(size, teacher_settings.image_size, total, classes, dist_util.dev())
+        if rank == 0:
+            print(
+                f"preparing {size * world} samples on {world} rank(s), T = {total}, "
+                f"stride {experiment.distill.stride}"
+            )
+        bar = progress_bar(size, "preparing", active=rank == 0)
+        arrived, told = 0, 0
+        for count in prepare(
+            pool, teacher, diffusion, teacher_settings.batch_size, experiment.distill.stride
+        ):
+            arrived += count
+            bar.update(count)
+            if bar.disable and rank == 0 and 10 * arrived // size > told:
+                told = 10 * arrived // size
+                print(f"  {arrived} of {size} samples are at their level", flush=True)
+        bar.close()
 
-    dtype = getattr(th, experiment.distill.pool_dtype)
-    if world == 1:
-        write_pool(path, [pool], identity, dtype)
-    else:
-        write_pool(part_path(path, rank), [pool], identity, dtype)
-        dist_util.barrier()
-        with dist_util.rank_zero_first() as first:
-            if first:
-                join_parts(path, total, teacher_settings.image_size, identity, dtype, world)
-    if rank == 0:
-        print(f"wrote {path} ({path.stat().st_size / 1e6:.1f} MB)")
+        dtype = getattr(th, experiment.distill.pool_dtype)
+        if world == 1:
+            write_pool(path, [pool], identity, dtype)
+        else:
+            write_pool(part_path(path, rank), [pool], identity, dtype)
+            dist_util.barrier()
+            with dist_util.rank_zero_first() as first:
+                if first:
+                    join_parts(path, total, teacher_settings.image_size, identity, dtype, world)
+        if rank == 0:
+            print(f"wrote {path} ({path.stat().st_size / 1e6:.1f} MB)")
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ import time
 
 import pytest
 from driver import (
+    SECONDS,
     Child,
     assert_readable,
     assert_same_end,
@@ -18,6 +19,7 @@ from driver import (
     train,
 )
 
+from guided_diffusion import files, train_util
 from guided_diffusion.checkpoint import newest_checkpoint
 from guided_diffusion.logger import read_progress
 
@@ -147,6 +149,71 @@ def test_the_same_command_continues_what_is_unfinished(tmp_path):
     code, text = run(tmp_path, *command)  # that one is finished: another begins
     assert code == 0 and "resumed" not in text
     assert len(list(experiments.iterdir())) == 2
+
+
+def hang_in_step_2():
+    inner = train_util.TrainLoop._optimizer_step
+
+    def hanging(loop):
+        if loop.step == 2:
+            time.sleep(SECONDS)
+        inner(loop)
+
+    train_util.TrainLoop._optimizer_step = hanging
+
+
+def without_patience():
+    files._PATIENCE = 0.2
+
+
+def test_two_runs_do_not_write_into_one_directory(tmp_path):
+    folder = tmp_path / "run"
+    command = [*distil(tmp_path), "--exp_dir", folder, "student.log_interval=1"]
+    first = Child(tmp_path / "first.txt", *command, tamper=hang_in_step_2)
+    try:
+        while "step 2" not in first.text():
+            assert first.process.is_alive(), first.text()
+            time.sleep(0.05)
+        code, text = run(tmp_path, *command, tamper=without_patience)
+        assert code == 1
+        assert text.startswith(
+            f"error: {folder}: another process is writing there (process {first.process.pid}"
+        )
+        assert text.count("\n") == 1
+        text = run_ranks(tmp_path, 2, *command, tamper=without_patience, expect=None)
+        assert "another process is writing there" in text
+    finally:
+        first.kill()
+    assert run(tmp_path, *command)[0] == 0
+    assert not (folder / ".lock").exists()
+
+
+def test_the_same_command_leaves_a_run_alone_that_goes_on(tmp_path):
+    config_folder = tmp_path / "project/yaml"
+    config_folder.mkdir(parents=True)
+    command = [*distil(config_folder), "student.save_interval=1", "student.log_interval=1"]
+    first = Child(tmp_path / "first.txt", *command, tamper=hang_in_step_2)
+    try:
+        while "saved step 2" not in first.text():
+            assert first.process.is_alive(), first.text()
+            time.sleep(0.05)
+        time.sleep(1.01)  # directories are named by the second
+        code, text = run(tmp_path, *command, tamper=without_patience)
+        assert code == 0 and "resumed" not in text
+    finally:
+        first.kill()
+    assert len(list((tmp_path / "project/experiments/kd").iterdir())) == 2
+
+
+def test_preparing_clears_what_a_killed_one_left(tmp_path):
+    config = distil(tmp_path)[2]
+    (pool,) = tmp_path.glob("*.cache")
+    left = tmp_path / f".{pool.name}.rank1.part.99.tmp"
+    other = tmp_path / ".other.cache.99.tmp"
+    for path in (left, other):
+        path.write_bytes(b"half")
+    assert run(tmp_path, "scripts/dynamic_prepare.py", "--config", config, "--overwrite")[0] == 0
+    assert not left.exists() and other.exists() and not list(tmp_path.glob(".*.lock"))
 
 
 def test_a_run_says_what_it_was(tmp_path):
