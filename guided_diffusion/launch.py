@@ -72,6 +72,9 @@ def run_script(main: Callable[[], None]) -> None:
     missing file), which all ranks find alike, are told by rank 0 alone. A rank that fails alone takes
     the others with it.
     """
+    # Before torch is imported. Threads that spin while they wait for one whose core another program has
+    # taken made sampling on two shared cores seven times slower.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     dist_util: Any = None  # once `main` has imported it, and with it torch
     try:
         try:
