@@ -76,7 +76,11 @@ def test_two_steps(case, tmp_path):
             for name in unet:
                 if not is_noise(name, noise[name]):
                     change = float((averages[name] - initial[name]).norm())
-                    assert change == pytest.approx(changes[name], rel=2e-3, abs=1e-9), (rate, name)
+                    # At rate 0.9999 rounding is most of the change, and one weight of many may be rounded
+                    # the other way elsewhere: from one unit in the last place to two.
+                    unit = th.finfo(th.float32).eps * float(initial[name].abs().max())
+                    squared = pytest.approx(changes[name] ** 2, rel=4e-3, abs=3 * unit**2)
+                    assert change**2 == squared, (rate, name)
     for key, value in a.items():
         if key.startswith("final/param:"):
             assert_close(

@@ -76,6 +76,17 @@ def test_frechet_distance_of_singular_covariances(n, m):
     assert frechet_distance(gaussian_of(x), gaussian_of(y)) == pytest.approx(expected, rel=1e-10)
 
 
+@pytest.mark.parametrize("decades", [3, 8, 14])  # 14: close to singular
+def test_frechet_distance_of_ill_conditioned_covariances(decades):
+    # Covariances with common eigenvectors, whose distance is known.
+    vectors, _ = np.linalg.qr(normal(200, 200, 1).astype(float))
+    x, y = 10 * np.logspace(0, -decades, 200), np.linspace(1, 3, 200) * np.logspace(0, -decades, 200)
+    a, b = (Gaussian(np.zeros(200), vectors * values @ vectors.T) for values in (x, y))
+    expected = np.square(np.sqrt(x) - np.sqrt(y)).sum()
+    assert frechet_distance(a, b) == pytest.approx(expected, rel=1e-11)
+    assert frechet_distance(a, a) < 1e-13 * x.sum()
+
+
 def test_frechet_distance_survives_statistics_rounded_to_float32():
     x, y = normal(60, 100, 4), normal(70, 100, 5) + 0.3
     exact = frechet_distance(gaussian_of(x), gaussian_of(y))
