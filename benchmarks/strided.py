@@ -80,7 +80,7 @@ def main() -> None:
             experiment = load(stride, seed, args.iterations, args.rho)
             with tempfile.TemporaryDirectory() as folder:
                 path = Path(folder) / "pool.cache"
-                write_pool(path, [pool], pool_identity(experiment, weights, size), th.float32)
+                write_pool(path, [pool], pool_identity(experiment, weights, size))
                 loop = distillation_loop(
                     experiment,
                     weights=weights,

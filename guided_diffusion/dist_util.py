@@ -265,7 +265,7 @@ def all_gather(tensor: th.Tensor) -> th.Tensor:
     if not dist.is_initialized():
         return tensor
     parts = [th.empty_like(tensor) for _ in range(world_size())]
-    dist.all_gather(parts, tensor.contiguous())
+    dist.all_gather(parts, tensor.contiguous(), group=_cpu_group() if tensor.device.type == "cpu" else None)
     return th.cat(parts)
 
 
@@ -281,11 +281,16 @@ def any_rank(flag: bool) -> bool:
     """Whether the flag is set on any rank; on the CPU, so a GPU is not waited for."""
     if not dist.is_initialized():
         return flag
+    answer = th.tensor([float(flag)])
+    dist.all_reduce(answer, group=_cpu_group())
+    return bool(answer.item())
+
+
+def _cpu_group() -> dist.ProcessGroup:
+    """All ranks, for tensors on the CPU, which nccl does not take. Collective at its first call."""
     if _state.get("cpu_group") is None:
         _state["cpu_group"] = dist.new_group(backend="gloo", timeout=_TIMEOUT)
-    answer = th.tensor([float(flag)])
-    dist.all_reduce(answer, group=_state["cpu_group"])
-    return bool(answer.item())
+    return _state["cpu_group"]
 
 
 class _GatherWithGrad(th.autograd.Function):

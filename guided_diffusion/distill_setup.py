@@ -3,6 +3,8 @@
 from pathlib import Path
 from typing import Any
 
+import torch as th
+
 from . import dist_util
 from .checkpoint import Checkpoint, load_network, load_strictly
 from .dynamic_batch import DynamicBatch, pool_size
@@ -51,6 +53,18 @@ def pool_identity(experiment: Experiment, weights: Path, size: int) -> dict[str,
     }
 
 
+def fresh_pool(experiment: Experiment, teacher: UNetModel, total: int, size: int) -> DynamicBatch:
+    """A pool of `size` samples of noise at level T, in float32: preparing rounds it once, at the end."""
+    pool = DynamicBatch.of_noise(size, teacher.image_size, total, teacher.num_classes, dist_util.dev())
+    return kept(pool, experiment, th.float32)
+
+
+def kept(pool: DynamicBatch, experiment: Experiment, dtype: th.dtype | None = None) -> DynamicBatch:
+    """The pool kept where the configuration says, and as it says unless a dtype is given."""
+    storage = dist_util.dev() if experiment.distill.pool_device == "auto" else th.device("cpu")
+    return pool.store(storage, dtype or getattr(th, experiment.distill.pool_dtype), dist_util.dev())
+
+
 def open_pool(
     experiment: Experiment, weights: Path, pool_path: Path, teacher: UNetModel, total: int, batch_size: int
 ) -> DynamicBatch:
@@ -72,9 +86,7 @@ def open_pool(
     rank, world = dist_util.rank(), dist_util.world_size()
     if settings.iter_choice == "iterative_distillation":
         reseed(experiment.run.seed, rank, -1 % 2**32)
-        return DynamicBatch.of_noise(
-            batch_size, settings.image_size, total, teacher.num_classes, dist_util.dev()
-        )
+        return kept(fresh_pool(experiment, teacher, total, batch_size), experiment)
     size = pool_size(settings.iter_choice, settings.BATCH, total, batch_size)
     pool = read_pool(
         pool_path,
@@ -87,7 +99,7 @@ def open_pool(
     if (pool.y is not None) != settings.class_cond:
         has = "has no" if settings.class_cond else "has"
         raise UserError(f"{pool_path}: {has} class labels, teacher.class_cond is {settings.class_cond}")
-    return pool.to(dist_util.dev())
+    return kept(pool, experiment)
 
 
 def distillation_loop(
@@ -135,7 +147,7 @@ def distillation_loop(
     if resume is not None and resume.has("pool"):
         rank, world = dist_util.rank(), dist_util.world_size()
         pool = read_pool(resume.path("pool"), total, settings.image_size, rank=rank, world_size=world)
-        pool = pool.to(device)
+        pool = kept(pool, experiment)
     else:
         pool = open_pool(experiment, weights, pool_path, teacher, total, batch_size)
     if len(pool) < batch_size:

@@ -81,16 +81,24 @@ class DynamicBatch:
     batch that starts together at level T.
 
     Args:
-        x: float32 [N, 3, H, W].
+        x: float32 or float16 [N, 3, H, W]; batches are float32 whatever the pool is kept in.
         levels: int64 [N] in {0..T}.
         num_timesteps: T.
         y: int64 [N] class labels, or None.
+        device: where batches go; by default where the pool lies, which may be elsewhere.
 
     Raises:
         UserError: shapes that do not belong together, or a level outside {0..T}.
     """
 
-    def __init__(self, x: th.Tensor, levels: th.Tensor, num_timesteps: int, y: th.Tensor | None = None):
+    def __init__(
+        self,
+        x: th.Tensor,
+        levels: th.Tensor,
+        num_timesteps: int,
+        y: th.Tensor | None = None,
+        device: th.device | str | None = None,
+    ):
         if x.ndim != 4 or levels.shape != x.shape[:1] or (y is not None and y.shape != levels.shape):
             raise UserError(
                 f"a pool needs x [N, 3, H, W] and levels [N], not {tuple(x.shape)}, {tuple(levels.shape)}"
@@ -101,6 +109,7 @@ class DynamicBatch:
                 f"outside 0..{num_timesteps}"
             )
         self.x, self.levels, self.num_timesteps, self.y = x, levels, num_timesteps, y
+        self.device = th.device(x.device if device is None else device)
 
     def __len__(self) -> int:
         return len(self.levels)
@@ -120,14 +129,17 @@ class DynamicBatch:
         y = None if num_classes is None else th.randint(num_classes, (size,), device=device)
         return cls(x, levels, num_timesteps, y)
 
-    def to(self, device: th.device | str) -> "DynamicBatch":
-        """The same pool on a device."""
-        y = None if self.y is None else self.y.to(device)
-        return DynamicBatch(self.x.to(device), self.levels.to(device), self.num_timesteps, y)
+    def store(
+        self, storage: th.device | str, dtype: th.dtype, device: th.device | str | None = None
+    ) -> "DynamicBatch":
+        """The same pool kept on `storage` in `dtype`, with its batches on `device` (default: there too)."""
+        y = None if self.y is None else self.y.to(storage)
+        x = self.x.to(storage, dtype)
+        return DynamicBatch(x, self.levels.to(storage), self.num_timesteps, y, device)
 
     def draw(self, batch_size: int) -> th.Tensor:
         """Indices of a batch, int64 [B], at random without replacement."""
-        return th.randperm(len(self))[:batch_size].to(self.x.device)
+        return th.randperm(len(self))[:batch_size].to(self.levels.device)
 
     def advance(self, index: th.Tensor, teacher: Model, diffusion: GaussianDiffusion) -> DistillationBatch:
         """Take some entries one teacher step further and return what the student learns from it.
@@ -135,15 +147,23 @@ class DynamicBatch:
         Entries at level 0 are restarted from fresh noise at level T first. The pool holds x_{t-1}
         and level t as soon as this returns.
         """
-        restart = self.levels[index] == 0
-        x_t = self.x[index]
+        x_t, level, y = self.take(index)
+        restart = level == 0
         x_t = th.where(restart.reshape(-1, 1, 1, 1), th.randn_like(x_t), x_t)
-        t = th.where(restart, self.num_timesteps, self.levels[index]) - 1
-        y = None if self.y is None else self.y[index]
+        t = th.where(restart, self.num_timesteps, level) - 1
         step = teacher_step(teacher, diffusion, x_t, t, y)
-        self.x[index] = step.x_prev
-        self.levels[index] = t
+        self.put(index, step.x_prev, t)
         return DistillationBatch(x_t, t, step.eps, step.mean, step.log_variance, y)
+
+    def take(self, index: th.Tensor) -> tuple[th.Tensor, th.Tensor, th.Tensor | None]:
+        """Entries x float32 [B, 3, H, W], levels [B] and labels [B] or None, on the batches' device."""
+        y = None if self.y is None else self.y[index].to(self.device)
+        return self.x[index].to(self.device, th.float32), self.levels[index].to(self.device), y
+
+    def put(self, index: th.Tensor, x: th.Tensor, levels: th.Tensor) -> None:
+        """Store entries back in place."""
+        self.x[index] = x.to(self.x)
+        self.levels[index] = levels.to(self.levels)
 
     def next_batch(
         self, batch_size: int, teacher: Model, diffusion: GaussianDiffusion, prob: float = 1.0
@@ -188,17 +208,15 @@ def prepare(
     Yields:
         The number of entries that arrived with each call.
     """
-    goal = th.randint(1, pool.num_timesteps, (len(pool),), device=pool.x.device)
+    goal = th.randint(1, pool.num_timesteps, (len(pool),), device=pool.levels.device)
     while len(index := (pool.levels > goal).nonzero().flatten()[:rows_per_call]):
-        remaining = pool.levels[index] - goal[index]
+        x_t, level, y = pool.take(index)
+        remaining = level - goal[index].to(level)
         jumps = remaining.add(stride - 1).div(stride, rounding_mode="floor")
         hop = remaining.add(jumps - 1).div(jumps, rounding_mode="floor")
-        t = pool.levels[index] - 1
+        t = level - 1
         s = t - hop
-        x_t = pool.x[index]
-        labels = {} if pool.y is None else {"y": pool.y[index]}
-        output = teacher(x_t, diffusion.model_timesteps(t), **labels)
+        output = teacher(x_t, diffusion.model_timesteps(t), **({} if y is None else {"y": y}))
         mean, log_variance = diffusion.p_jump(output, x_t, t, s)
-        pool.x[index] = mean + th.exp(0.5 * log_variance) * th.randn_like(x_t)
-        pool.levels[index] = s + 1
+        pool.put(index, mean + th.exp(0.5 * log_variance) * th.randn_like(x_t), s + 1)
         yield int((hop == remaining).sum())

@@ -20,18 +20,21 @@ class Ema:
         self.average = [p.detach().clone() for p in module.parameters()]
 
     @th.no_grad()
-    def update(self, warmup_step: int | None = None) -> None:
+    def update(self, skipped: th.Tensor, warmup_step: int | None = None) -> None:
         """Take in the present weights.
 
-        With `warmup_step`, the iterations done before, the rate is at most (1 + step) / (10 + step), so
-        that the average forgets its random start sooner.
+        Args:
+            skipped: bool []; the average stays as it is where true. It is not waited for.
+            warmup_step: the iterations done before; the rate is then at most (1 + step) / (10 + step),
+                so that the average forgets its random start sooner.
         """
         rate = self.rate
         if warmup_step is not None:
             rate = min(rate, (1 + warmup_step) / (10 + warmup_step))
+        weights = th._foreach_mul(list(self.module.parameters()), (~skipped).float())
         # Not lerp: near rate 1 float32 rounding is all there is, and this order gives ADM's digits.
-        th._foreach_mul_(self.average, rate)
-        th._foreach_add_(self.average, list(self.module.parameters()), alpha=1 - rate)
+        th._foreach_mul_(self.average, th.where(skipped, 1.0, rate))
+        th._foreach_add_(self.average, weights, alpha=1 - rate)
 
     def state_dict(self) -> dict[str, th.Tensor]:
         """The module's state dict with the averaged weights in place of its own."""

@@ -25,13 +25,11 @@ _SUFFIX_OF_PART = ".part"
 _ARRAYS = ("total_x_t_1", "total_t", "total_y")
 
 
-def write_pool(
-    path: str | os.PathLike, pools: list[DynamicBatch], belongs_to: Mapping[str, Any], dtype: th.dtype
-) -> None:
+def write_pool(path: str | os.PathLike, pools: list[DynamicBatch], belongs_to: Mapping[str, Any]) -> None:
     """Write one or several ranks' pools, one after the other, as one file, atomically."""
     arrays = {
         "total_t": th.cat([pool.levels.cpu() for pool in pools]),
-        "total_x_t_1": th.cat([pool.x.to("cpu", dtype) for pool in pools]),
+        "total_x_t_1": th.cat([pool.x.cpu() for pool in pools]),
     }
     labels = [pool.y for pool in pools if pool.y is not None]
     if labels:
@@ -61,7 +59,7 @@ def read_pool(
         rank, world_size: which share.
 
     Returns:
-        The share, x as float32, on the CPU.
+        The share, x as the file has it (float32 or float16), on the CPU.
 
     Raises:
         UserError: missing or damaged file, or a pool of something else.
@@ -95,7 +93,7 @@ def read_pool(
     mine = slice(rank * share, (rank + 1) * share)
     try:
         return DynamicBatch(
-            x[mine].to(th.float32, copy=True),
+            x[mine].clone(),
             levels[mine].clone(),
             num_timesteps,
             None if y is None else y[mine].clone(),
@@ -109,12 +107,11 @@ def join_parts(
     num_timesteps: int,
     image_size: int,
     belongs_to: Mapping[str, Any],
-    dtype: th.dtype,
     ranks: int,
 ) -> None:
     """Join the ranks' parts in rank order as `path`, and remove them."""
     parts = [part_path(path, rank) for rank in range(ranks)]
-    write_pool(path, [read_pool(part, num_timesteps, image_size) for part in parts], belongs_to, dtype)
+    write_pool(path, [read_pool(part, num_timesteps, image_size) for part in parts], belongs_to)
     for part in parts:
         part.unlink()
 

@@ -169,7 +169,8 @@ class Distill:
     gather_negatives: bool = key(False, "contrast with the negatives of all ranks, not the rank's own")
     role_vector: bool = key(False, "mark stage 2's input by a learned vector added to its timestep embedding")
     stride: int = key(1, "timesteps per teacher jump while preparing the pool (1: every step)")
-    pool_dtype: str = key("float32", "storage of the pool's file: float32 or float16")
+    pool_dtype: str = key("float32", "how the pool is kept, in memory and in its file: float32 or float16")
+    pool_device: str = key("auto", "where the pool is kept: auto (beside the networks) or cpu")
 
     def check(self, where: str) -> None:
         """Raise `UserError` for values that cannot be right."""
@@ -180,6 +181,10 @@ class Distill:
         _require(
             self.pool_dtype in ("float32", "float16"),
             f"{where}pool_dtype must be float32 or float16, not '{self.pool_dtype}'",
+        )
+        _require(
+            self.pool_device in ("auto", "cpu"),
+            f"{where}pool_device must be auto or cpu, not '{self.pool_device}'",
         )
 
 

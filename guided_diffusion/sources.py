@@ -54,7 +54,7 @@ class TeacherSource:
         y = None if pool.y is None else dist_util.all_gather(pool.y)
         x, levels, y = to_cpu([x, levels, y])  # copies: training goes on while they are written
         whole = DynamicBatch(x, levels, pool.num_timesteps, y)
-        return lambda path: write_pool(path, [whole], {"T": pool.num_timesteps}, th.float32)
+        return lambda path: write_pool(path, [whole], {"T": pool.num_timesteps})
 
 
 class ImageSource:

@@ -168,33 +168,37 @@ class TrainLoop:
             assert isinstance(total, th.Tensor)
             self.metrics.add("loss", total)
         dist_util.average_gradients(self.parameters)
-        self._optimizer_step()
+        skipped = self._optimizer_step()
         for ema in self.emas.values():
-            ema.update(self.step if self.run_settings.ema_warmup else None)
+            ema.update(skipped, self.step if self.run_settings.ema_warmup else None)
         self.step += 1
         self._set_lr()
 
-    def _optimizer_step(self) -> None:
-        """Clip, and step unless a gradient is not finite; decided on the device, without waiting for it."""
+    def _optimizer_step(self) -> th.Tensor:
+        """Clip, and step unless a gradient is not finite.
+
+        Returns:
+            bool [], whether the step was skipped; decided on the device, without waiting for it.
+        """
         self.scaler.unscale_(self.optimizer)
         gradients = [p.grad for p in self.parameters if p.grad is not None]
         norm = th.stack(th._foreach_norm(gradients)).norm()
-        bad = (~norm.isfinite()).float()
+        skipped = ~norm.isfinite()
+        bad = skipped.float()
         if self.run_settings.grad_clip > 0:
             th._foreach_mul_(gradients, (self.run_settings.grad_clip / (norm + 1e-6)).clamp(max=1.0))
+        # The fused optimizer's own way of skipping, which GradScaler uses too.
+        self.optimizer.found_inf = bad  # type: ignore[attr-defined]
+        self.optimizer.step()
+        del self.optimizer.found_inf  # type: ignore[attr-defined]
         if self.scaler.is_enabled():
-            self.scaler.step(self.optimizer)
             self.scaler.update()
-            if self.scaler.get_scale() < 1.0:  # a floor: below it the gradients themselves are at fault
-                self.scaler.update(1.0)
-        else:
-            # The fused optimizer's own way of skipping, which GradScaler uses too.
-            self.optimizer.found_inf = bad  # type: ignore[attr-defined]
-            self.optimizer.step()
-            del self.optimizer.found_inf  # type: ignore[attr-defined]
+            # A floor of 1: below it the gradients themselves are at fault.
+            self.scaler.update(self.scaler.scale(th.ones_like(norm)).clamp(min=1.0))
         self.bad_steps = (self.bad_steps + 1) * bad
         self.metrics.add("grad_norm", th.where(bad > 0, 0.0, norm))
         self.metrics.add("skipped", bad)
+        return skipped
 
     def _give_up_if_hopeless(self, batch: Any) -> None:
         """End the run when the last iterations were all skipped; checkpoints before them stay as they are."""

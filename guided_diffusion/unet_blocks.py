@@ -125,10 +125,8 @@ class AttentionBlock(nn.Module):
             parts = qkv.reshape(batch, 3, self.num_heads, head_width, -1)
         else:
             parts = qkv.reshape(batch, self.num_heads, 3, head_width, -1).transpose(1, 2)
-        parts = parts.transpose(-1, -2)
-        if parts.dtype != th.float32:
-            parts = parts.contiguous()  # which the fused kernels want; float32 keeps ADM's very digits
-        q, k, v = parts.unbind(1)  # each [B, heads, HW, C / heads]
+        # Contiguous, without which no fused kernel is taken.
+        q, k, v = parts.transpose(-1, -2).contiguous().unbind(1)  # each [B, heads, HW, C / heads]
         # The scale is 1/sqrt(head width); the fused kernels take the softmax in float32.
         h = F.scaled_dot_product_attention(q, k, v)
         h = h.transpose(-1, -2).reshape(batch, channels, height * width)

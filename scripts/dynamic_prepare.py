@@ -21,11 +21,9 @@ def main() -> None:
     weights = cli.input_file(teacher_settings.model_path, args.config, "teacher.model_path")
     batch = cli.per_rank(student.batch_size, detect_launch().world_size, "student.batch_size")
 
-    import torch as th
-
     from guided_diffusion import dist_util
-    from guided_diffusion.distill_setup import load_teacher, pool_identity
-    from guided_diffusion.dynamic_batch import DynamicBatch, pool_size, prepare
+    from guided_diffusion.distill_setup import fresh_pool, kept, load_teacher, pool_identity
+    from guided_diffusion.dynamic_batch import pool_size, prepare
     from guided_diffusion.files import remove_leftovers
     from guided_diffusion.logger import progress_bar
     from guided_diffusion.pool_file import join_parts, part_path, read_pool, write_pool
@@ -49,8 +47,7 @@ def main() -> None:
         if rank == 0:
             remove_leftovers(path.parent, path.name)
         reseed(experiment.run.seed, rank, 0)
-        classes = teacher.num_classes
-        pool = DynamicBatch.of_noise(size, teacher_settings.image_size, total, classes, dist_util.dev())
+        pool = fresh_pool(experiment, teacher, total, size)
         if rank == 0:
             print(
                 f"preparing {size * world} samples on {world} rank(s), T = {total}, "
@@ -68,15 +65,15 @@ def main() -> None:
                 print(f"  {arrived} of {size} samples are at their level", flush=True)
         bar.close()
 
-        dtype = getattr(th, experiment.distill.pool_dtype)
+        pool = kept(pool, experiment)
         if world == 1:
-            write_pool(path, [pool], identity, dtype)
+            write_pool(path, [pool], identity)
         else:
-            write_pool(part_path(path, rank), [pool], identity, dtype)
+            write_pool(part_path(path, rank), [pool], identity)
             dist_util.barrier()
             with dist_util.rank_zero_first() as first:
                 if first:
-                    join_parts(path, total, teacher_settings.image_size, identity, dtype, world)
+                    join_parts(path, total, teacher_settings.image_size, identity, world)
         if rank == 0:
             print(f"wrote {path} ({path.stat().st_size / 1e6:.1f} MB)")
 

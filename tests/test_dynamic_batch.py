@@ -134,3 +134,21 @@ def test_a_pool_that_cannot_be_is_refused():
         DynamicBatch(th.zeros(2, 3, 4, 4), th.tensor([0, 11]), 10)
     with pytest.raises(UserError, match="a pool needs"):
         DynamicBatch(th.zeros(2, 3, 4, 4), th.tensor([0, 1, 2]), 10)
+
+
+@pytest.mark.parametrize("dtype", [th.float32, th.float16])
+def test_a_pool_may_be_kept_elsewhere_and_in_16_bits(teacher, dtype):
+    model, diffusion = teacher
+    th.manual_seed(0)
+    pool = noise_pool(6, diffusion).store("cpu", dtype)
+    other = pool.store("cpu", dtype, device="meta")  # batches elsewhere than the pool
+    x, level, _ = other.take(th.arange(2))
+    assert x.device.type == level.device.type == "meta" and x.dtype == th.float32
+    batch = pool.advance(th.arange(4), model, diffusion)
+    assert batch.x_t.dtype == batch.eps.dtype == th.float32
+    assert pool.x.dtype == dtype
+    again, _, _ = pool.take(th.arange(4))
+    th.manual_seed(1)
+    step = teacher_step(model, diffusion, batch.x_t, batch.t)
+    assert (again - step.mean).abs().max() < 6  # one step further, within its noise
+    assert list(prepare(pool.store("cpu", dtype), model, diffusion, rows_per_call=6, stride=5))

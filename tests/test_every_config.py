@@ -114,7 +114,7 @@ def distillation(path, teachers, folder):
     if settings.iter_choice != "iterative_distillation":
         pool = DynamicBatch.of_noise(size, settings.image_size, T)
         pool.levels = th.randint(1, T, (size,))
-        write_pool(folder / "pool.cache", [pool], pool_identity(experiment, weights, size), th.float32)
+        write_pool(folder / "pool.cache", [pool], pool_identity(experiment, weights, size))
     return distillation_loop(
         experiment,
         weights=weights,

@@ -44,7 +44,8 @@ def test_averages():
     ema = Ema(module, 0.9)
     th.nn.init.ones_(module.weight)
     for _ in range(3):
-        ema.update()
+        ema.update(th.tensor(False))
+        ema.update(th.tensor(True))  # of a skipped iteration
     assert float(ema.state_dict()["weight"]) == pytest.approx(1 - 0.9**3)
     ema.swap()
     assert module.weight.item() == pytest.approx(1 - 0.9**3)
@@ -53,7 +54,7 @@ def test_averages():
     fresh = Ema(th.nn.Linear(1, 1, bias=False), 0.9)
     th.nn.init.zeros_(fresh.average[0])
     th.nn.init.ones_(fresh.module.weight)
-    fresh.update(warmup_step=0)  # rate 1/10 instead of 0.9
+    fresh.update(th.tensor(False), warmup_step=0)  # rate 1/10 instead of 0.9
     assert float(fresh.state_dict()["weight"]) == pytest.approx(0.9)
 
 

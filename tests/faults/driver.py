@@ -193,7 +193,7 @@ def kill_in_step(step, rank=0):
             if loop.step == step and train_util.dist_util.rank() == rank:
                 loop.writer.wait()
                 os.kill(os.getpid(), signal.SIGKILL)
-            inner(loop)
+            return inner(loop)
 
         train_util.TrainLoop._optimizer_step = dying
 

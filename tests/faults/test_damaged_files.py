@@ -71,9 +71,7 @@ def read_config(path):
 def make_checkpoint(folder):
     for step in (10, 20):
         weights = {"model": {"w": th.arange(40.0) + step}, "opt": {"lr": 1e-3, "state": {0: th.ones(3)}}}
-        save_checkpoint(
-            folder, step, weights | {"pool": lambda path: write_pool(path, [pool()], {}, th.float32)}
-        )
+        save_checkpoint(folder, step, weights | {"pool": lambda path: write_pool(path, [pool()], {})})
 
 
 def read_checkpoint(path):
@@ -102,7 +100,7 @@ def folder(tmp_path_factory):
         "optimizer": {"state": {0: {"step": th.tensor(3.0)}}, "param_groups": [{"betas": (0.9, 0.99)}]}
     }
     th.save(optimizer, path / "opt.pt")
-    write_pool(path / "pool.cache", [pool()], {"T": T}, th.float32)
+    write_pool(path / "pool.cache", [pool()], {"T": T})
     original = {"total_t": np.arange(1, 7), "total_x_t_1": pool().x.numpy()}
     (path / "original.cache").write_bytes(pickle.dumps(original))
     distillation(path, image_size=8)
@@ -407,7 +405,7 @@ def test_harm_is_refused_before_it_is_allocated(tmp_path, case):
 
 def test_a_pool_that_was_read_no_longer_needs_its_file(tmp_path):
     path = tmp_path / "pool.cache"
-    write_pool(path, [pool()], {"T": T}, th.float32)
+    write_pool(path, [pool()], {"T": T})
     found = read_pool(path, T, SIZE)
     before = found.x.clone()
     path.write_bytes(bytes(path.stat().st_size))

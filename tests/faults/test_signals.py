@@ -24,7 +24,7 @@ def signal_in_step(step, *numbers):
             if loop.step == step:
                 for number in numbers:
                     os.kill(os.getpid(), number)
-            inner(loop)
+            return inner(loop)
 
         train_util.TrainLoop._optimizer_step = signalled
 
