@@ -7,6 +7,7 @@ import socket
 import sys
 from pathlib import Path
 
+import blobfile._common
 import blobfile._gcp
 import pytest
 import torch as th
@@ -18,7 +19,7 @@ from guided_diffusion.checkpoint import Checkpoint, Retention, complete_checkpoi
 from guided_diffusion.checkpoint_writer import CheckpointWriter
 from guided_diffusion.errors import UserError
 from guided_diffusion.mirror import Mirror, fetch_checkpoint
-from guided_diffusion.remote import Folder, RemoteError, fetch, local_name, normalised
+from guided_diffusion.remote import Folder, RemoteError, fetch, local_name
 
 STEPS = (2, 4, 5)  # at which the run of these tests saves
 
@@ -26,8 +27,9 @@ STEPS = (2, 4, 5)  # at which the run of these tests saves
 @pytest.fixture(autouse=True)
 def store(monkeypatch):
     one = Store()
-    monkeypatch.setattr(blobfile._gcp, "GCP_BASE_URL", one.url)
+    monkeypatch.setattr(blobfile._common.global_pool_director, "get_http_pool", one.pool)
     monkeypatch.setenv("BLOBFILE_FORCE_GOOGLE_ANONYMOUS_AUTH", "1")
+    monkeypatch.setenv("AZURE_STORAGE_KEY", "a2V5")
     monkeypatch.setattr(remote, "_RETRIES", 1)
     remote._store.cache_clear()
     yield one
@@ -386,7 +388,22 @@ def test_without_blobfile(project, tmp_path):
     assert run(folder, command[0], "--help", tamper=no_blobfile)[0] == 0
 
 
-def test_urls_of_azure():
-    name = "az://account/container/runs/one"
-    assert normalised("https://account.blob.core.windows.net/container/runs/one/") == name
-    assert normalised(name) == name
+def test_azure(store, tmp_path):
+    """The same through the other store's own ways of listing, reading and writing."""
+    url = "https://account.blob.core.windows.net/bucket/runs/one/"
+    first = Mirror(url, tmp_path / "first", Retention(keep_last=1))
+    assert first.url == "az://account/bucket/runs/one"
+    assert first.pull() is None
+    save(first, [1, 2])
+    assert_copied(store, first.directory)
+    second = Mirror("az://account/bucket/runs/one", tmp_path / "second", Retention(keep_last=1))
+    assert second.pull().step == 2
+    save(second, [3])
+    assert_copied(store, second.directory)
+    model = fetch(url + "model000003.pt", tmp_path / "cache")
+    assert model.read_bytes() == (second.directory / "model000003.pt").read_bytes()
+    with pytest.raises(RemoteError, match="az://account/elsewhere"):
+        Mirror("az://account/elsewhere/run", tmp_path / "third").pull()
+    store.fail = lambda method, name: True
+    with pytest.raises(RemoteError, match=r"az://account/bucket/runs/one.*: unexpected status 503"):
+        second.push()
