@@ -13,12 +13,15 @@ import numpy as np
 from evaluations.digits import load_digit_images
 from guided_diffusion.files import atomic_path
 from guided_diffusion.launch import run_script
+from guided_diffusion.remote import local_path
 
 
 def main() -> None:
     """Parse, convert, write."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--out", type=Path, default=Path("datasets/digits"), help="folder for digits.npz")
+    parser.add_argument(
+        "--out", type=local_path, default=Path("datasets/digits"), help="folder for digits.npz"
+    )
     args = parser.parse_args()
     images, labels = load_digit_images()
     path = args.out / "digits.npz"

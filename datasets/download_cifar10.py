@@ -18,6 +18,7 @@ from evaluations.official_batches import CIFAR10_CLASSES, CIFAR10_FILES
 from guided_diffusion.errors import UserError
 from guided_diffusion.image_folder import require_absent, write_image_folder
 from guided_diffusion.launch import run_script
+from guided_diffusion.remote import local_path
 
 
 @contextmanager
@@ -54,7 +55,7 @@ def main() -> None:
     """Parse, download, convert."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument(
-        "--out", type=Path, default=Path("datasets"), help="folder for cifar_train and cifar_test"
+        "--out", type=local_path, default=Path("datasets"), help="folder for cifar_train and cifar_test"
     )
     parser.add_argument("--archive", type=Path, help="the official cifar-10-python.tar.gz")
     args = parser.parse_args()

@@ -24,6 +24,7 @@ from guided_diffusion.errors import UserError
 from guided_diffusion.files import NpzFile
 from guided_diffusion.image_folder import write_image_folder
 from guided_diffusion.launch import run_script
+from guided_diffusion.remote import local_path
 
 BLOCK = 1024  # images
 
@@ -116,7 +117,9 @@ def main() -> None:
     parser.add_argument("--synthetic", type=Path, help="npz of the synthetic images; not needed for ratio 1")
     parser.add_argument("--ratio", type=float, required=True, help="share of real images, 0 to 1")
     parser.add_argument("--seed", type=int, default=0, help="of the random choice (default 0)")
-    parser.add_argument("--out", type=Path, required=True, help="npz to write, or a new folder for PNGs")
+    parser.add_argument(
+        "--out", type=local_path, required=True, help="npz to write, or a new folder for PNGs"
+    )
     args = parser.parse_args()
 
     if any(path and path.resolve() == args.out.resolve() for path in (args.real, args.synthetic)):

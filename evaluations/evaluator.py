@@ -20,6 +20,7 @@ from evaluations.results import DigitsResult, InceptionResult, Result, format_re
 from evaluations.settings import BACKENDS, Backend, Settings
 from guided_diffusion.errors import UserError
 from guided_diffusion.launch import run_script
+from guided_diffusion.remote import local_path
 
 
 @overload
@@ -142,7 +143,7 @@ def main() -> None:
     parser.add_argument(
         "--no_cache", action="store_true", help="neither read nor write statistics beside the reference"
     )
-    parser.add_argument("--output", type=Path, help="also write a JSON record here")
+    parser.add_argument("--output", type=local_path, help="also write a JSON record here")
     args = parser.parse_args()
     warnings.showwarning = _show_warning
     settings = Settings(

@@ -13,6 +13,7 @@ import numpy as np
 from guided_diffusion.errors import UserError
 from guided_diffusion.logger import progress_bar
 from guided_diffusion.npz_writer import create_npz
+from guided_diffusion.remote import local_path
 
 from .official_batches import imagenet32_files, open_imagenet32, read_cifar10
 
@@ -100,7 +101,7 @@ def build(description: str | None, default_out: str, open_images: Callable[[Path
         "--in", dest="source", type=Path, required=True, help="where the images lie (see above)"
     )
     parser.add_argument(
-        "--out", type=Path, default=Path(default_out), help=f"npz to write (default {default_out})"
+        "--out", type=local_path, default=Path(default_out), help=f"npz to write (default {default_out})"
     )
     args = parser.parse_args()
     images = open_images(args.source)

@@ -12,6 +12,7 @@ from pathlib import Path
 from guided_diffusion.errors import UserError
 from guided_diffusion.files import atomic_path
 from guided_diffusion.launch import run_script
+from guided_diffusion.remote import local_path
 
 
 def train(seed: int, epochs: int, batch_size: int = 64, lr: float = 2e-3):
@@ -100,7 +101,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seed", type=int, default=0, help="of everything random (default 0)")
     parser.add_argument("--epochs", type=int, default=40, help="passes over the data (default 40)")
-    parser.add_argument("--out", type=Path, default=Path("model/digits_classifier.pt"), help="file to write")
+    parser.add_argument(
+        "--out", type=local_path, default=Path("model/digits_classifier.pt"), help="file to write"
+    )
     args = parser.parse_args()
     if args.epochs < 1:
         raise UserError("--epochs must be at least 1")

@@ -10,7 +10,7 @@ import json
 import logging
 import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,11 +20,15 @@ from torch import nn
 
 from .errors import UserError
 from .files import atomic_path, sha256_of
+from .settings import Run, Student
 from .torch_file import read_torch_file
 
 HEAD_PREFIX = "out_embed."  # of the noise encoder inside the original TCCD's checkpoints
 _MANIFEST = re.compile(r"checkpoint(\d{6,})\.json", re.ASCII)
-_MANIFEST_BYTES = 1 << 20
+_OF_A_SET = re.compile(
+    r"(?:model|ema_[^/]*_|opt|head|teacher-state-)(\d{6}|[1-9]\d{6,})\.(?:pt|cache)", re.ASCII
+)
+MANIFEST_BYTES = 1 << 20  # a larger file is none
 logger = logging.getLogger(__name__)
 
 
@@ -111,6 +115,21 @@ def file_name(name: str, step: int) -> str:
     return f"{name}{'_' if name.startswith('ema') else ''}{step:06d}.pt"
 
 
+def manifest_name(step: int) -> str:
+    """`checkpointNNNNNN.json`."""
+    return f"checkpoint{step:06d}.json"
+
+
+def manifest_step(name: str) -> int | None:
+    """The step of the manifest called so; None if it is no manifest's name."""
+    return int(match[1]) if (match := _MANIFEST.fullmatch(name)) else None
+
+
+def file_step(name: str) -> int | None:
+    """The step of the set that a file called so belongs to; None if it is of no set."""
+    return int(match[1]) if (match := _OF_A_SET.fullmatch(name)) else None
+
+
 def save_checkpoint(directory: Path, step: int, contents: Mapping[str, Any]) -> Checkpoint:
     """Write a checkpoint; nothing of it counts before all of it is on disk.
 
@@ -137,7 +156,7 @@ def drop_file(checkpoint: Checkpoint, name: str) -> None:
     if not checkpoint.has(name):
         return
     path = checkpoint.path(name)
-    files = _read_manifest(checkpoint.directory, checkpoint.step)
+    files = read_manifest(checkpoint.directory, checkpoint.step)
     del files[path.name]
     _write_manifest(checkpoint.directory, checkpoint.step, files)
     path.unlink()
@@ -147,10 +166,10 @@ def complete_checkpoints(directory: Path) -> list[Checkpoint]:
     """The checkpoints whose manifest and files are there with the right sizes, the oldest first."""
     found = []
     for path in directory.glob("checkpoint*.json"):
-        if not (match := _MANIFEST.fullmatch(path.name)):
+        if (step := manifest_step(path.name)) is None:
             continue
         try:
-            files = _read_manifest(directory, int(match[1]))
+            files = read_manifest(directory, step)
             sizes = {name: (directory / name).stat().st_size for name in files}
             wrong = [name for name in files if sizes[name] != files[name]["bytes"]]
         except (OSError, ValueError) as error:
@@ -159,7 +178,7 @@ def complete_checkpoints(directory: Path) -> list[Checkpoint]:
         if wrong:
             logger.warning("ignoring %s: %s has another size than when it was written", path, wrong[0])
             continue
-        found.append(Checkpoint(directory, int(match[1]), tuple(files)))
+        found.append(Checkpoint(directory, step, tuple(files)))
     return sorted(found, key=lambda checkpoint: checkpoint.step)
 
 
@@ -175,7 +194,7 @@ def newest_checkpoint(directory: Path) -> Checkpoint | None:
 def _damage(checkpoint: Checkpoint) -> str:
     """What is wrong with a file of a complete checkpoint; "" if nothing is."""
     try:
-        for name, file in _read_manifest(checkpoint.directory, checkpoint.step).items():
+        for name, file in read_manifest(checkpoint.directory, checkpoint.step).items():
             if sha256_of(checkpoint.directory / name) != file["sha256"]:
                 return f"{name} is damaged"
     except (OSError, ValueError) as error:
@@ -183,32 +202,66 @@ def _damage(checkpoint: Checkpoint) -> str:
     return ""
 
 
+@dataclass(frozen=True)
+class Retention:
+    """Which checkpoints stay, and which of them with their pools.
+
+    Attributes:
+        keep_last: how many of the newest checkpoints stay; 0 for all.
+        keep_every: checkpoints at multiples of this stay too; 0 for none.
+        keep_pool_every: pools at multiples of this stay besides the newest two; -1 for none. Two, so
+            that a run whose newest checkpoint is damaged still resumes exactly from the one before.
+    """
+
+    keep_last: int = 0
+    keep_every: int = 0
+    keep_pool_every: int = -1
+
+    @classmethod
+    def of(cls, student: Student, run: Run) -> "Retention":
+        """As a configuration says."""
+        return cls(run.keep_last, run.keep_every, student.cache_save_interval)
+
+    def superfluous(self, steps: Sequence[int]) -> list[int]:
+        """Those of some checkpoints, the oldest first, that need not stay."""
+        old = steps[: -self.keep_last] if self.keep_last else []
+        return [step for step in old if not self.keep_every or step % self.keep_every]
+
+    def without_pool(self, steps: Sequence[int]) -> list[int]:
+        """Those of some checkpoints, the oldest first, whose pools need not stay."""
+        return [step for step in steps[:-2] if self.keep_pool_every < 1 or step % self.keep_pool_every]
+
+
 def remove_checkpoint(checkpoint: Checkpoint) -> None:
     """Remove a checkpoint, its manifest first, so that what is left never counts as complete."""
-    _manifest_path(checkpoint.directory, checkpoint.step).unlink()
+    (checkpoint.directory / manifest_name(checkpoint.step)).unlink()
     for name in checkpoint.files:
         (checkpoint.directory / name).unlink(missing_ok=True)
 
 
-def _manifest_path(directory: Path, step: int) -> Path:
-    return directory / f"checkpoint{step:06d}.json"
+def read_manifest(directory: Path, step: int) -> dict[str, dict[str, Any]]:
+    """Each file's "bytes" and "sha256".
+
+    Raises:
+        ValueError: as `parse_manifest`; or OSError.
+    """
+    path = directory / manifest_name(step)
+    if path.stat().st_size > MANIFEST_BYTES:
+        raise ValueError("too large for a manifest")
+    return parse_manifest(path.read_bytes(), step)
 
 
-def _read_manifest(directory: Path, step: int) -> dict[str, dict[str, Any]]:
+def parse_manifest(content: bytes, step: int) -> dict[str, dict[str, Any]]:
     """Each file's "bytes" and "sha256".
 
     Raises:
         ValueError: it is no manifest of this step's. Its names are not to be believed either: files
             that it names are removed in time.
     """
-    path = _manifest_path(directory, step)
-    if path.stat().st_size > _MANIFEST_BYTES:
-        raise ValueError("too large for a manifest")
     try:
-        files = json.loads(path.read_text())["files"]
-        own = re.compile(rf"(model|ema_[^/]*_|opt|head|teacher-state-){step:06d}\.(pt|cache)")
+        files = json.loads(content)["files"]
         valid = all(
-            own.fullmatch(name) and file.keys() == {"bytes", "sha256"} for name, file in files.items()
+            file_step(name) == step and file.keys() == {"bytes", "sha256"} for name, file in files.items()
         )
     except (KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"not a manifest ({error})") from None
@@ -217,9 +270,14 @@ def _read_manifest(directory: Path, step: int) -> dict[str, dict[str, Any]]:
     return files
 
 
+def manifest_text(step: int, files: Mapping[str, Any]) -> str:
+    """What `parse_manifest` reads."""
+    return json.dumps({"step": step, "files": files}, indent=1)
+
+
 def _write_manifest(directory: Path, step: int, files: dict[str, dict[str, Any]]) -> None:
-    with atomic_path(_manifest_path(directory, step)) as temporary:
-        temporary.write_text(json.dumps({"step": step, "files": files}, indent=1))
+    with atomic_path(directory / manifest_name(step)) as temporary:
+        temporary.write_text(manifest_text(step, files))
 
 
 def open_checkpoint(path: str | os.PathLike) -> Checkpoint:
@@ -243,11 +301,11 @@ def open_checkpoint(path: str | os.PathLike) -> Checkpoint:
         raise UserError(f"{path}: to resume, name a run directory or a file called modelNNNNNN.pt")
     number = match[1]
     step = int(number)
-    if _manifest_path(path.parent, step).exists():
+    if (path.parent / manifest_name(step)).exists():
         named = next((c for c in complete_checkpoints(path.parent) if c.step == step), None)
         damage = _damage(named) if named else "it is not complete"
         if named is None or damage:
-            raise UserError(f"{path}: differs from {_manifest_path(path.parent, step).name}: {damage}")
+            raise UserError(f"{path}: differs from {manifest_name(step)}: {damage}")
         return named
     beside = [
         p.name for p in path.parent.iterdir() if p.stem.endswith(number) and p.suffix in (".pt", ".cache")

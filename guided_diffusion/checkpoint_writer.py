@@ -10,7 +10,14 @@ from typing import Any
 import torch as th
 from safetensors import SafetensorError
 
-from .checkpoint import complete_checkpoints, drop_file, file_name, remove_checkpoint, save_checkpoint
+from .checkpoint import (
+    Retention,
+    complete_checkpoints,
+    drop_file,
+    file_name,
+    remove_checkpoint,
+    save_checkpoint,
+)
 from .errors import UserError
 
 
@@ -23,23 +30,20 @@ class CheckpointWriter:
     Args:
         directory: where to.
         report: told what happened, one line each.
-        keep_last: how many of the newest checkpoints stay; 0 for all.
-        keep_every: checkpoints at multiples of this stay too; 0 for none.
-        keep_pool_every: pools at multiples of this stay besides the newest two; -1 for none. Two, so
-            that a run whose newest checkpoint is damaged still resumes exactly from the one before.
+        retention: which of them stay; by default all.
+        publish: called in the thread after each save. Its failure is told, and it is called again
+            after the next save.
     """
 
     def __init__(
         self,
         directory: Path,
         report: Callable[[str], None],
-        *,
-        keep_last: int = 0,
-        keep_every: int = 0,
-        keep_pool_every: int = -1,
+        retention: Retention | None = None,
+        publish: Callable[[], None] | None = None,
     ):
         self.directory, self.report = directory, report
-        self.keep_last, self.keep_every, self.keep_pool_every = keep_last, keep_every, keep_pool_every
+        self.retention, self.publish = retention or Retention(), publish
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
         self._pending: Future[str] | None = None
         self._failure = ""
@@ -85,17 +89,25 @@ class CheckpointWriter:
             self._prune()
         except OSError as error:  # what is superfluous stays; nothing is lost
             self.report(f"WARNING: could not remove older checkpoints: {_first_line(error)}")
+        if self.publish is not None:
+            try:
+                self.publish()
+            except (UserError, OSError) as error:
+                self.report(
+                    f"WARNING: step {step} is saved here alone: {_first_line(error)}; training goes on, "
+                    "and the next save tries again"
+                )
         return ""
 
     def _prune(self) -> None:
         checkpoints = complete_checkpoints(self.directory)
-        for checkpoint in checkpoints[:-2]:
-            if self.keep_pool_every < 1 or checkpoint.step % self.keep_pool_every:
+        steps = [checkpoint.step for checkpoint in checkpoints]
+        without_pool, superfluous = self.retention.without_pool(steps), self.retention.superfluous(steps)
+        for checkpoint in checkpoints:
+            if checkpoint.step in superfluous:
+                remove_checkpoint(checkpoint)
+            elif checkpoint.step in without_pool:
                 drop_file(checkpoint, "pool")
-        if self.keep_last:
-            for checkpoint in checkpoints[: -self.keep_last]:
-                if not self.keep_every or checkpoint.step % self.keep_every:
-                    remove_checkpoint(checkpoint)
 
 
 def _first_line(error: Exception) -> str:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from .config import SECTIONS, load_experiment, project_root
 from .errors import UserError
+from .remote import fetch, is_url, local_path
 from .settings import Experiment, describe_keys
 
 
@@ -65,11 +66,18 @@ def positive(text: str) -> int:
 def input_file(name: str, config: Path, what: str) -> Path:
     """The existing file a key or flag names: from the working directory, or the configuration's project.
 
+    One at a URL is copied by rank 0, for which the ranks meet.
+
     Raises:
-        UserError: there is none.
+        UserError: there is none, or it cannot be read.
     """
     if not name:
         raise UserError(f"{config}: {what} is not set")
+    if is_url(name):
+        from . import dist_util
+
+        dist_util.setup_dist()
+        return dist_util.from_rank_zero(lambda: fetch(name, remote_path(config) / "files"))
     for path in (Path(name), output_path(name, config)):
         if path.is_file():
             return path
@@ -77,8 +85,17 @@ def input_file(name: str, config: Path, what: str) -> Path:
 
 
 def output_path(name: str | Path, config: Path) -> Path:
-    """A path of a configuration that is written: relative ones lie in the configuration's project."""
-    return project_root(config) / name
+    """A path of a configuration that is written: relative ones lie in the configuration's project.
+
+    Raises:
+        UserError: it is a URL.
+    """
+    return project_root(config) / local_path(str(name))
+
+
+def remote_path(config: Path) -> Path:
+    """Where the local directories of URLs lie."""
+    return output_path("experiments/remote", config)
 
 
 def per_rank(batch_size: int, world_size: int, what: str) -> int:

@@ -13,10 +13,10 @@ import socket
 import struct
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar
 
 import torch as th
 import torch.distributed as dist
@@ -25,6 +25,7 @@ from . import files
 from .errors import UserError
 from .launch import Launch, detect_launch
 
+_T = TypeVar("_T")
 _TIMEOUT = datetime.timedelta(minutes=30)
 _PATIENCE = 10.0  # seconds for other ranks to find the mistake that this one found
 _SIOCGIFADDR = 0x8915  # Linux' request for an interface's address (netdevice(7))
@@ -327,6 +328,24 @@ def broadcast_object(value: Any) -> Any:
     box = [value]
     dist.broadcast_object_list(box, src=0)
     return box[0]
+
+
+def from_rank_zero(function: Callable[[], _T]) -> _T:
+    """What a function returns on rank 0 (small, picklable), on all ranks. Collective.
+
+    Raises:
+        UserError: it raised one there, or an OSError.
+    """
+    answer: Any = None
+    if rank() == 0:
+        try:
+            answer = function(), ""
+        except (UserError, OSError) as error:
+            answer = None, str(error)
+    result, mistake = broadcast_object(answer)
+    if mistake:
+        raise UserError(mistake)
+    return result
 
 
 @th.no_grad()

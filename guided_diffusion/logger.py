@@ -5,7 +5,7 @@ import datetime
 import os
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,10 @@ class RunLog:
             variables (WANDB_PROJECT, WANDB_ENTITY).
         name: the run's name there.
 
+    Attributes:
+        publish: brings the directory's copy elsewhere up to date, if it has one; the writer of
+            checkpoints calls it.
+
     Raises:
         UserError: W&B wanted but not installed.
     """
@@ -31,6 +35,7 @@ class RunLog:
     def __init__(self, directory: Path, *, active: bool = True, wandb: bool = False, name: str = ""):
         self.directory = directory
         self.active = active
+        self.publish: Callable[[], None] | None = None
         self._events: Any = None
         self._wandb: Any = None
         if not active:

@@ -12,12 +12,14 @@ from pathlib import Path
 from typing import Any
 
 from . import cli, dist_util
-from .checkpoint import Checkpoint, newest_checkpoint, open_checkpoint
+from .checkpoint import Checkpoint, Retention, newest_checkpoint, open_checkpoint
 from .config import experiment_text, project_root
 from .errors import UserError
 from .figures import save_curves
 from .files import atomic_path, held, remove_leftovers
 from .logger import RunLog
+from .mirror import Mirror, fetch_checkpoint, run_url
+from .remote import is_url, normalised
 from .settings import Experiment
 from .stopping import Stopped
 
@@ -30,8 +32,9 @@ def start_run(
 ) -> Iterator[tuple[RunLog, Checkpoint | None]]:
     """Meet the other ranks, open the run's directory, and find what to continue from.
 
-    The directory is `--exp_dir`; or that of `--resume_checkpoint`; or that of an unfinished run of the
-    same configuration, so that the same command continues it; or a new experiments/KIND/NAME-TIME.
+    The directory is `--exp_dir`, or for a URL the local one that it is a copy of; or that of
+    `--resume_checkpoint`; or that of an unfinished run of the same configuration, so that the same
+    command continues it; or a new experiments/KIND/NAME-TIME.
     Until the block ends no other run can write there.
 
     Args:
@@ -45,13 +48,55 @@ def start_run(
         run.json: "finished", "stopped", or the error.
 
     Raises:
-        UserError: no such checkpoint, or another run is writing to the directory.
+        UserError: no such checkpoint, another run is writing to the directory, or its copy at a URL
+            could not be reached at the start, or not be brought up to date at the end.
     """
+    mirror = _mirror(experiment, args)
     dist_util.setup_dist()
     with ExitStack() as lock:
-        directory, resume = _agree(kind, experiment, args, lock)
-        with _recorded(directory, experiment, args, batch_size) as log:
+        directory, resume = dist_util.from_rank_zero(lambda: _choose(kind, experiment, args, mirror, lock))
+        with _copied(mirror), _recorded(directory, experiment, args, batch_size) as log:
+            if mirror is not None:
+                log.publish = mirror.push
+                log.info(f"copied to {mirror.url} with each checkpoint")
             yield log, resume
+
+
+def _mirror(experiment: Experiment, args: argparse.Namespace) -> Mirror | None:
+    """The copy that the run's directory has, if `--exp_dir`, or else `--resume_checkpoint`, is a URL."""
+    wanted = args.resume_checkpoint or experiment.student.resume_checkpoint
+    if args.exp_dir is None and is_url(wanted):
+        url = run_url(wanted)
+    elif args.exp_dir is not None and is_url(args.exp_dir):
+        url = args.exp_dir
+    else:
+        return None
+    return Mirror(url, cli.remote_path(args.config), Retention.of(experiment.student, experiment.run))
+
+
+@contextmanager
+def _copied(mirror: Mirror | None) -> Iterator[None]:
+    """Bring the copy up to date when the block ends, whether it ends well or not.
+
+    Raises:
+        UserError: the block ended well, and the copy could not be. A block that failed fails as it did.
+    """
+    try:
+        yield
+    except Exception as error:
+        together = isinstance(error, Stopped)  # anything else may have befallen this rank alone
+        if mirror is not None and (together or dist_util.rank() == 0):
+            try:
+                if together:
+                    _push(mirror)
+                else:
+                    mirror.push()
+            except UserError as failure:
+                if dist_util.rank() == 0:
+                    print(f"WARNING: {failure}", file=sys.stderr, flush=True)
+        raise
+    if mirror is not None:
+        _push(mirror)
 
 
 @contextmanager
@@ -97,39 +142,52 @@ def _recorded(
         log.close()
 
 
-def _agree(
-    kind: str, experiment: Experiment, args: argparse.Namespace, lock: ExitStack
-) -> tuple[Path, Checkpoint | None]:
-    """Rank 0's choice, on all ranks: others might find other files readable."""
-    answer: Any = None
-    if dist_util.rank() == 0:
-        try:
-            answer = _choose(kind, experiment, args, lock)
-        except (UserError, OSError) as error:
-            answer = str(error)
-    answer = dist_util.broadcast_object(answer)
-    if isinstance(answer, str):
-        raise UserError(answer)
-    return answer
+def _push(mirror: Mirror) -> None:
+    """Bring a copy up to date, by rank 0; the others wait, so that none ends the job meanwhile.
+
+    Raises:
+        UserError: it could not be, on all ranks.
+    """
+    try:
+        dist_util.from_rank_zero(mirror.push)
+    except UserError as error:
+        raise UserError(
+            f"{mirror.url} is not up to date: {error}; all of it is in {mirror.directory}, "
+            "and the same command tries again"
+        ) from None
 
 
 def _choose(
-    kind: str, experiment: Experiment, args: argparse.Namespace, lock: ExitStack
+    kind: str, experiment: Experiment, args: argparse.Namespace, mirror: Mirror | None, lock: ExitStack
 ) -> tuple[Path, Checkpoint | None]:
     """The run's directory, which `lock` holds from here on, and what to continue from."""
+    own = mirror.directory if mirror else Path(args.exp_dir) if args.exp_dir else None
     wanted = args.resume_checkpoint or experiment.student.resume_checkpoint
-    if wanted:
-        found = [path for path in (Path(wanted), cli.output_path(wanted, args.config)) if path.exists()]
-        named = open_checkpoint(found[0] if found else wanted)
-        return _hold_first([args.exp_dir or named.directory], lock), named
-    if args.exp_dir is not None:
-        candidates = [args.exp_dir]
+    if wanted and not (mirror and is_url(wanted) and normalised(wanted) == mirror.url):
+        named = _open_named(wanted, args.config)
+        directory = _hold_first([own or named.directory], lock)
+        if mirror:
+            mirror.require_writable()
+        return directory, named
+    if own is not None:
+        candidates = [own]
     else:
         parent = cli.output_path(f"experiments/{kind}", args.config)
         now = datetime.datetime.now().strftime("%Y-%m-%d-%H-%M-%S")
         candidates = [*_unfinished(parent, experiment), parent / f"{experiment.name}-{now}"]
     directory = _hold_first(candidates, lock)
-    return directory, newest_checkpoint(directory)
+    newest = mirror.pull() if mirror else newest_checkpoint(directory)
+    if wanted and newest is None:
+        raise UserError(f"{wanted}: holds no complete checkpoint")
+    return directory, newest
+
+
+def _open_named(wanted: str, config: Path) -> Checkpoint:
+    """The checkpoint that --resume_checkpoint, or the key of that name, means."""
+    if is_url(wanted):
+        return fetch_checkpoint(wanted, cli.remote_path(config) / "files")
+    found = [path for path in (Path(wanted), cli.output_path(wanted, config)) if path.exists()]
+    return open_checkpoint(found[0] if found else wanted)
 
 
 def _hold_first(candidates: list[Path], lock: ExitStack) -> Path:

@@ -10,7 +10,7 @@ import numpy as np
 import torch as th
 
 from . import dist_util
-from .checkpoint import Checkpoint, load_network, load_state_dict, load_strictly
+from .checkpoint import Checkpoint, Retention, load_network, load_state_dict, load_strictly
 from .checkpoint_writer import CheckpointWriter
 from .ema import Ema
 from .errors import UserError
@@ -98,13 +98,7 @@ class TrainLoop:
         )
         self.bad_steps = th.zeros((), device=dist_util.dev())  # skipped in a row
         self.metrics = Metrics()
-        self.writer = CheckpointWriter(
-            log.directory,
-            log.info,
-            keep_last=run.keep_last,
-            keep_every=run.keep_every,
-            keep_pool_every=student.cache_save_interval,
-        )
+        self.writer = CheckpointWriter(log.directory, log.info, Retention.of(student, run), log.publish)
         if resume is not None:
             self._load(resume)
         else:

@@ -1,7 +1,5 @@
 """Distil a student from a teacher and its dynamic batch: TCCD, or DKDM with both stages off."""
 
-from pathlib import Path
-
 from guided_diffusion import cli
 from guided_diffusion.launch import detect_launch, run_script
 
@@ -10,10 +8,10 @@ def main() -> None:
     """Parse, build, run."""
     parser = cli.make_parser(__doc__, ["teacher", "student", "distill", "run"])
     parser.add_argument(
-        "--resume_checkpoint", type=Path, help="continue from this run directory or modelNNNNNN.pt"
+        "--resume_checkpoint", help="continue from this run directory or modelNNNNNN.pt; a path or a URL"
     )
     parser.add_argument(
-        "--exp_dir", type=Path, help="the run's directory (default: experiments/kd/NAME-TIME)"
+        "--exp_dir", help="the run's directory, a path or a URL (default: experiments/kd/NAME-TIME)"
     )
     parser.add_argument("--wandb", action="store_true", help="also record to Weights & Biases")
     args, experiment = cli.parse(parser)

@@ -18,7 +18,7 @@ def main() -> None:
         "--clip_denoised", type=cli.boolean, default=True, help="clip x_0 to [-1, 1] (default True)"
     )
     parser.add_argument("--name", help="folder under experiments/sample (default: from CONFIG and MODEL)")
-    parser.add_argument("--log_dir", help="write here instead of experiments/sample/NAME")
+    parser.add_argument("--log_dir", help="write here, a path or a URL, instead of experiments/sample/NAME")
     args, experiment = cli.parse(parser)
 
     import dataclasses
@@ -29,15 +29,23 @@ def main() -> None:
     if args.timestep_respacing is not None:
         network = dataclasses.replace(network, timestep_respacing=args.timestep_respacing)
     name = args.name or f"{experiment.name}-{weights.stem}"
-    directory = Path(args.log_dir or cli.output_path(f"experiments/sample/{name}", args.config))
+    default = cli.output_path(f"experiments/sample/{name}", args.config)
 
     from guided_diffusion import dist_util
     from guided_diffusion.checkpoint import load_network
+    from guided_diffusion.mirror import Mirror
     from guided_diffusion.precision import compute_dtype
+    from guided_diffusion.remote import is_url
     from guided_diffusion.sample_files import SampleSet
     from guided_diffusion.script_util import build_network
 
+    mirror = None
+    if args.log_dir and is_url(args.log_dir):
+        mirror = Mirror(args.log_dir, cli.remote_path(args.config))
+    directory = mirror.directory if mirror else Path(args.log_dir or default)
     dist_util.setup_dist()
+    if mirror:
+        dist_util.from_rank_zero(mirror.pull)
     model, diffusion = build_network(network)
     load_network(model, weights)
     model.to(dist_util.dev()).eval()
@@ -51,6 +59,8 @@ def main() -> None:
         clip_denoised=args.clip_denoised,
     )
     path = samples.draw(model, diffusion, weights, args.batch_size)
+    if mirror:
+        dist_util.from_rank_zero(mirror.push)
     if dist_util.rank() == 0:
         print(f"wrote {path}")
 

@@ -13,10 +13,10 @@ def main() -> None:
         "--data_dir", required=True, help="folder of images, an .npz with arr_0, or a folder of .npz"
     )
     parser.add_argument(
-        "--resume_checkpoint", type=Path, help="continue from this run directory or modelNNNNNN.pt"
+        "--resume_checkpoint", help="continue from this run directory or modelNNNNNN.pt; a path or a URL"
     )
     parser.add_argument(
-        "--exp_dir", type=Path, help="the run's directory (default: experiments/train/NAME-TIME)"
+        "--exp_dir", help="the run's directory, a path or a URL (default: experiments/train/NAME-TIME)"
     )
     parser.add_argument("--num_workers", type=int, default=0, help="processes that load images (default 0)")
     parser.add_argument("--wandb", action="store_true", help="also record to Weights & Biases")

@@ -10,7 +10,7 @@ import torch as th
 from driver import assert_readable, assert_same_end, distil, run
 
 from guided_diffusion import checkpoint_writer
-from guided_diffusion.checkpoint import complete_checkpoints, newest_checkpoint
+from guided_diffusion.checkpoint import Retention, complete_checkpoints, newest_checkpoint
 from guided_diffusion.checkpoint_writer import CheckpointWriter
 from guided_diffusion.errors import UserError
 
@@ -62,7 +62,7 @@ def test_a_run_that_could_not_save_its_end_fails(tmp_path):
 
 def test_a_failing_clean_up_keeps_the_new_checkpoint(tmp_path, monkeypatch):
     told = []
-    writer = CheckpointWriter(tmp_path, told.append, keep_last=1)
+    writer = CheckpointWriter(tmp_path, told.append, Retention(keep_last=1))
     writer.submit(1, {"model": {"w": th.ones(1)}})
     writer.wait()
 
@@ -91,7 +91,7 @@ def test_a_writer_that_never_could_save_says_so(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("last, every, kept", [(0, 0, [1, 2, 3, 4, 5, 6]), (2, 0, [5, 6]), (2, 3, [3, 5, 6])])
 def test_what_is_kept(tmp_path, last, every, kept):
-    writer = CheckpointWriter(tmp_path, lambda line: None, keep_last=last, keep_every=every)
+    writer = CheckpointWriter(tmp_path, lambda line: None, Retention(last, every))
     for step in range(1, 7):
         writer.submit(step, {"model": {"w": th.ones(1)}, "pool": lambda path: path.write_bytes(b"pool")})
     writer.close()
