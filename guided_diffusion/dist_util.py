@@ -224,10 +224,11 @@ def leave_together(status: int) -> None:
 
 
 def abort(status: int) -> NoReturn:
-    """End this process and with it all ranks, without waiting for any."""
+    """End this process and with it all ranks, whatever they are doing."""
     sys.stdout.flush()
     sys.stderr.flush()
     if "mpi4py.MPI" in sys.modules:
+        time.sleep(0.5)  # mpiexec drops what it has not yet passed on of our last words
         sys.modules["mpi4py.MPI"].COMM_WORLD.Abort(status)
     os._exit(status)  # torchrun, and srun --kill-on-bad-exit, then end the others
 

@@ -157,7 +157,7 @@ def hang_in_step_2():
     def hanging(loop):
         if loop.step == 2:
             time.sleep(SECONDS)
-        inner(loop)
+        return inner(loop)
 
     train_util.TrainLoop._optimizer_step = hanging
 
