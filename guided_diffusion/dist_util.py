@@ -9,6 +9,7 @@ import datetime
 import json
 import os
 import re
+import resource
 import socket
 import struct
 import sys
@@ -254,6 +255,15 @@ def describe() -> list[str]:
     name = th.cuda.get_device_name(device) if device.type == "cuda" else f"{th.get_num_threads()} threads"
     line = f"rank {rank()}: host {socket.gethostname()}, {device} ({name})"
     return all_gather_object(line)
+
+
+def peak_memory() -> str:
+    """The most memory that this rank has held, on the host and on its GPU."""
+    unit = 1 if sys.platform == "darwin" else 1024  # bytes there, KiB elsewhere
+    told = f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9:.2f} GB"
+    if dev().type == "cuda":
+        told += f" and {th.cuda.max_memory_allocated(dev()) / 1e9:.2f} GB of the GPU"
+    return told
 
 
 def barrier() -> None:

@@ -14,7 +14,7 @@ from .gaussian_diffusion import GaussianDiffusion
 from .logger import RunLog
 from .objectives import Distillation
 from .pool_file import read_pool
-from .precision import compute_dtype
+from .precision import place
 from .script_util import build_network
 from .settings import Experiment
 from .sources import TeacherSource
@@ -28,9 +28,8 @@ def load_teacher(experiment: Experiment, weights: Path) -> tuple[UNetModel, Gaus
     assert settings is not None
     teacher, diffusion = build_network(settings, "teacher.")
     load_network(teacher, weights)
-    teacher.to(dist_util.dev()).eval().requires_grad_(False)
-    dtype = compute_dtype(experiment.run.precision, settings.use_fp16, dist_util.dev())
-    teacher.use_dtype(dtype, frozen=True)
+    teacher.eval().requires_grad_(False)
+    place(teacher, settings, experiment.run, frozen=True)
     return teacher, diffusion
 
 
@@ -139,9 +138,8 @@ def distillation_loop(
         head = load_network(model, initial)
         if head and objective.noise_encoder is not None:
             load_strictly(objective.noise_encoder, head, initial)
-    model.to(device)
+    place(model, student, experiment.run)
     objective.to(device)
-    model.use_dtype(compute_dtype(experiment.run.precision, student.use_fp16, device))
 
     total = teacher_diffusion.num_timesteps
     if resume is not None and resume.has("pool"):

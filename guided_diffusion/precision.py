@@ -2,6 +2,26 @@
 
 import torch as th
 
+from . import dist_util
+from .settings import Network, Run
+from .unet import UNetModel
+
+
+def place(model: UNetModel, network: Network, run: Run, *, frozen: bool = False) -> None:
+    """Move a network to this rank's device and choose its arithmetic there.
+
+    Args:
+        model: the network.
+        network: its configuration.
+        run: the run's.
+        frozen: it is only evaluated from here on.
+    """
+    device = dist_util.dev()
+    model.to(device)
+    model.use_dtype(compute_dtype(run.precision, network.use_fp16, device), frozen=frozen)
+    if run.compile:
+        model.compile_blocks()
+
 
 def compute_dtype(precision: str, use_fp16: bool, device: th.device) -> th.dtype:
     """The dtype of `run.precision` on a device.

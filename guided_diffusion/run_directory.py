@@ -125,16 +125,16 @@ def _recorded(
     except BaseException as error:
         told = isinstance(error, (Stopped, UserError))
         reason = str(error) if told else repr(error)
-        log.info(f"ended: {reason}")
+        log.info(f"ended: {reason} (at its peak {dist_util.peak_memory()})")
         with log.tolerant():
             if launch.rank == 0 or not isinstance(error, Stopped):
                 who = f"rank {launch.rank}: " if launch.rank else ""
                 _write_end(directory, record, who + reason)
         raise
     else:
-        log.info("finished")
+        log.info(f"finished; at its peak {dist_util.peak_memory()}")
         if launch.rank == 0:
-            _write(directory, record | {"ended": "finished"})
+            _write(directory, record | _ending("finished"))
     finally:
         with log.tolerant():
             if launch.rank == 0 and (directory / "progress.csv").exists():
@@ -269,7 +269,13 @@ def _write_end(directory: Path, record: dict[str, Any], reason: str) -> None:
     except (OSError, ValueError):
         first = True
     if first:
-        _write(directory, record | {"ended": reason})
+        _write(directory, record | _ending(reason))
+
+
+def _ending(reason: str) -> dict[str, str]:
+    """What is added to a run's record when it ends."""
+    now = datetime.datetime.now().isoformat(timespec="seconds")
+    return {"ended": reason, "ended_at": now, "peak_memory": dist_util.peak_memory()}
 
 
 def _write(directory: Path, record: dict[str, Any]) -> None:

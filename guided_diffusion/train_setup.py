@@ -8,7 +8,7 @@ from .errors import UserError
 from .image_datasets import open_dataset, sample_batches
 from .logger import RunLog
 from .objectives import DiffusionTraining
-from .precision import compute_dtype
+from .precision import place
 from .resample import create_named_schedule_sampler
 from .script_util import build_network
 from .settings import Experiment
@@ -50,8 +50,7 @@ def training_loop(
     model, diffusion = build_network(student)
     if initial is not None:
         load_network(model, initial)
-    model.to(device)
-    model.use_dtype(compute_dtype(run.precision, student.use_fp16, device))
+    place(model, student, run)
     sampler = create_named_schedule_sampler(student.schedule_sampler, diffusion.num_timesteps)
     objective = DiffusionTraining(diffusion, sampler).to(device)
     batches = sample_batches(

@@ -34,7 +34,7 @@ def main() -> None:
     from guided_diffusion import dist_util
     from guided_diffusion.checkpoint import load_network
     from guided_diffusion.mirror import Mirror
-    from guided_diffusion.precision import compute_dtype
+    from guided_diffusion.precision import place
     from guided_diffusion.remote import is_url
     from guided_diffusion.sample_files import SampleSet
     from guided_diffusion.script_util import build_network
@@ -48,9 +48,7 @@ def main() -> None:
         dist_util.from_rank_zero(mirror.pull)
     model, diffusion = build_network(network)
     load_network(model, weights)
-    model.to(dist_util.dev()).eval()
-    dtype = compute_dtype(experiment.run.precision, network.use_fp16, dist_util.dev())
-    model.use_dtype(dtype, frozen=True)
+    place(model.eval(), network, experiment.run, frozen=True)
     samples = SampleSet(
         directory,
         args.num_samples,

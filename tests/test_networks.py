@@ -109,3 +109,22 @@ def test_the_noise_encoder_has_16_patches_at_every_size(size):
     assert encoder(h).shape == (1, 24)
     with pytest.raises(UserError, match="divisible by 4"):
         NoiseEncoder(8, 24, 18)
+
+
+@pytest.mark.slow
+def test_compiled_blocks_give_the_same(tmp_path):
+    models = [randomise(build_network(Network(**network(16, use_checkpoint=flag)))[0]) for flag in (False, True)]
+    models[1].load_state_dict(models[0].state_dict())
+    models[1].compile_blocks()
+    assert list(models[0].state_dict()) == list(models[1].state_dict())
+    for size in (2, 3):  # another batch size
+        x, t = th.randn(size, 3, 16, 16), th.arange(size)
+        gradients = []
+        for model in models:
+            model.zero_grad()
+            output = model(x, t)
+            output.square().mean().backward()
+            gradients.append((output.detach(), [p.grad for p in model.parameters()]))
+        th.testing.assert_close(gradients[0], gradients[1], atol=1e-5, rtol=1e-3)
+        with th.no_grad():
+            th.testing.assert_close(models[1](x, t), gradients[0][0], atol=1e-5, rtol=1e-3)
