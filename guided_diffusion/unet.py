@@ -221,17 +221,20 @@ class UNetModel(nn.Module):
                     if isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Linear)):
                         module.to(dtype)
 
-    def compile_blocks(self) -> None:
+    def compile_blocks(self, backend: str = "inductor") -> None:
         """Have torch.compile fuse what lies between the convolutions of each block, at its first call.
 
         Block by block: equal blocks compile once, and names and state dicts stay as they are.
+
+        Args:
+            backend: torch.compile's.
         """
         limits = th._dynamo.config  # each shape of a block counts as a recompilation of the class
         limits.recompile_limit = max(limits.recompile_limit, 512)
         limits.accumulated_recompile_limit = max(limits.accumulated_recompile_limit, 2048)
         for module in self.modules():
             if isinstance(module, (ResBlock, AttentionBlock)):
-                module.compile()
+                module.compile(backend=backend)
 
     def _autocast(self, x: th.Tensor) -> th.autocast:
         enabled = self.compute_dtype != th.float32
