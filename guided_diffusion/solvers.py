@@ -18,16 +18,14 @@ from .gaussian_diffusion import GaussianDiffusion, Model, NoiseFn, Sample
 def scheduler_class(solver: str) -> Any:
     """The diffusers scheduler of a solver.
 
-    "dpmpp_2m": DPM-Solver++ 2M (Lu et al., 2022, algorithm 2). "unipc": UniPC-2 with B2(h) = e^h - 1
-    (Zhao et al., 2023, algorithms 5 and 6). Both are multistep and of second order (UniPC's corrector is
-    of third), and call the network once per step.
+    "dpmpp_2m": DPM-Solver++ 2M (Lu et al., 2022, algorithm 2). "unipc": UniPC-2 with B(h) = e^h - 1 (Zhao
+    et al., 2023). Both are multistep and call the network once per step.
 
     Raises:
-        UserError: diffusers is not installed.
+        UserError: diffusers is not installed, or cannot be imported.
         ValueError: no such solver.
     """
     try:
-        # Its schedulers one by one: diffusers.schedulers itself would bring in many times as much.
         if solver == "dpmpp_2m":
             from diffusers.schedulers.scheduling_dpmsolver_multistep import DPMSolverMultistepScheduler
 
