@@ -150,7 +150,7 @@ class GaussianDiffusion(ReverseProcess):
         def step(x: th.Tensor, t: th.Tensor) -> Sample:
             return self.p_sample(model, x, t, clip_denoised, denoised_fn, cond_fn, model_kwargs, noise_fn)
 
-        yield from self._chain(step, model, shape, noise, device, progress, noise_fn)
+        yield from self.chain(step, model, shape, noise, device, progress, noise_fn)
 
     def ddim_sample_loop_progressive(
         self,
@@ -173,18 +173,19 @@ class GaussianDiffusion(ReverseProcess):
                 model, x, t, clip_denoised, denoised_fn, cond_fn, model_kwargs, eta, noise_fn
             )
 
-        yield from self._chain(step, model, shape, noise, device, progress, noise_fn)
+        yield from self.chain(step, model, shape, noise, device, progress, noise_fn)
 
-    def _chain(
+    def chain(
         self,
         step: Callable[[th.Tensor, th.Tensor], Sample],
         model: Model,
         shape: Sequence[int],
-        noise: th.Tensor | None,
-        device: th.device | str | None,
-        progress: bool,
-        noise_fn: NoiseFn | None,
+        noise: th.Tensor | None = None,
+        device: th.device | str | None = None,
+        progress: bool = False,
+        noise_fn: NoiseFn | None = None,
     ) -> Iterator[Sample]:
+        """Yield each `Sample` that step(x_t, t) gives, from t = T-1 to 0; see `p_sample_loop_progressive`."""
         if device is None:
             parameters = getattr(model, "parameters", None)
             device = next(parameters()).device if parameters is not None else th.device("cpu")

@@ -14,13 +14,17 @@ def space_timesteps(num_timesteps: int, section_counts: str | Sequence[int]) -> 
     Args:
         num_timesteps: T of the original process.
         section_counts: how many steps to keep in each of equally long sections of the original, as
-            numbers or as "10,15,20"; or "ddimN" for N steps at the constant stride of the DDIM paper.
+            numbers or as "10,15,20"; or "ddimN" for N steps at the constant stride of the DDIM paper;
+            or "trailingN" for N evenly spaced steps that end a stride before the clean image instead of
+            at its first step (Lin et al., 2023, Common Diffusion Noise Schedules and Sample Steps are
+            Flawed, table 2): what few, long steps ask for, since the last one goes all the way anyway.
 
     Returns:
         Steps of the original process, each in {0..T-1}.
 
     Raises:
-        ValueError: no integer stride gives N steps, or a section is shorter than its count.
+        ValueError: no integer stride gives N steps, N is not within 1..T, or a section is shorter than
+            its count.
     """
     if isinstance(section_counts, str):
         if section_counts.startswith("ddim"):
@@ -29,6 +33,11 @@ def space_timesteps(num_timesteps: int, section_counts: str | Sequence[int]) -> 
                 if len(range(0, num_timesteps, step)) == wanted:
                     return set(range(0, num_timesteps, step))
             raise ValueError(f"no integer stride gives {wanted} of {num_timesteps} steps")
+        if section_counts.startswith("trailing"):
+            wanted = int(section_counts.removeprefix("trailing"))
+            if not 1 <= wanted <= num_timesteps:
+                raise ValueError(f"cannot keep {wanted} of {num_timesteps} steps")
+            return {round(num_timesteps - i * num_timesteps / wanted) - 1 for i in range(wanted)}
         section_counts = [int(count) for count in section_counts.split(",")]
 
     shortest, longer = divmod(num_timesteps, len(section_counts))

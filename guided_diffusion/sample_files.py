@@ -16,7 +16,7 @@ from .files import NpzFile, atomic_path, remove_leftovers, sha256_of
 from .gaussian_diffusion import GaussianDiffusion
 from .logger import progress_bar
 from .npz_writer import create_npz
-from .sampling import sample_images
+from .sampling import sample_images, sampling_loop
 from .unet import UNetModel
 
 _SHARD = re.compile(r"(\d+)-(\d+)\.npz")
@@ -31,13 +31,18 @@ class SampleSet:
         directory: holds the shards while drawing, then `samples_NxHxWx3.npz` and `samples.png`.
         num_samples: N.
         seed: of the set.
-        use_ddim: deterministic DDIM steps instead of ancestral ones.
+        sampler: as in `sampling.sampling_loop`.
         clip_denoised: clip the predicted x_0 to [-1, 1] in every step.
+
+    Raises:
+        UserError: the sampler needs a package that is not installed.
+        ValueError: no such sampler.
     """
 
-    def __init__(self, directory: Path, num_samples: int, *, seed: int, use_ddim: bool, clip_denoised: bool):
+    def __init__(self, directory: Path, num_samples: int, *, seed: int, sampler: str, clip_denoised: bool):
+        sampling_loop(sampler)
         self.directory, self.num_samples = directory, num_samples
-        self.seed, self.use_ddim, self.clip_denoised = seed, use_ddim, clip_denoised
+        self.seed, self.sampler, self.clip_denoised = seed, sampler, clip_denoised
         self.shards = directory / "shards"
 
     def draw(self, model: UNetModel, diffusion: GaussianDiffusion, weights: Path, batch_size: int) -> Path:
@@ -67,7 +72,7 @@ class SampleSet:
             "model_sha256": sha256_of(weights),
             "timesteps": diffusion.timestep_map,
             "seed": self.seed,
-            "use_ddim": self.use_ddim,
+            "sampler": self.sampler,
             "clip_denoised": self.clip_denoised,
             "device": dist_util.dev().type,
             "dtype": str(model.compute_dtype),
@@ -90,7 +95,7 @@ class SampleSet:
                 diffusion,
                 indices,
                 seed=self.seed,
-                use_ddim=self.use_ddim,
+                sampler=self.sampler,
                 clip_denoised=self.clip_denoised,
             )
             shard = self.shards / f"{indices.start}-{indices.stop}.npz"

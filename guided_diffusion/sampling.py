@@ -1,11 +1,14 @@
 """Sampling where image i depends on (seed, i) alone, not on batch size or number of ranks."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 
 import numpy as np
 import torch as th
 
 from .gaussian_diffusion import GaussianDiffusion
+from .settings import SOLVERS
+from .solvers import scheduler_class, solver_sample_loop
 from .unet import UNetModel
 
 
@@ -40,13 +43,39 @@ class SeededNoise:
         return th.cat(draws)
 
 
+def sampling_loop(sampler: str) -> Callable[..., th.Tensor]:
+    """The loop of one of `settings.SAMPLERS`, to be called as loop(diffusion, model, shape, **options).
+
+    "ancestral" draws every reverse step at random; "ddim" and the solvers follow the deterministic ODE.
+
+    Raises:
+        UserError: the sampler needs a package that is not installed.
+        ValueError: no such sampler.
+    """
+    if sampler == "ancestral":
+        return GaussianDiffusion.p_sample_loop
+    if sampler == "ddim":
+        return GaussianDiffusion.ddim_sample_loop
+    scheduler_class(sampler)  # so that what is missing is told before anything expensive starts
+    return partial(solver_sample_loop, solver=sampler)
+
+
+def steps_respacing(sampler: str, respacing: str) -> str:
+    """What `--timestep_respacing` stands for with a sampler: a solver's plain number N is "trailingN".
+
+    The ancestral and DDIM samplers keep guided-diffusion's meaning of N, whose last step starts at t = 0: a
+    leap for a high-order solver, and an evaluation spent where almost nothing is left to remove.
+    """
+    return f"trailing{respacing}" if sampler in SOLVERS and respacing.isdigit() else respacing
+
+
 def sample_images(
     model: UNetModel,
     diffusion: GaussianDiffusion,
     indices: Sequence[int],
     *,
     seed: int = 0,
-    use_ddim: bool = False,
+    sampler: str = "ancestral",
     clip_denoised: bool = True,
 ) -> tuple[np.ndarray, np.ndarray | None]:
     """Sample a batch of images with the model on its device, in eval mode.
@@ -56,7 +85,7 @@ def sample_images(
         diffusion: its (respaced) process.
         indices: the samples' numbers within their set; one image each.
         seed: the set's seed.
-        use_ddim: deterministic DDIM steps instead of ancestral ones.
+        sampler: as in `sampling_loop`.
         clip_denoised: clip the predicted x_0 to [-1, 1] in every step.
 
     Returns:
@@ -65,11 +94,12 @@ def sample_images(
     device = next(model.parameters()).device
     noise = SeededNoise(seed, indices, device)
     y = None if model.num_classes is None else noise.labels(model.num_classes)
-    loop = diffusion.ddim_sample_loop if use_ddim else diffusion.p_sample_loop
+    loop = sampling_loop(sampler)
     was_training = model.training
     model.eval()
     try:
         x = loop(
+            diffusion,
             model,
             (len(indices), 3, model.image_size, model.image_size),
             clip_denoised=clip_denoised,

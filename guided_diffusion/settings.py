@@ -11,6 +11,9 @@ from typing import Any
 
 from .errors import UserError
 
+SOLVERS = ("dpmpp_2m", "unipc")
+SAMPLERS = ("ancestral", "ddim", *SOLVERS)
+
 
 def key(default: Any, help: str) -> Any:
     """A configuration key with its default and its one line of documentation."""
@@ -45,7 +48,7 @@ class Network:
     learn_sigma: bool = key(False, "learned variance: the network has 6 output channels")
     diffusion_steps: int = key(1000, "steps T of the process")
     noise_schedule: str = key("linear", "linear or cosine")
-    timestep_respacing: str = key("", "steps to keep: '50', 'ddim50', '10,15,20' ('': all)")
+    timestep_respacing: str = key("", "steps to keep: '50', 'ddim50', 'trailing50', '10,15,20' ('': all)")
     use_kl: bool = key(False, "train the variational bound alone")
     predict_xstart: bool = key(False, "the network predicts x_0 instead of the noise")
     rescale_timesteps: bool = key(False, "feed the network timesteps scaled to 0..1000")

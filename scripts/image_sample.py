@@ -1,7 +1,24 @@
 """Sample images from a trained model, into samples_NxHxWx3.npz (uint8, arr_0; labels in arr_1)."""
 
 from guided_diffusion import cli
+from guided_diffusion.errors import UserError
 from guided_diffusion.launch import run_script
+from guided_diffusion.settings import SAMPLERS
+
+
+def choose_sampler(sampler: str | None, use_ddim: bool | None) -> str:
+    """The sampler that --sampler and guided-diffusion's --use_ddim name together; None where not given.
+
+    Raises:
+        UserError: they contradict each other.
+    """
+    if use_ddim and sampler not in (None, "ddim"):
+        raise UserError(
+            f"--use_ddim True means --sampler ddim, but --sampler {sampler} is given: leave one out"
+        )
+    if use_ddim is False and sampler == "ddim":
+        raise UserError("--sampler ddim contradicts --use_ddim False: leave one out")
+    return "ddim" if use_ddim else sampler or "ancestral"
 
 
 def main() -> None:
@@ -12,22 +29,21 @@ def main() -> None:
     parser.add_argument("--num_samples", type=cli.positive, default=10000, help="images in all")
     parser.add_argument("--timestep_respacing", help="steps: 50, ddim50, ... (default: the configuration's)")
     parser.add_argument(
-        "--use_ddim", type=cli.boolean, default=False, help="deterministic DDIM steps (default False)"
+        "--sampler", choices=SAMPLERS, help=f"{', '.join(SAMPLERS)}: see docs/sampling.md (default ancestral)"
     )
+    parser.add_argument("--use_ddim", type=cli.boolean, help="True: the same as --sampler ddim")
     parser.add_argument(
         "--clip_denoised", type=cli.boolean, default=True, help="clip x_0 to [-1, 1] (default True)"
     )
     parser.add_argument("--name", help="folder under experiments/sample (default: from CONFIG and MODEL)")
     parser.add_argument("--log_dir", help="write here, a path or a URL, instead of experiments/sample/NAME")
     args, experiment = cli.parse(parser)
+    sampler = choose_sampler(args.sampler, args.use_ddim)
 
     import dataclasses
     from pathlib import Path
 
     weights = cli.input_file(args.model_path, args.config, "--model_path")
-    network = experiment.student
-    if args.timestep_respacing is not None:
-        network = dataclasses.replace(network, timestep_respacing=args.timestep_respacing)
     name = args.name or f"{experiment.name}-{weights.stem}"
     default = cli.output_path(f"experiments/sample/{name}", args.config)
 
@@ -37,25 +53,29 @@ def main() -> None:
     from guided_diffusion.precision import place
     from guided_diffusion.remote import is_url
     from guided_diffusion.sample_files import SampleSet
+    from guided_diffusion.sampling import steps_respacing
     from guided_diffusion.script_util import build_network
 
     mirror = None
     if args.log_dir and is_url(args.log_dir):
         mirror = Mirror(args.log_dir, cli.remote_path(args.config))
-    directory = mirror.directory if mirror else Path(args.log_dir or default)
+    samples = SampleSet(
+        mirror.directory if mirror else Path(args.log_dir or default),
+        args.num_samples,
+        seed=experiment.run.seed,
+        sampler=sampler,
+        clip_denoised=args.clip_denoised,
+    )
     dist_util.setup_dist()
     if mirror:
         dist_util.from_rank_zero(mirror.pull)
+    network = experiment.student
+    if args.timestep_respacing is not None:
+        respacing = steps_respacing(sampler, args.timestep_respacing)
+        network = dataclasses.replace(network, timestep_respacing=respacing)
     model, diffusion = build_network(network)
     load_network(model, weights)
     place(model.eval(), network, experiment.run, frozen=True)
-    samples = SampleSet(
-        directory,
-        args.num_samples,
-        seed=experiment.run.seed,
-        use_ddim=args.use_ddim,
-        clip_denoised=args.clip_denoised,
-    )
     path = samples.draw(model, diffusion, weights, args.batch_size)
     if mirror:
         dist_util.from_rank_zero(mirror.push)

@@ -75,7 +75,7 @@ def test_memory_does_not_grow_with_the_number_of_samples(tmp_path, monkeypatch):
     def draw(number):
         (tmp_path / "weights.pt").write_bytes(b"")
         samples = sample_files.SampleSet(
-            tmp_path / str(number), number, seed=0, use_ddim=False, clip_denoised=True
+            tmp_path / str(number), number, seed=0, sampler="ancestral", clip_denoised=True
         )
         samples.draw(Model(), Process(), tmp_path / "weights.pt", 256)
         answers.put(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
