@@ -5,6 +5,7 @@ the identity and torch.distributed is not started.
 """
 
 import atexit
+import ctypes
 import datetime
 import json
 import os
@@ -29,6 +30,7 @@ from .launch import Launch, detect_launch
 _T = TypeVar("_T")
 _TIMEOUT = datetime.timedelta(minutes=30)
 _PATIENCE = 10.0  # seconds for other ranks to find the mistake that this one found
+_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # glibc's malloc.h
 _SIOCGIFADDR = 0x8915  # Linux' request for an interface's address (netdevice(7))
 _state: dict[str, Any] = {"device": th.device("cpu"), "launch": Launch("none", 0, 1, 0)}
 
@@ -69,10 +71,22 @@ def setup_dist() -> Launch:
 
 def _choose_device(local_rank: int) -> th.device:
     if not th.cuda.is_available():
+        _keep_freed_memory()
         return th.device("cpu")
     device = th.device("cuda", local_rank % th.cuda.device_count())
     th.cuda.set_device(device)
     return device
+
+
+def _keep_freed_memory() -> None:
+    """Have glibc keep what is freed: given back, the kernel clears it anew for every large tensor.
+
+    On the CPU small networks train 1.3 times as fast, and peak memory is the same: docs/performance.md.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # other systems' C libraries have none
+    if mallopt is not None:
+        mallopt(_M_MMAP_MAX, 0)
+        mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
 
 
 def _rendezvous(launch: Launch) -> tuple[dist.Store, int]:
