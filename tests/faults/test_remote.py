@@ -350,7 +350,7 @@ def test_continuing_and_sampling_from_urls(store, project, tmp_path):
     assert text.startswith("wrote ") and text.count("\n") == 1, text
     assert store.names("drawn/") == {"samples_2x16x16x3.npz", "sampling.json", "samples.png"}
     code, text = run(folder, *sample, "--use_ddim", "True")
-    assert code == 1 and "holds samples drawn with another use_ddim" in text
+    assert code == 1 and "holds samples drawn with another sampler" in text
 
 
 def no_blobfile():
