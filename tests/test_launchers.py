@@ -1,5 +1,6 @@
 """Started by mpiexec, torchrun, srun or nobody, on one host or two: the same optimization."""
 
+import json
 import os
 import shutil
 import socket
@@ -13,7 +14,7 @@ import torch as th
 from in_process import script_here
 from tiny import ROOT, distillation, script
 
-from guided_diffusion import dist_util, launch
+from guided_diffusion import dist_util, launch, rendezvous
 from guided_diffusion.errors import UserError
 from guided_diffusion.launch import Launch, detect_launch
 
@@ -219,13 +220,13 @@ def test_a_launchers_variable_that_is_no_number(started_by_nobody, monkeypatch):
     ],
 )
 def test_the_first_host_of_a_slurm_list(nodelist, first):
-    assert dist_util._first_slurm_host(nodelist) == first
+    assert rendezvous._first_slurm_host(nodelist) == first
 
 
 def test_mpi_without_mpi4py_is_told(monkeypatch):
     monkeypatch.setitem(sys.modules, "mpi4py", None)  # importing it fails
     with pytest.raises(UserError, match=r"started by mpi \(MPICH\), but mpi4py cannot be imported"):
-        dist_util._rendezvous(Launch("mpi (MPICH)", 0, 2, 0))
+        rendezvous.rendezvous(Launch("mpi (MPICH)", 0, 2, 0))
 
 
 # --- addresses and devices -------------------------------------------------------------------------
@@ -243,18 +244,18 @@ def routes(monkeypatch):
     """This host has lo, eth0 (the way out) and ib0; the routes can be changed."""
     interfaces = {"lo": "127.0.0.1", "eth0": "192.168.1.5", "ib0": "10.0.0.5"}
     routes = {"192.0.2.1": "192.168.1.5", "10.0.0.6": "10.0.0.5", "here": "127.0.1.1"}
-    monkeypatch.setattr(dist_util, "_interfaces", lambda: interfaces)
-    monkeypatch.setattr(dist_util, "_address_towards", routes.get)
-    monkeypatch.setattr(dist_util.socket, "gethostname", lambda: "this")
+    monkeypatch.setattr(rendezvous, "_interfaces", lambda: interfaces)
+    monkeypatch.setattr(rendezvous, "_address_towards", routes.get)
+    monkeypatch.setattr(socket, "gethostname", lambda: "this")
     return routes
 
 
 def test_own_addresses_begin_with_the_way_out_and_are_never_loopback(routes):
-    assert dist_util._own_addresses() == ["192.168.1.5", "10.0.0.5"]
+    assert rendezvous._own_addresses() == ["192.168.1.5", "10.0.0.5"]
     del routes["192.0.2.1"]  # a cluster without a way out
-    assert dist_util._own_addresses() == ["192.168.1.5", "10.0.0.5"]
+    assert rendezvous._own_addresses() == ["192.168.1.5", "10.0.0.5"]
     routes["192.0.2.1"] = "10.0.0.5"
-    assert dist_util._own_addresses() == ["10.0.0.5", "192.168.1.5"]
+    assert rendezvous._own_addresses() == ["10.0.0.5", "192.168.1.5"]
 
 
 @pytest.mark.parametrize(
@@ -272,17 +273,17 @@ def test_gloo_takes_the_interface_that_leads_to_the_others(
 ):
     if before:
         monkeypatch.setenv("GLOO_SOCKET_IFNAME", before)
-    store = Store(host1=dist_util.json.dumps(other))
-    dist_util._choose_interface(store, Launch("slurm", 0, 2, 0), master)
+    store = Store(host1=json.dumps(other))
+    rendezvous._choose_interface(store, Launch("slurm", 0, 2, 0), master)
     assert os.environ.get("GLOO_SOCKET_IFNAME") == after
-    assert dist_util.json.loads(store["host0"]) == ["this", routes.get(master)]
+    assert json.loads(store["host0"]) == ["this", routes.get(master)]
 
 
 def test_this_hosts_own_interfaces():
-    addresses = dist_util._interfaces()
+    addresses = rendezvous._interfaces()
     assert addresses.get("lo", "127.0.0.1") == "127.0.0.1"
-    assert dist_util._address_towards("127.0.0.1") == "127.0.0.1"
-    assert dist_util._address_towards("no such host") is None
+    assert rendezvous._address_towards("127.0.0.1") == "127.0.0.1"
+    assert rendezvous._address_towards("no such host") is None
 
 
 @pytest.mark.parametrize("gpus, backend", [(2, "nccl"), (1, "gloo"), (0, "gloo")])
@@ -295,8 +296,8 @@ def test_each_rank_has_its_own_gpu_or_all_meet_without_nccl(started_by_nobody, m
     monkeypatch.setattr(dist_util.th, "cuda", cuda)
     monkeypatch.setattr(dist_util, "_state", {})
     monkeypatch.setattr(dist_util, "detect_launch", lambda: Launch("torchrun", 1, 2, 1))
-    first = dist_util.json.dumps([socket.gethostname(), gpus > 0])
-    monkeypatch.setattr(dist_util, "_rendezvous", lambda launch: (Store(rank0=first), 1))
+    first = json.dumps([socket.gethostname(), gpus > 0])
+    monkeypatch.setattr(dist_util, "rendezvous", lambda launch: (Store(rank0=first), 1))
     monkeypatch.setattr(dist_util.dist, "init_process_group", lambda name, **_: chosen.update(name=name))
     monkeypatch.setattr(dist_util.atexit, "register", lambda function: None)
     dist_util.setup_dist()

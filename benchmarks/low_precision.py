@@ -1,0 +1,206 @@
+"""Does 16-bit arithmetic cost the student anything? The same short runs in float32 and in 16 bits, by seed.
+
+Distils the embedded teacher as the demo does, once for each precision and seed, and prints the student's
+held-out error (mean squared difference from the teacher's float32 noise predictions on states that no pool
+holds), its digits-FD, and the teacher's own error in that precision. Runs are kept and reused.
+
+A processor without 16-bit arithmetic computes the same numbers slowly: `Emulated` multiplies in float32 what
+has been rounded to 16 bits and rounds the result once, which is what the hardware does.
+"""
+
+import argparse
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import replace
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any
+
+import torch as th
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map
+
+from evaluations.digits import load_digit_images
+from evaluations.evaluator import evaluate
+from guided_diffusion import dist_util
+from guided_diffusion.checkpoint import load_network, newest_checkpoint
+from guided_diffusion.config import load_experiment
+from guided_diffusion.distill_setup import distillation_loop, load_teacher, pool_identity
+from guided_diffusion.dynamic_batch import DynamicBatch, prepare, teacher_step
+from guided_diffusion.launch import run_script
+from guided_diffusion.logger import RunLog
+from guided_diffusion.npz_writer import create_npz
+from guided_diffusion.pool_file import write_pool
+from guided_diffusion.precision import compute_dtype
+from guided_diffusion.sample_files import SampleSet
+from guided_diffusion.script_util import build_network, build_process
+from guided_diffusion.settings import Experiment
+from guided_diffusion.train_util import reseed
+
+ROOT = Path(__file__).resolve().parent.parent
+CONFIG = ROOT / "yaml/digits_16/exp/digits-TCCD.yaml"
+ROWS_PER_CALL = 128
+
+aten = th.ops.aten
+PRODUCTS = {
+    aten.convolution.default,
+    aten.convolution_backward.default,
+    aten.mm.default,
+    aten.addmm.default,
+    aten.bmm.default,
+    aten.baddbmm.default,
+    aten._scaled_dot_product_flash_attention_for_cpu.default,
+    aten._scaled_dot_product_flash_attention_for_cpu_backward.default,
+}
+
+
+class Emulated(TorchDispatchMode):
+    """Products of 16-bit tensors, computed in float32 and rounded once. Counts them in `products`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.products = 0
+
+    def __torch_dispatch__(self, function: Callable, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Run one operation."""
+        kwargs = kwargs or {}
+        dtypes = {a.dtype for a in args if isinstance(a, th.Tensor)} & {th.bfloat16, th.float16}
+        if function not in PRODUCTS or not dtypes:
+            return function(*args, **kwargs)
+        self.products += 1
+        (dtype,) = dtypes
+        widen = lambda a: a.float() if isinstance(a, th.Tensor) and a.dtype == dtype else a  # noqa: E731
+        out = function(*tree_map(widen, args), **tree_map(widen, kwargs))
+        if function == aten._scaled_dot_product_flash_attention_for_cpu.default:
+            return out[0].to(dtype), out[1]  # the second is the log of the softmax's sum, float32
+        return tree_map(lambda a: a.to(dtype) if isinstance(a, th.Tensor) else a, out)
+
+
+def arithmetic(precision: str) -> Emulated | nullcontext:
+    """Where a processor has no arithmetic of this precision, emulate it."""
+    dtype = compute_dtype(precision, False, dist_util.dev())
+    native = (
+        dtype == th.float32
+        or dist_util.dev().type == "cuda"
+        or compute_dtype("auto", True, dist_util.dev()) == dtype
+    )
+    return nullcontext() if native else Emulated()
+
+
+class Benchmark:
+    """Distillations that differ in precision and seed alone; everything lies in a folder.
+
+    Args:
+        folder: holds a run for each setting, and the real digits.
+        iterations: of each run.
+        num_samples: images in a scored set.
+        held_out: states on which student and teacher are compared.
+    """
+
+    def __init__(self, folder: Path, iterations: int, num_samples: int, held_out: int):
+        self.folder, self.iterations, self.num_samples = folder, iterations, num_samples
+        experiment = self.experiment("fp32", 0)
+        assert experiment.teacher is not None
+        self.weights = ROOT / experiment.teacher.model_path
+        self.teacher, self.diffusion = load_teacher(experiment, self.weights)
+        states = self.prepared(held_out, stride=1, seed=99)
+        self.x, self.t = states.x, states.levels - 1
+        self.target = teacher_step(self.teacher, self.diffusion, self.x, self.t).eps
+        self.reference = folder / "digits.npz"
+        images, labels = load_digit_images()
+        with create_npz(self.reference, len(images)) as writer:
+            writer.append(images, labels)
+
+    def experiment(self, precision: str, seed: int) -> Experiment:
+        """The demo's distillation."""
+        n = self.iterations
+        return load_experiment(CONFIG, [
+            f"run.seed={seed}", f"run.precision={precision}", f"run.iterations={n}",
+            f"student.lr_anneal_steps={n}", f"student.save_interval={n}", "run.sample_interval=-1",
+        ])  # fmt: skip
+
+    def prepared(self, size: int, stride: int, seed: int) -> DynamicBatch:
+        """A pool prepared in float32, as always."""
+        reseed(seed, 0, 0)
+        pool = DynamicBatch.of_noise(size, self.teacher.image_size, self.diffusion.num_timesteps)
+        for _ in prepare(pool, self.teacher, self.diffusion, ROWS_PER_CALL, stride):
+            pass
+        return pool
+
+    def teacher_error(self, precision: str) -> float:
+        """Mean squared difference of the teacher's predictions in a precision from those in float32."""
+        teacher, _ = load_teacher(self.experiment(precision, 0), self.weights)
+        with arithmetic(precision):
+            eps = teacher_step(teacher, self.diffusion, self.x, self.t).eps
+        return float((eps - self.target).square().mean())
+
+    def student(self, precision: str, seed: int) -> tuple[float, float]:
+        """Held-out error and digits-FD of a student, distilled now if it has not been."""
+        experiment = self.experiment(precision, seed)
+        folder = self.folder / f"{precision}-seed{seed}-{self.iterations}"
+        checkpoint = newest_checkpoint(folder) if folder.is_dir() else None
+        if checkpoint is None:
+            path = self.folder / f"pool{seed}.cache"
+            size = (
+                round(experiment.teacher.BATCH * self.diffusion.num_timesteps) * experiment.student.batch_size
+            )
+            if not path.exists():
+                pool = self.prepared(size, experiment.distill.stride, seed)
+                write_pool(path, [pool], pool_identity(experiment, self.weights, size))
+            folder.mkdir(parents=True, exist_ok=True)
+            with arithmetic(precision) as emulated:
+                loop = distillation_loop(
+                    experiment,
+                    weights=self.weights,
+                    pool_path=path,
+                    batch_size=experiment.student.batch_size,
+                    log=RunLog(folder),
+                )
+                loop.run()
+            assert emulated is None or emulated.products > 0
+            checkpoint = newest_checkpoint(folder)
+        assert checkpoint is not None
+        weights = checkpoint.path(f"ema_{experiment.student.ema_rates[0]}")
+        model, _ = build_network(experiment.student)  # judged in float32, so that only training differs
+        load_network(model, weights)
+        with th.no_grad():
+            eps = model.eval()(self.x, self.t)[:, :3]
+        process = build_process(replace(experiment.student, timestep_respacing="50"), "timestep_respacing")
+        samples = SampleSet(
+            folder / "samples", self.num_samples, seed=seed, sampler="ancestral", clip_denoised=True
+        )
+        images = samples.draw(model, process, weights, 125)
+        fd = evaluate(self.reference, images, backend="digits", use_cache=False).fd
+        return float((eps - self.target).square().mean()), fd
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--precisions", nargs="+", default=["fp32", "bf16"], choices=["fp32", "bf16", "fp16"])
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="default 0 1 2")
+    parser.add_argument("--iterations", type=int, default=1000, help="default 1000")
+    parser.add_argument("--num_samples", type=int, default=1000, help="images in a set (default 1000)")
+    parser.add_argument("--held_out", type=int, default=192, help="held-out states (default 192)")
+    parser.add_argument("--folder", type=Path, default=ROOT / "experiments/low_precision")
+    args = parser.parse_args()
+    dist_util.setup_dist()
+    args.folder.mkdir(parents=True, exist_ok=True)
+    benchmark = Benchmark(args.folder, args.iterations, args.num_samples, args.held_out)
+    for precision in args.precisions:
+        print(f"{precision}: teacher's error {benchmark.teacher_error(precision):.2e}", flush=True)
+        errors, distances = [], []
+        for seed in args.seeds:
+            error, fd = benchmark.student(precision, seed)
+            print(f"  seed {seed}: held-out error {error:.4f}, digits-FD {fd:.2f}", flush=True)
+            errors.append(error)
+            distances.append(fd)
+        if len(args.seeds) > 1:
+            print(
+                f"  mean: held-out error {mean(errors):.4f} +-{stdev(errors):.4f}, "
+                f"digits-FD {mean(distances):.2f} +-{stdev(distances):.2f} (standard deviation of a run)"
+            )
+
+
+if __name__ == "__main__":
+    run_script(main)
