@@ -2,6 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
+PARALLEL := -n auto --dist loadscope --maxprocesses 8  # tests of a class or file share what they prepared
 
 .PHONY: env demo test test-all lint format bench docs clean
 
@@ -18,10 +19,10 @@ demo: env
 	$(BIN)/python scripts/demo.py
 
 test: env
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest $(PARALLEL)
 
 test-all: env
-	$(BIN)/python -m pytest -m "slow or not slow"
+	$(BIN)/python -m pytest $(PARALLEL) -m "slow or not slow"
 
 lint: env
 	$(BIN)/ruff format --check .

@@ -249,7 +249,7 @@ def test_tricks_are_refused(name):
         np.arange(3).view(np.recarray),
         {1: "a number as a key"},
         {("a", "tuple"): "as a key"},
-        {"a", "set"},
+        {"set"},
         2j,
         Path("a"),
         int,

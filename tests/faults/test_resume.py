@@ -101,7 +101,7 @@ def kill_until_done(folder, command, kills, seconds, dice):
     return killed
 
 
-def shown_by_kills(folder, total, capsys):
+def shown_by_kills(folder, total):
     dice = random.Random(5)
     command = distil(folder, student__save_interval=1, run__iterations=8)
     start = time.monotonic()
@@ -118,22 +118,21 @@ def shown_by_kills(folder, total, capsys):
         assert rows(folder / "straight") == rows(here / "run")
         assert not list((here / "run").glob(".*.tmp")), "halves of files were left"
     assert any(after > before for before, after, _ in killed), "no kill came after a save"
-    with capsys.disabled():
-        saving, steps = sum(kill[2] for kill in killed), sorted({kill[1] for kill in killed})
-        print(
-            f"\n  {len(killed)} SIGKILLs ({saving} while saving) in {rounds} runs, with checkpoints at steps "
-            f"{steps}: none lost or unreadable; final weights, averages, optimizer, head and pool bit-equal"
-        )
+    saving, steps = sum(kill[2] for kill in killed), sorted({kill[1] for kill in killed})
+    return (
+        f"{len(killed)} SIGKILLs ({saving} while saving) in {rounds} runs, with checkpoints at steps "
+        f"{steps}: none lost or unreadable; final weights, averages, optimizer, head and pool bit-equal"
+    )
 
 
-def test_kills_at_random_moments(tmp_path, capsys):
-    shown_by_kills(tmp_path, 4, capsys)
+def test_kills_at_random_moments(tmp_path, record_property):
+    record_property("told", shown_by_kills(tmp_path, 4))
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
-def test_a_hundred_kills(tmp_path, capsys):
-    shown_by_kills(tmp_path, 120, capsys)
+def test_a_hundred_kills(tmp_path, record_property):
+    record_property("told", shown_by_kills(tmp_path, 120))
 
 
 def test_the_same_command_continues_what_is_unfinished(tmp_path):

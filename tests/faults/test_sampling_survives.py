@@ -16,7 +16,7 @@ def command(folder, number=N):
     return ["scripts/image_sample.py", "--config", config, *flags, "--num_samples", number]
 
 
-def test_killed_and_started_again_gives_the_same_file(tmp_path, capsys):
+def test_killed_and_started_again_gives_the_same_file(tmp_path, record_property):
     dice = random.Random(1)
     flags = command(tmp_path)
     whole, folder = tmp_path / "whole", tmp_path / "samples"
@@ -34,8 +34,7 @@ def test_killed_and_started_again_gives_the_same_file(tmp_path, capsys):
     assert kills
     assert (folder / name).read_bytes() == (whole / name).read_bytes()
     assert {path.name for path in folder.iterdir()} == {name, "samples.png", "sampling.json"}
-    with capsys.disabled():
-        print(f"\n  sampling: {kills} SIGKILLs, identical archive")
+    record_property("told", f"{kills} SIGKILLs, identical archive")
 
 
 def test_a_damaged_shard_is_drawn_again(tmp_path):
