@@ -17,6 +17,7 @@ from statistics import mean, stdev
 from typing import Any
 
 import torch as th
+from short_runs import ROOT, WEIGHTS, ShortRuns, demo
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
 
@@ -24,22 +25,14 @@ from evaluations.digits import load_digit_images
 from evaluations.evaluator import evaluate
 from guided_diffusion import dist_util
 from guided_diffusion.checkpoint import load_network, newest_checkpoint
-from guided_diffusion.config import load_experiment
-from guided_diffusion.distill_setup import distillation_loop, load_teacher, pool_identity
-from guided_diffusion.dynamic_batch import DynamicBatch, prepare, teacher_step
+from guided_diffusion.distill_setup import load_teacher
+from guided_diffusion.dynamic_batch import DynamicBatch
 from guided_diffusion.launch import run_script
-from guided_diffusion.logger import RunLog
 from guided_diffusion.npz_writer import create_npz
-from guided_diffusion.pool_file import write_pool
 from guided_diffusion.precision import compute_dtype
 from guided_diffusion.sample_files import SampleSet
 from guided_diffusion.script_util import build_network, build_process
 from guided_diffusion.settings import Experiment
-from guided_diffusion.train_util import reseed
-
-ROOT = Path(__file__).resolve().parent.parent
-CONFIG = ROOT / "yaml/digits_16/exp/digits-TCCD.yaml"
-ROWS_PER_CALL = 128
 
 aten = th.ops.aten
 PRODUCTS = {
@@ -78,12 +71,9 @@ class Emulated(TorchDispatchMode):
 
 def arithmetic(precision: str) -> Emulated | nullcontext:
     """Where a processor has no arithmetic of this precision, emulate it."""
-    dtype = compute_dtype(precision, False, dist_util.dev())
-    native = (
-        dtype == th.float32
-        or dist_util.dev().type == "cuda"
-        or compute_dtype("auto", True, dist_util.dev()) == dtype
-    )
+    device = dist_util.dev()
+    wanted = compute_dtype(precision, False, device)
+    native = device.type == "cuda" or wanted in (th.float32, compute_dtype("auto", True, device))
     return nullcontext() if native else Emulated()
 
 
@@ -99,79 +89,50 @@ class Benchmark:
 
     def __init__(self, folder: Path, iterations: int, num_samples: int, held_out: int):
         self.folder, self.iterations, self.num_samples = folder, iterations, num_samples
-        experiment = self.experiment("fp32", 0)
-        assert experiment.teacher is not None
-        self.weights = ROOT / experiment.teacher.model_path
-        self.teacher, self.diffusion = load_teacher(experiment, self.weights)
-        states = self.prepared(held_out, stride=1, seed=99)
-        self.x, self.t = states.x, states.levels - 1
-        self.target = teacher_step(self.teacher, self.diffusion, self.x, self.t).eps
+        self.runs = ShortRuns(held_out)
+        self.pools: dict[int, DynamicBatch] = {}  # by seed
         self.reference = folder / "digits.npz"
         images, labels = load_digit_images()
         with create_npz(self.reference, len(images)) as writer:
             writer.append(images, labels)
 
     def experiment(self, precision: str, seed: int) -> Experiment:
-        """The demo's distillation."""
-        n = self.iterations
-        return load_experiment(CONFIG, [
-            f"run.seed={seed}", f"run.precision={precision}", f"run.iterations={n}",
-            f"student.lr_anneal_steps={n}", f"student.save_interval={n}", "run.sample_interval=-1",
-        ])  # fmt: skip
-
-    def prepared(self, size: int, stride: int, seed: int) -> DynamicBatch:
-        """A pool prepared in float32, as always."""
-        reseed(seed, 0, 0)
-        pool = DynamicBatch.of_noise(size, self.teacher.image_size, self.diffusion.num_timesteps)
-        for _ in prepare(pool, self.teacher, self.diffusion, ROWS_PER_CALL, stride):
-            pass
-        return pool
+        """The demo's distillation in a precision."""
+        save = f"student.save_interval={self.iterations}"
+        return demo(self.iterations, seed, f"run.precision={precision}", save)
 
     def teacher_error(self, precision: str) -> float:
         """Mean squared difference of the teacher's predictions in a precision from those in float32."""
-        teacher, _ = load_teacher(self.experiment(precision, 0), self.weights)
+        teacher, _ = load_teacher(self.experiment(precision, 0), WEIGHTS)
         with arithmetic(precision):
-            eps = teacher_step(teacher, self.diffusion, self.x, self.t).eps
-        return float((eps - self.target).square().mean())
+            return self.runs.error(teacher)
 
     def student(self, precision: str, seed: int) -> tuple[float, float]:
-        """Held-out error and digits-FD of a student, distilled now if it has not been."""
+        """Held-out error and digits-FD of a student, distilled now if it has not been.
+
+        It is judged in float32, so that the training alone differs.
+        """
         experiment = self.experiment(precision, seed)
         folder = self.folder / f"{precision}-seed{seed}-{self.iterations}"
-        checkpoint = newest_checkpoint(folder) if folder.is_dir() else None
-        if checkpoint is None:
-            path = self.folder / f"pool{seed}.cache"
-            size = (
-                round(experiment.teacher.BATCH * self.diffusion.num_timesteps) * experiment.student.batch_size
-            )
-            if not path.exists():
-                pool = self.prepared(size, experiment.distill.stride, seed)
-                write_pool(path, [pool], pool_identity(experiment, self.weights, size))
-            folder.mkdir(parents=True, exist_ok=True)
+        if newest_checkpoint(folder) is None:
+            if seed not in self.pools:
+                size = self.runs.pool_size(experiment)
+                self.pools[seed] = self.runs.prepared(size, experiment.distill.stride, seed)
             with arithmetic(precision) as emulated:
-                loop = distillation_loop(
-                    experiment,
-                    weights=self.weights,
-                    pool_path=path,
-                    batch_size=experiment.student.batch_size,
-                    log=RunLog(folder),
-                )
-                loop.run()
+                self.runs.distil(experiment, self.pools[seed], folder, record=True)
             assert emulated is None or emulated.products > 0
-            checkpoint = newest_checkpoint(folder)
+        checkpoint = newest_checkpoint(folder)
         assert checkpoint is not None
         weights = checkpoint.path(f"ema_{experiment.student.ema_rates[0]}")
-        model, _ = build_network(experiment.student)  # judged in float32, so that only training differs
+        model, _ = build_network(experiment.student)
         load_network(model, weights)
-        with th.no_grad():
-            eps = model.eval()(self.x, self.t)[:, :3]
+        error = self.runs.error(model)
         process = build_process(replace(experiment.student, timestep_respacing="50"), "timestep_respacing")
         samples = SampleSet(
             folder / "samples", self.num_samples, seed=seed, sampler="ancestral", clip_denoised=True
         )
         images = samples.draw(model, process, weights, 125)
-        fd = evaluate(self.reference, images, backend="digits", use_cache=False).fd
-        return float((eps - self.target).square().mean()), fd
+        return error, evaluate(self.reference, images, backend="digits", use_cache=False).fd
 
 
 def main() -> None:
