@@ -125,7 +125,7 @@ class Benchmark:
         assert checkpoint is not None
         weights = checkpoint.path(f"ema_{experiment.student.ema_rates[0]}")
         model, _ = build_network(experiment.student)
-        load_network(model, weights)
+        load_network(model.to(dist_util.dev()), weights)
         error = self.runs.error(model)
         process = build_process(replace(experiment.student, timestep_respacing="50"), "timestep_respacing")
         samples = SampleSet(

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import torch as th
 
+from guided_diffusion import dist_util
 from guided_diffusion.config import load_experiment
 from guided_diffusion.distill_setup import distillation_loop, load_teacher, pool_identity
 from guided_diffusion.dynamic_batch import DynamicBatch, prepare, teacher_step
@@ -48,7 +49,9 @@ class ShortRuns:
     def prepared(self, size: int, stride: int, seed: int) -> DynamicBatch:
         """A prepared pool."""
         reseed(seed, 0, 0)
-        pool = DynamicBatch.of_noise(size, self.teacher.image_size, self.diffusion.num_timesteps)
+        pool = DynamicBatch.of_noise(
+            size, self.teacher.image_size, self.diffusion.num_timesteps, device=dist_util.dev()
+        )
         for _ in prepare(pool, self.teacher, self.diffusion, ROWS_PER_CALL, stride):
             pass
         return pool
