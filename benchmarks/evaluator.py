@@ -26,7 +26,7 @@ from pathlib import Path
 import numpy as np
 
 from guided_diffusion.errors import UserError
-from guided_diffusion.launch import run_script
+from guided_diffusion.processes.launch import run_script
 
 Seconds = tuple[float, float]
 
@@ -126,8 +126,8 @@ def file(route: str, n: int, size: int) -> tuple[Seconds, dict]:
     from evaluations.reference import Reference
     from evaluations.results import values
     from evaluations.scoring import score_inception
-    from guided_diffusion.files import NpzFile
-    from guided_diffusion.npz_writer import create_npz
+    from guided_diffusion.io.files import NpzFile
+    from guided_diffusion.io.npz_writer import create_npz
 
     def images(path: Path, count: int) -> ImageFile:
         generator = np.random.default_rng(count)

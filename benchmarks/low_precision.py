@@ -24,15 +24,15 @@ from torch.utils._pytree import tree_map
 from evaluations.digits import load_digit_images
 from evaluations.evaluator import evaluate
 from guided_diffusion import dist_util
-from guided_diffusion.checkpoint import load_network, newest_checkpoint
-from guided_diffusion.distill_setup import load_teacher
-from guided_diffusion.dynamic_batch import DynamicBatch
-from guided_diffusion.launch import run_script
-from guided_diffusion.npz_writer import create_npz
-from guided_diffusion.precision import compute_dtype
-from guided_diffusion.sample_files import SampleSet
+from guided_diffusion.config.settings import Experiment
+from guided_diffusion.distill.dynamic_batch import DynamicBatch
+from guided_diffusion.io.npz_writer import create_npz
+from guided_diffusion.processes.launch import run_script
+from guided_diffusion.processes.precision import compute_dtype
+from guided_diffusion.runs.checkpoint import load_network, newest_checkpoint
+from guided_diffusion.sampling.sample_set import SampleSet
 from guided_diffusion.script_util import build_network, build_process
-from guided_diffusion.settings import Experiment
+from guided_diffusion.setups.distillation import load_teacher
 
 aten = th.ops.aten
 PRODUCTS = {

@@ -19,18 +19,19 @@ import torch as th
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from guided_diffusion import cli, dist_util
-from guided_diffusion.config import load_experiment
-from guided_diffusion.dynamic_batch import DynamicBatch
-from guided_diffusion.ema import Ema
-from guided_diffusion.launch import run_script
+from guided_diffusion import dist_util
+from guided_diffusion.config import command_line
+from guided_diffusion.config.loading import load_experiment
+from guided_diffusion.config.settings import Experiment, Run
+from guided_diffusion.distill.dynamic_batch import DynamicBatch
+from guided_diffusion.distill.objectives import Distillation
 from guided_diffusion.logger import RunLog
-from guided_diffusion.objectives import Distillation
-from guided_diffusion.precision import compute_dtype, place
+from guided_diffusion.processes.launch import run_script
+from guided_diffusion.processes.precision import compute_dtype, place
 from guided_diffusion.script_util import build_network
-from guided_diffusion.settings import Experiment, Run
-from guided_diffusion.sources import TeacherSource
 from guided_diffusion.train_util import TrainLoop
+from guided_diffusion.training.ema import Ema
+from guided_diffusion.training.sources import TeacherSource
 
 ROOT = Path(__file__).resolve().parent.parent
 SAMPLING_STEPS = 50
@@ -153,8 +154,10 @@ def main() -> None:
     )
     default = ROOT / "yaml/cifar10_32/exp/CIFAR10-14M-TCCD-0.4.yaml"
     parser.add_argument("--config", type=Path, default=default, help="a distillation (default: CIFAR10-14M)")
-    parser.add_argument("--batch_size", type=cli.positive, default=32, help="samples (default 32)")
-    parser.add_argument("--repeats", type=cli.positive, default=5, help="after one warm-up (default 5)")
+    parser.add_argument("--batch_size", type=command_line.positive, default=32, help="samples (default 32)")
+    parser.add_argument(
+        "--repeats", type=command_line.positive, default=5, help="after one warm-up (default 5)"
+    )
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="such as run.precision=bf16")
     args = parser.parse_intermixed_args()
     dist_util.setup_dist()

@@ -15,13 +15,13 @@ import torch as th
 from evaluations.digits import load_digit_images
 from evaluations.digits_floor import real_floor
 from evaluations.evaluator import evaluate
-from guided_diffusion.checkpoint import load_network
-from guided_diffusion.config import load_experiment
-from guided_diffusion.launch import run_script
-from guided_diffusion.npz_writer import create_npz
-from guided_diffusion.sample_files import SampleSet
+from guided_diffusion.config.loading import load_experiment
+from guided_diffusion.config.settings import Network
+from guided_diffusion.io.npz_writer import create_npz
+from guided_diffusion.processes.launch import run_script
+from guided_diffusion.runs.checkpoint import load_network
+from guided_diffusion.sampling.sample_set import SampleSet
 from guided_diffusion.script_util import build_network, build_process
-from guided_diffusion.settings import Network
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIG = ROOT / "yaml/digits_16/teacher.yaml"

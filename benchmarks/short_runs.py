@@ -5,12 +5,12 @@ from pathlib import Path
 import torch as th
 
 from guided_diffusion import dist_util
-from guided_diffusion.config import load_experiment
-from guided_diffusion.distill_setup import distillation_loop, load_teacher, pool_identity
-from guided_diffusion.dynamic_batch import DynamicBatch, prepare, teacher_step
+from guided_diffusion.config.loading import load_experiment
+from guided_diffusion.config.settings import Experiment
+from guided_diffusion.distill.dynamic_batch import DynamicBatch, prepare, teacher_step
+from guided_diffusion.distill.pool_file import write_pool
 from guided_diffusion.logger import RunLog
-from guided_diffusion.pool_file import write_pool
-from guided_diffusion.settings import Experiment
+from guided_diffusion.setups.distillation import distillation_loop, load_teacher, pool_identity
 from guided_diffusion.train_util import TrainLoop, reseed
 from guided_diffusion.unet import UNetModel
 

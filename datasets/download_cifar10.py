@@ -16,9 +16,9 @@ from pathlib import Path
 from evaluations.npz import cifar10_images
 from evaluations.official_batches import CIFAR10_CLASSES, CIFAR10_FILES
 from guided_diffusion.errors import UserError
-from guided_diffusion.image_folder import require_absent, write_image_folder
-from guided_diffusion.launch import run_script
-from guided_diffusion.remote import local_path
+from guided_diffusion.io.image_folder import require_absent, write_image_folder
+from guided_diffusion.io.remote import local_path
+from guided_diffusion.processes.launch import run_script
 
 
 @contextmanager

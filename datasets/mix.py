@@ -21,10 +21,10 @@ import numpy as np
 from evaluations.image_files import ImageFile, open_images
 from evaluations.npz import ImageSet, write_npz
 from guided_diffusion.errors import UserError
-from guided_diffusion.files import NpzFile
-from guided_diffusion.image_folder import write_image_folder
-from guided_diffusion.launch import run_script
-from guided_diffusion.remote import local_path
+from guided_diffusion.io.files import NpzFile
+from guided_diffusion.io.image_folder import write_image_folder
+from guided_diffusion.io.remote import local_path
+from guided_diffusion.processes.launch import run_script
 
 BLOCK = 1024  # images
 

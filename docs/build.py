@@ -2,12 +2,12 @@
 
 from pathlib import Path
 
-from guided_diffusion.config import SECTIONS
-from guided_diffusion.settings import Network, describe_keys
+from guided_diffusion.config.loading import SECTIONS
+from guided_diffusion.config.settings import Network, describe_keys
 
 INTRODUCTION = """# Configuration keys
 
-*Written by `make docs` from `guided_diffusion/settings.py`.*
+*Written by `make docs` from `guided_diffusion/config/settings.py`.*
 
 An experiment has the sections `teacher`, `student`, `distill` and `run`. A baseline, or a network to
 sample from, has the student's keys at top level. In a section, `model:`, `diffusion:` and `training:` name

@@ -8,7 +8,7 @@ FOLDER holds the aligned and cropped faces (img_align_celeba, 178x218). They are
 from pathlib import Path
 
 from evaluations.npz import ImageSet, build, folder_images
-from guided_diffusion.launch import run_script
+from guided_diffusion.processes.launch import run_script
 
 
 def open_images(source: Path) -> ImageSet:

@@ -9,7 +9,7 @@ same images and labels, each in its own order.
 from pathlib import Path
 
 from evaluations.npz import ImageSet, build, cifar10_images, folder_images
-from guided_diffusion.launch import run_script
+from guided_diffusion.processes.launch import run_script
 
 
 def open_images(source: Path) -> ImageSet:

@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from guided_diffusion.errors import UserError
-from guided_diffusion.files import sha256_of
+from guided_diffusion.io.files import sha256_of
 
 from .digits import CLASSES, SIZE
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from guided_diffusion.errors import UserError
-from guided_diffusion.files import NpzFile, sha256_of
+from guided_diffusion.io.files import NpzFile, sha256_of
 
 from .image_files import ImageFile, check_same_size, open_images
 from .results import DigitsResult, DigitsScores, InceptionResult, InceptionScores, Result, versions

@@ -19,8 +19,8 @@ from evaluations.evaluation import evaluate_files
 from evaluations.results import DigitsResult, InceptionResult, Result, format_result, format_table, write_json
 from evaluations.settings import BACKENDS, Backend, Settings
 from guided_diffusion.errors import UserError
-from guided_diffusion.launch import run_script
-from guided_diffusion.remote import local_path
+from guided_diffusion.io.remote import local_path
+from guided_diffusion.processes.launch import run_script
 
 
 @overload

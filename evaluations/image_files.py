@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from guided_diffusion.errors import UserError
-from guided_diffusion.files import NpzFile
+from guided_diffusion.io.files import NpzFile
 
 
 @dataclass(frozen=True)

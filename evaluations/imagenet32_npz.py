@@ -6,7 +6,7 @@ npz files), or a tree of images. Classes count from 0.
 """
 
 from evaluations.npz import build, imagenet32_images
-from guided_diffusion.launch import run_script
+from guided_diffusion.processes.launch import run_script
 
 
 def main() -> None:

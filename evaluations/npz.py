@@ -11,9 +11,9 @@ from pathlib import Path
 import numpy as np
 
 from guided_diffusion.errors import UserError
+from guided_diffusion.io.npz_writer import create_npz
+from guided_diffusion.io.remote import local_path
 from guided_diffusion.logger import progress_bar
-from guided_diffusion.npz_writer import create_npz
-from guided_diffusion.remote import local_path
 
 from .official_batches import imagenet32_files, open_imagenet32, read_cifar10
 

@@ -16,8 +16,8 @@ from typing import Any
 import numpy as np
 
 from guided_diffusion.errors import UserError
-from guided_diffusion.files import NpzFile
-from guided_diffusion.safe_pickle import load_arrays
+from guided_diffusion.io.files import NpzFile
+from guided_diffusion.io.safe_pickle import load_arrays
 
 SIZE = 32
 CIFAR10_CLASSES = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]

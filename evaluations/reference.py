@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from guided_diffusion.errors import UserError
-from guided_diffusion.files import NpzFile, atomic_path, sha256_of
+from guided_diffusion.io.files import NpzFile, atomic_path, sha256_of
 
 from .features import Extractor, choose_device, extract_features
 from .image_files import ImageFile

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 
-from guided_diffusion.files import atomic_path
+from guided_diffusion.io.files import atomic_path
 
 
 @dataclass(frozen=True)

@@ -10,9 +10,9 @@ import math
 from pathlib import Path
 
 from guided_diffusion.errors import UserError
-from guided_diffusion.files import atomic_path
-from guided_diffusion.launch import run_script
-from guided_diffusion.remote import local_path
+from guided_diffusion.io.files import atomic_path
+from guided_diffusion.io.remote import local_path
+from guided_diffusion.processes.launch import run_script
 
 
 def train(seed: int, epochs: int, batch_size: int = 64, lr: float = 2e-3):

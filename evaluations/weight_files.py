@@ -9,7 +9,7 @@ from http.client import HTTPException
 from pathlib import Path
 
 from guided_diffusion.errors import UserError
-from guided_diffusion.files import atomic_path, sha256_of
+from guided_diffusion.io.files import atomic_path, sha256_of
 
 from .progress import progress
 

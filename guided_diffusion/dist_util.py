@@ -19,10 +19,10 @@ from typing import Any, NoReturn, TypeVar
 import torch as th
 import torch.distributed as dist
 
-from . import files
 from .errors import UserError
-from .launch import Launch, detect_launch
-from .rendezvous import TIMEOUT, exchange, rendezvous
+from .io import files
+from .processes.launch import Launch, detect_launch
+from .processes.rendezvous import TIMEOUT, exchange, rendezvous
 
 _T = TypeVar("_T")
 _PATIENCE = 10.0  # seconds for other ranks to find the mistake that this one found

@@ -13,7 +13,7 @@ import numpy as np
 import torch as th
 
 from .errors import UserError
-from .files import NpzFile
+from .io.files import NpzFile
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".gif", ".bmp", ".webp")
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from .errors import UserError
-from .files import atomic_path
+from .io.files import atomic_path
 
 
 class RunLog:

@@ -9,11 +9,11 @@ from typing import Any
 
 import torch as th
 
+from .config.settings import Network
 from .errors import UserError
 from .gaussian_diffusion import LossType, ModelMeanType, ModelVarType
 from .respace import SpacedDiffusion, space_timesteps
 from .schedule import get_named_beta_schedule
-from .settings import Network
 from .unet import UNetModel
 
 NUM_CLASSES = 1000

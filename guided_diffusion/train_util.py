@@ -10,23 +10,23 @@ import numpy as np
 import torch as th
 
 from . import dist_util
-from .checkpoint import Checkpoint, Retention, load_network, load_state_dict, load_strictly
-from .checkpoint_writer import CheckpointWriter
-from .ema import Ema
+from .config.settings import Run, Student
+from .distill.objectives import Objective
 from .errors import UserError
-from .figures import save_grid
-from .files import atomic_path
 from .gaussian_diffusion import GaussianDiffusion
+from .io.files import atomic_path
+from .io.torch_file import read_torch_file
 from .logger import RunLog, progress_bar
-from .metrics import Metrics
-from .objectives import Objective
-from .optimizer_state import load_optimizer_state
-from .sampling import sample_images
+from .processes.stopping import Stopped, StopSignals
+from .runs.checkpoint import Checkpoint, Retention, load_network, load_state_dict, load_strictly
+from .runs.checkpoint_writer import CheckpointWriter
+from .runs.figures import save_grid
+from .sampling.samplers import sample_images
 from .script_util import build_process
-from .settings import Run, Student
-from .sources import Source
-from .stopping import Stopped, StopSignals
-from .torch_file import read_torch_file
+from .training.ema import Ema
+from .training.metrics import Metrics
+from .training.optimizer_state import load_optimizer_state
+from .training.sources import Source
 from .unet import UNetModel
 
 

@@ -10,8 +10,8 @@ from collections.abc import Sequence
 import torch as th
 from torch import nn
 
+from .networks.blocks import AttentionBlock, Downsample, ResBlock, TimestepSequential, Upsample
 from .nn import GroupNorm32, group_count, timestep_embedding, zero_module
-from .unet_blocks import AttentionBlock, Downsample, ResBlock, TimestepSequential, Upsample
 
 
 class UNetModel(nn.Module):

@@ -11,10 +11,10 @@ import sys
 import time
 from pathlib import Path
 
-from guided_diffusion.config import load_experiment
+from guided_diffusion.config.loading import load_experiment
 from guided_diffusion.errors import UserError
-from guided_diffusion.files import sha256_of
-from guided_diffusion.launch import run_script
+from guided_diffusion.io.files import sha256_of
+from guided_diffusion.processes.launch import run_script
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIG = ROOT / "yaml/digits_16/exp/digits-TCCD.yaml"
@@ -49,7 +49,7 @@ def main() -> None:
     run_folder = folder / "run"
     seconds["distil"] = run("Distilling", "scripts/image_kd.py", *common, "--exp_dir", run_folder)
 
-    from guided_diffusion.checkpoint import newest_checkpoint
+    from guided_diffusion.runs.checkpoint import newest_checkpoint
 
     checkpoint = newest_checkpoint(run_folder)
     assert checkpoint is not None
@@ -89,9 +89,9 @@ def report(
     from evaluations.digits_floor import RealFloor, real_floor
     from evaluations.evaluator import evaluate
     from evaluations.results import DigitsResult
-    from guided_diffusion.checkpoint import load_state_dict
-    from guided_diffusion.figures import save_comparison
-    from guided_diffusion.files import NpzFile, atomic_path
+    from guided_diffusion.io.files import NpzFile, atomic_path
+    from guided_diffusion.runs.checkpoint import load_state_dict
+    from guided_diffusion.runs.figures import save_comparison
 
     files = {name: folder / name / f"samples_{n}x16x16x3.npz" for name in ("teacher", "student")}
     scores = {name: evaluate(digits, path, backend="digits") for name, path in files.items()}

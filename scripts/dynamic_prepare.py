@@ -1,14 +1,14 @@
 """Prepare the dynamic batch: the teacher denoises a pool of noise to mixed levels, without any data."""
 
-from guided_diffusion import cli
-from guided_diffusion.launch import detect_launch, run_script
+from guided_diffusion.config import command_line
+from guided_diffusion.processes.launch import detect_launch, run_script
 
 
 def main() -> None:
     """Parse, build, run."""
-    parser = cli.make_parser(__doc__, ["teacher", "distill", "run"])
+    parser = command_line.make_parser(__doc__, ["teacher", "distill", "run"])
     parser.add_argument("--overwrite", action="store_true", help="prepare anew even if the pool exists")
-    args, experiment = cli.parse(parser)
+    args, experiment = command_line.parse(parser)
     from guided_diffusion.errors import UserError
 
     teacher_settings, student = experiment.teacher, experiment.student
@@ -18,15 +18,15 @@ def main() -> None:
         raise UserError(f"{args.config}: iterative_distillation starts from noise: nothing to prepare")
     if not teacher_settings.tempfile:
         raise UserError(f"{args.config}: teacher.tempfile is not set: where should the pool be written?")
-    weights = cli.input_file(teacher_settings.model_path, args.config, "teacher.model_path")
-    batch = cli.per_rank(student.batch_size, detect_launch().world_size, "student.batch_size")
+    weights = command_line.input_file(teacher_settings.model_path, args.config, "teacher.model_path")
+    batch = command_line.per_rank(student.batch_size, detect_launch().world_size, "student.batch_size")
 
     from guided_diffusion import dist_util
-    from guided_diffusion.distill_setup import fresh_pool, kept, load_teacher, pool_identity
-    from guided_diffusion.dynamic_batch import pool_size, prepare
-    from guided_diffusion.files import remove_leftovers
+    from guided_diffusion.distill.dynamic_batch import pool_size, prepare
+    from guided_diffusion.distill.pool_file import join_parts, part_path, read_pool, write_pool
+    from guided_diffusion.io.files import remove_leftovers
     from guided_diffusion.logger import progress_bar
-    from guided_diffusion.pool_file import join_parts, part_path, read_pool, write_pool
+    from guided_diffusion.setups.distillation import fresh_pool, kept, load_teacher, pool_identity
     from guided_diffusion.train_util import reseed
 
     dist_util.setup_dist()
@@ -35,7 +35,7 @@ def main() -> None:
     total = diffusion.num_timesteps
     size = pool_size(teacher_settings.iter_choice, teacher_settings.BATCH, total, batch)
     identity = pool_identity(experiment, weights, size * world)
-    path = cli.output_path(teacher_settings.tempfile, args.config)
+    path = command_line.output_path(teacher_settings.tempfile, args.config)
     if path.is_file() and not args.overwrite:
         read_pool(path, total, teacher_settings.image_size, expected=identity)
         if rank == 0:

@@ -1,12 +1,12 @@
 """Distil a student from a teacher and its dynamic batch: TCCD, or DKDM with both stages off."""
 
-from guided_diffusion import cli
-from guided_diffusion.launch import detect_launch, run_script
+from guided_diffusion.config import command_line
+from guided_diffusion.processes.launch import detect_launch, run_script
 
 
 def main() -> None:
     """Parse, build, run."""
-    parser = cli.make_parser(__doc__, ["teacher", "student", "distill", "run"])
+    parser = command_line.make_parser(__doc__, ["teacher", "student", "distill", "run"])
     parser.add_argument(
         "--resume_checkpoint", help="continue from this run directory or modelNNNNNN.pt; a path or a URL"
     )
@@ -14,7 +14,7 @@ def main() -> None:
         "--exp_dir", help="the run's directory, a path or a URL (default: experiments/kd/NAME-TIME)"
     )
     parser.add_argument("--wandb", action="store_true", help="also record to Weights & Biases")
-    args, experiment = cli.parse(parser)
+    args, experiment = command_line.parse(parser)
     from guided_diffusion.errors import UserError
 
     teacher, student = experiment.teacher, experiment.student
@@ -22,15 +22,17 @@ def main() -> None:
         raise UserError(
             f"{args.config}: distilling needs a 'teacher' section (image_train.py trains without)"
         )
-    weights = cli.input_file(teacher.model_path, args.config, "teacher.model_path")
+    weights = command_line.input_file(teacher.model_path, args.config, "teacher.model_path")
     initial = (
-        cli.input_file(student.model_path, args.config, "student.model_path") if student.model_path else None
+        command_line.input_file(student.model_path, args.config, "student.model_path")
+        if student.model_path
+        else None
     )
-    batch_size = cli.per_rank(student.batch_size, detect_launch().world_size, "student.batch_size")
-    pool_path = cli.output_path(teacher.tempfile, args.config)
+    batch_size = command_line.per_rank(student.batch_size, detect_launch().world_size, "student.batch_size")
+    pool_path = command_line.output_path(teacher.tempfile, args.config)
 
-    from guided_diffusion.distill_setup import distillation_loop
-    from guided_diffusion.run_directory import start_run
+    from guided_diffusion.runs.run_directory import start_run
+    from guided_diffusion.setups.distillation import distillation_loop
 
     with start_run("kd", experiment, args, batch_size) as (log, resume):
         distillation_loop(

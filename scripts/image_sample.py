@@ -1,9 +1,9 @@
 """Sample images from a trained model, into samples_NxHxWx3.npz (uint8, arr_0; labels in arr_1)."""
 
-from guided_diffusion import cli
+from guided_diffusion.config import command_line
+from guided_diffusion.config.settings import SAMPLERS
 from guided_diffusion.errors import UserError
-from guided_diffusion.launch import run_script
-from guided_diffusion.settings import SAMPLERS
+from guided_diffusion.processes.launch import run_script
 
 
 def choose_sampler(sampler: str | None, use_ddim: bool | None) -> str:
@@ -23,42 +23,44 @@ def choose_sampler(sampler: str | None, use_ddim: bool | None) -> str:
 
 def main() -> None:
     """Parse, build, run."""
-    parser = cli.make_parser(__doc__, ["student", "run"])
+    parser = command_line.make_parser(__doc__, ["student", "run"])
     parser.add_argument("--model_path", required=True, help="the checkpoint: model*.pt or ema_*.pt")
-    parser.add_argument("--batch_size", type=cli.positive, default=16, help="images at a time and rank")
-    parser.add_argument("--num_samples", type=cli.positive, default=10000, help="images in all")
+    parser.add_argument(
+        "--batch_size", type=command_line.positive, default=16, help="images at a time and rank"
+    )
+    parser.add_argument("--num_samples", type=command_line.positive, default=10000, help="images in all")
     parser.add_argument("--timestep_respacing", help="steps: 50, ddim50, ... (default: the configuration's)")
     parser.add_argument(
         "--sampler", choices=SAMPLERS, help=f"{', '.join(SAMPLERS)}: see docs/sampling.md (default ancestral)"
     )
-    parser.add_argument("--use_ddim", type=cli.boolean, help="True: the same as --sampler ddim")
+    parser.add_argument("--use_ddim", type=command_line.boolean, help="True: the same as --sampler ddim")
     parser.add_argument(
-        "--clip_denoised", type=cli.boolean, default=True, help="clip x_0 to [-1, 1] (default True)"
+        "--clip_denoised", type=command_line.boolean, default=True, help="clip x_0 to [-1, 1] (default True)"
     )
     parser.add_argument("--name", help="folder under experiments/sample (default: from CONFIG and MODEL)")
     parser.add_argument("--log_dir", help="write here, a path or a URL, instead of experiments/sample/NAME")
-    args, experiment = cli.parse(parser)
+    args, experiment = command_line.parse(parser)
     sampler = choose_sampler(args.sampler, args.use_ddim)
 
     import dataclasses
     from pathlib import Path
 
-    weights = cli.input_file(args.model_path, args.config, "--model_path")
+    weights = command_line.input_file(args.model_path, args.config, "--model_path")
     name = args.name or f"{experiment.name}-{weights.stem}"
-    default = cli.output_path(f"experiments/sample/{name}", args.config)
+    default = command_line.output_path(f"experiments/sample/{name}", args.config)
 
     from guided_diffusion import dist_util
-    from guided_diffusion.checkpoint import load_network
-    from guided_diffusion.mirror import Mirror
-    from guided_diffusion.precision import place
-    from guided_diffusion.remote import is_url
-    from guided_diffusion.sample_files import SampleSet
-    from guided_diffusion.sampling import steps_respacing
+    from guided_diffusion.io.remote import is_url
+    from guided_diffusion.processes.precision import place
+    from guided_diffusion.runs.checkpoint import load_network
+    from guided_diffusion.runs.mirror import Mirror
+    from guided_diffusion.sampling.sample_set import SampleSet
+    from guided_diffusion.sampling.samplers import steps_respacing
     from guided_diffusion.script_util import build_network
 
     mirror = None
     if args.log_dir and is_url(args.log_dir):
-        mirror = Mirror(args.log_dir, cli.remote_path(args.config))
+        mirror = Mirror(args.log_dir, command_line.remote_path(args.config))
     samples = SampleSet(
         mirror.directory if mirror else Path(args.log_dir or default),
         args.num_samples,

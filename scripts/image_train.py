@@ -2,13 +2,13 @@
 
 from pathlib import Path
 
-from guided_diffusion import cli
-from guided_diffusion.launch import detect_launch, run_script
+from guided_diffusion.config import command_line
+from guided_diffusion.processes.launch import detect_launch, run_script
 
 
 def main() -> None:
     """Parse, build, run."""
-    parser = cli.make_parser(__doc__, ["student", "run"])
+    parser = command_line.make_parser(__doc__, ["student", "run"])
     parser.add_argument(
         "--data_dir", required=True, help="folder of images, an .npz with arr_0, or a folder of .npz"
     )
@@ -20,7 +20,7 @@ def main() -> None:
     )
     parser.add_argument("--num_workers", type=int, default=0, help="processes that load images (default 0)")
     parser.add_argument("--wandb", action="store_true", help="also record to Weights & Biases")
-    args, experiment = cli.parse(parser)
+    args, experiment = command_line.parse(parser)
     from guided_diffusion.errors import UserError
 
     student = experiment.student
@@ -28,11 +28,13 @@ def main() -> None:
         raise UserError(f"{args.config}: has a 'teacher' section; image_kd.py distils, this trains on images")
     if not Path(args.data_dir).exists():
         raise UserError(f"--data_dir: no such file or folder: {args.data_dir}")
-    initial = cli.input_file(student.model_path, args.config, "model_path") if student.model_path else None
-    batch_size = cli.per_rank(student.batch_size, detect_launch().world_size, "batch_size")
+    initial = None
+    if student.model_path:
+        initial = command_line.input_file(student.model_path, args.config, "model_path")
+    batch_size = command_line.per_rank(student.batch_size, detect_launch().world_size, "batch_size")
 
-    from guided_diffusion.run_directory import start_run
-    from guided_diffusion.train_setup import training_loop
+    from guided_diffusion.runs.run_directory import start_run
+    from guided_diffusion.setups.image_training import training_loop
 
     with start_run("train", experiment, args, batch_size) as (log, resume):
         training_loop(

@@ -7,7 +7,9 @@ import pytest
 import torch as th
 from tiny import network
 
-from guided_diffusion.checkpoint import (
+from guided_diffusion.config.settings import Network
+from guided_diffusion.errors import UserError
+from guided_diffusion.runs.checkpoint import (
     complete_checkpoints,
     drop_file,
     load_network,
@@ -16,9 +18,7 @@ from guided_diffusion.checkpoint import (
     open_checkpoint,
     save_checkpoint,
 )
-from guided_diffusion.errors import UserError
 from guided_diffusion.script_util import build_network
-from guided_diffusion.settings import Network
 
 
 @pytest.fixture

@@ -6,7 +6,7 @@ import pytest
 import yaml
 from tiny import ROOT, distillation, network
 
-from guided_diffusion.config import experiment_text, load_experiment
+from guided_diffusion.config.loading import experiment_text, load_experiment
 from guided_diffusion.errors import UserError
 from guided_diffusion.script_util import create_model_and_diffusion, model_and_diffusion_defaults
 

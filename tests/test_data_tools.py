@@ -22,7 +22,7 @@ from evaluations import celeba64_npz, cifar_npz, imagenet32_npz
 from evaluations.official_batches import CIFAR10_CLASSES, open_imagenet32, read_cifar10
 from guided_diffusion.errors import UserError
 from guided_diffusion.image_datasets import open_dataset, read_image
-from guided_diffusion.image_folder import write_image_folder
+from guided_diffusion.io.image_folder import write_image_folder
 
 ROOT = Path(__file__).parents[1]
 SCRIPTS = [

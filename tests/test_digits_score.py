@@ -24,7 +24,7 @@ from evaluations.digits_floor import real_floor
 from evaluations.evaluator import evaluate
 from evaluations.results import DigitsResult, format_table, values
 from guided_diffusion.errors import UserError
-from guided_diffusion.files import NpzFile, sha256_of
+from guided_diffusion.io.files import NpzFile, sha256_of
 
 ROOT = Path(__file__).parents[1]
 

@@ -4,10 +4,10 @@ import pytest
 import torch as th
 from tiny import network, randomise
 
-from guided_diffusion.dynamic_batch import DynamicBatch, pool_size, prepare, teacher_step
+from guided_diffusion.config.settings import Network
+from guided_diffusion.distill.dynamic_batch import DynamicBatch, pool_size, prepare, teacher_step
 from guided_diffusion.errors import UserError
 from guided_diffusion.script_util import build_network, create_gaussian_diffusion
-from guided_diffusion.settings import Network
 
 
 @pytest.fixture(scope="module")

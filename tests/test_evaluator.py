@@ -20,7 +20,7 @@ from evaluations.metrics import Gaussian, frechet_distance, gaussian_of
 from evaluations.reference import cache_path
 from evaluations.results import format_result, values
 from guided_diffusion.errors import UserError
-from guided_diffusion.files import NpzFile, sha256_of
+from guided_diffusion.io.files import NpzFile, sha256_of
 
 EVALUATOR = Path(__file__).parents[1] / "evaluations" / "evaluator.py"
 EXPECTED = manifest("g6_evaluator.json")["images"]

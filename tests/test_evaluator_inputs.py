@@ -22,7 +22,7 @@ from evaluations.digits import load_digit_images
 from evaluations.evaluator import evaluate
 from evaluations.results import values
 from guided_diffusion.errors import UserError
-from guided_diffusion.files import NpzFile
+from guided_diffusion.io.files import NpzFile
 
 EVALUATOR = Path(__file__).parents[1] / "evaluations" / "evaluator.py"
 

@@ -9,14 +9,14 @@ import pytest
 import torch as th
 from tiny import ROOT, T, make_teacher, randomise
 
-from guided_diffusion.config import load_experiment
-from guided_diffusion.distill_setup import distillation_loop, pool_identity
-from guided_diffusion.dynamic_batch import DynamicBatch, pool_size
+from guided_diffusion.config.loading import load_experiment
+from guided_diffusion.config.settings import Network
+from guided_diffusion.distill.dynamic_batch import DynamicBatch, pool_size
+from guided_diffusion.distill.pool_file import read_pool, write_pool
 from guided_diffusion.logger import RunLog, read_progress
-from guided_diffusion.pool_file import read_pool, write_pool
 from guided_diffusion.script_util import build_network
-from guided_diffusion.settings import Network
-from guided_diffusion.train_setup import training_loop
+from guided_diffusion.setups.distillation import distillation_loop, pool_identity
+from guided_diffusion.setups.image_training import training_loop
 
 EXPERIMENTS = sorted(ROOT.glob("yaml/*/exp/*.yaml"))
 ON_MIXED_DATA = [  # names that stand for the file without the ratio

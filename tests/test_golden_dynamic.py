@@ -5,9 +5,9 @@ import torch as th
 from golden_data import GOLDEN, arrays, assert_close, fill, manifest
 from test_golden_tccd import build_diffusion
 
-from guided_diffusion import dynamic_batch
-from guided_diffusion.dynamic_batch import DynamicBatch, pool_size, prepare
-from guided_diffusion.pool_file import read_pool
+from guided_diffusion.distill import dynamic_batch
+from guided_diffusion.distill.dynamic_batch import DynamicBatch, pool_size, prepare
+from guided_diffusion.distill.pool_file import read_pool
 from guided_diffusion.script_util import create_model
 
 CASES = manifest("g5_dynamic.json")["cases"]

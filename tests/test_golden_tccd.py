@@ -11,11 +11,11 @@ from golden_data import (
     manifest,
 )
 
-from guided_diffusion.dynamic_batch import DistillationBatch, teacher_step
+from guided_diffusion.config.settings import Distill
+from guided_diffusion.distill.dynamic_batch import DistillationBatch, teacher_step
+from guided_diffusion.distill.objectives import Distillation
 from guided_diffusion.losses import contrastive_loss
-from guided_diffusion.objectives import Distillation
 from guided_diffusion.script_util import create_gaussian_diffusion, create_model
-from guided_diffusion.settings import Distill
 
 CASES = manifest("g4_tccd.json")["cases"]
 

@@ -5,10 +5,10 @@ import torch as th
 from golden_data import arrays, assert_close, fill, manifest
 from test_golden_tccd import batch_of, build_diffusion, parameters_of
 
+from guided_diffusion.config.settings import Distill, Run, Student
+from guided_diffusion.distill.objectives import Distillation
 from guided_diffusion.logger import RunLog
-from guided_diffusion.objectives import Distillation
 from guided_diffusion.script_util import create_model
-from guided_diffusion.settings import Distill, Run, Student
 from guided_diffusion.train_util import TrainLoop
 
 CASES = manifest("g4_trainstep.json")["cases"]

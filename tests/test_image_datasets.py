@@ -20,7 +20,7 @@ from guided_diffusion.image_datasets import (
     read_image,
     sample_batches,
 )
-from guided_diffusion.npz_writer import create_npz
+from guided_diffusion.io.npz_writer import create_npz
 
 
 def numbered(count: int, size: int = 4, start: int = 0) -> np.ndarray:

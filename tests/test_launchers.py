@@ -14,9 +14,10 @@ import torch as th
 from in_process import script_here
 from tiny import ROOT, distillation, script
 
-from guided_diffusion import dist_util, launch, rendezvous
+from guided_diffusion import dist_util
 from guided_diffusion.errors import UserError
-from guided_diffusion.launch import Launch, detect_launch
+from guided_diffusion.processes import launch, rendezvous
+from guided_diffusion.processes.launch import Launch, detect_launch
 
 STARTED_BY = [name for names in launch._VARIABLES.values() for name in names] + [
     *("SLURM_STEP_ID", "MASTER_ADDR", "MASTER_PORT", "GLOO_SOCKET_IFNAME"),

@@ -4,11 +4,11 @@ import pytest
 import torch as th
 from tiny import network, randomise
 
+from guided_diffusion.config.settings import Network
 from guided_diffusion.errors import UserError
+from guided_diffusion.networks.noise_encoder import NoiseEncoder
 from guided_diffusion.nn import GroupNorm32, group_count, timestep_embedding
-from guided_diffusion.noise_encoder import NoiseEncoder
 from guided_diffusion.script_util import build_network, create_model
-from guided_diffusion.settings import Network
 
 
 @pytest.mark.parametrize(

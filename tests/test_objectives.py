@@ -7,13 +7,13 @@ import pytest
 import torch as th
 from tiny import network, randomise
 
-from guided_diffusion.dynamic_batch import DistillationBatch, DynamicBatch
+from guided_diffusion.config.settings import Distill, Network, Run, Student
+from guided_diffusion.distill.dynamic_batch import DistillationBatch, DynamicBatch
+from guided_diffusion.distill.objectives import DiffusionTraining, Distillation, ImageBatch
 from guided_diffusion.logger import RunLog
 from guided_diffusion.losses import contrastive_loss
-from guided_diffusion.objectives import DiffusionTraining, Distillation, ImageBatch
 from guided_diffusion.resample import LossSecondMomentResampler, UniformSampler
 from guided_diffusion.script_util import build_network
-from guided_diffusion.settings import Distill, Network, Run, Student
 from guided_diffusion.train_util import TrainLoop
 
 DKDM = Distill(stage1_weight=0, stage2_weight=0)

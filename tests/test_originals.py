@@ -13,11 +13,11 @@ from golden_data import manifest
 from in_process import script_here
 from tiny import T, make_teacher, network, one_line_error, randomise
 
-from guided_diffusion.checkpoint import HEAD_PREFIX, newest_checkpoint
-from guided_diffusion.config import load_experiment
+from guided_diffusion.config.loading import load_experiment
+from guided_diffusion.distill.pool_file import read_pool
 from guided_diffusion.errors import UserError
-from guided_diffusion.noise_encoder import NoiseEncoder
-from guided_diffusion.pool_file import read_pool
+from guided_diffusion.networks.noise_encoder import NoiseEncoder
+from guided_diffusion.runs.checkpoint import HEAD_PREFIX, newest_checkpoint
 from guided_diffusion.script_util import build_network, create_model, model_defaults
 
 STILL = "student.lr=1e-30"  # so small that no weight changes

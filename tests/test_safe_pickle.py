@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from guided_diffusion.errors import UserError
-from guided_diffusion.safe_pickle import load_arrays
+from guided_diffusion.io.safe_pickle import load_arrays
 
 PROTOCOLS = range(pickle.HIGHEST_PROTOCOL + 1)
 NUMBERS = hnp.integer_dtypes() | hnp.unsigned_integer_dtypes() | hnp.floating_dtypes(sizes=(16, 32, 64))
@@ -399,7 +399,7 @@ BOUNDED = """
 import resource, sys
 from pathlib import Path
 from guided_diffusion.errors import UserError
-from guided_diffusion.safe_pickle import load_arrays
+from guided_diffusion.io.safe_pickle import load_arrays
 used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
 resource.setrlimit(resource.RLIMIT_AS, (used + (256 << 20),) * 2)
 for path in sorted(Path(sys.argv[1]).iterdir()):

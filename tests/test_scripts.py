@@ -7,9 +7,9 @@ import pytest
 import torch as th
 from tiny import T, distillation, network, one_line_error, script
 
-from guided_diffusion.checkpoint import newest_checkpoint
+from guided_diffusion.distill.pool_file import read_pool
 from guided_diffusion.logger import read_progress
-from guided_diffusion.pool_file import read_pool
+from guided_diffusion.runs.checkpoint import newest_checkpoint
 
 
 @pytest.mark.parametrize("ranks", [0, 1, 2])
@@ -145,7 +145,7 @@ def test_sampling_continues_where_it_stopped(tmp_path):
     images = np.load(final)["arr_0"]
     final.unlink()
     (folder / "shards").mkdir()
-    from guided_diffusion.npz_writer import create_npz
+    from guided_diffusion.io.npz_writer import create_npz
 
     for start, stop in ((2, 4), (6, 8)):
         with create_npz(folder / "shards" / f"{start}-{stop}.npz", stop - start) as writer:

@@ -16,10 +16,10 @@ from inception_graphs import unpack_golden_graph
 from PIL import Image
 from tiny import ROOT, T, make_teacher, script
 
-from guided_diffusion.checkpoint import newest_checkpoint
-from guided_diffusion.config import load_experiment
+from guided_diffusion.config.loading import load_experiment
+from guided_diffusion.distill.pool_file import read_pool
 from guided_diffusion.image_datasets import open_dataset
-from guided_diffusion.pool_file import read_pool
+from guided_diffusion.runs.checkpoint import newest_checkpoint
 
 SMALL = [
     *("num_channels=32", "num_res_blocks=1", "channel_mult=1,2", "num_head_channels=32"),

@@ -10,13 +10,13 @@ import torch as th
 from in_process import script_here
 from tiny import ROOT, network, one_line_error, randomise, script
 
-from guided_diffusion.checkpoint import load_network
-from guided_diffusion.config import load_experiment
+from guided_diffusion.config.loading import load_experiment
+from guided_diffusion.config.settings import SAMPLERS, SOLVERS
 from guided_diffusion.respace import space_timesteps
-from guided_diffusion.sampling import sampling_loop, steps_respacing
+from guided_diffusion.runs.checkpoint import load_network
+from guided_diffusion.sampling.samplers import sampling_loop, steps_respacing
+from guided_diffusion.sampling.solvers import make_scheduler
 from guided_diffusion.script_util import build_network, create_gaussian_diffusion, create_model_and_diffusion
-from guided_diffusion.settings import SAMPLERS, SOLVERS
-from guided_diffusion.solvers import make_scheduler
 
 MEAN, STD = 0.2, 0.3
 START = th.randn(2, 3, 4, 4, generator=th.Generator().manual_seed(0))

@@ -5,12 +5,12 @@ import torch as th
 from test_objectives import build, loop_for, make_batch
 from tiny import distillation, one_line_error, script
 
-from guided_diffusion.checkpoint import complete_checkpoints
-from guided_diffusion.ema import Ema
-from guided_diffusion.metrics import Metrics
-from guided_diffusion.objectives import PassLoss
-from guided_diffusion.precision import compute_dtype
+from guided_diffusion.distill.objectives import PassLoss
+from guided_diffusion.processes.precision import compute_dtype
+from guided_diffusion.runs.checkpoint import complete_checkpoints
 from guided_diffusion.train_util import reseed
+from guided_diffusion.training.ema import Ema
+from guided_diffusion.training.metrics import Metrics
 
 
 def test_quartiles_are_those_of_the_batchs_own_timesteps():

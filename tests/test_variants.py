@@ -10,8 +10,8 @@ from in_process import script_here
 from safetensors import safe_open
 from tiny import T, distillation, make_teacher, network, one_line_error, script
 
-from guided_diffusion.config import load_experiment
-from guided_diffusion.pool_file import read_pool
+from guided_diffusion.config.loading import load_experiment
+from guided_diffusion.distill.pool_file import read_pool
 
 SIZE, B = 8, 4
 ONE = ["run.iterations=1"]

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch as th
 import yaml
 
-from guided_diffusion.config import load_experiment
+from guided_diffusion.config.loading import load_experiment
 from guided_diffusion.script_util import build_network
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -19,13 +19,14 @@ import torch._dynamo  # which the first optimizer of a process would import
 import yaml
 from tiny import ROOT, T, distillation, network
 
-import guided_diffusion.distill_setup
-import guided_diffusion.sample_files
-import guided_diffusion.train_setup  # noqa: F401 - imported here, so that no child has to
-from guided_diffusion import checkpoint, run_directory, train_util
-from guided_diffusion.checkpoint import complete_checkpoints, newest_checkpoint
-from guided_diffusion.pool_file import read_pool
-from guided_diffusion.torch_file import read_torch_file
+import guided_diffusion.sampling.sample_set
+import guided_diffusion.setups.distillation
+import guided_diffusion.setups.image_training  # noqa: F401 - imported here, so that no child has to
+from guided_diffusion import train_util
+from guided_diffusion.distill.pool_file import read_pool
+from guided_diffusion.io.torch_file import read_torch_file
+from guided_diffusion.runs import checkpoint, run_directory
+from guided_diffusion.runs.checkpoint import complete_checkpoints, newest_checkpoint
 
 FORK = multiprocessing.get_context("fork")
 SECONDS = 120  # no child of these tests takes nearly so long: beyond it, it hangs

@@ -5,8 +5,9 @@ import runpy
 import signal
 import sys
 
-from guided_diffusion import dist_util, run_directory, train_util
+from guided_diffusion import dist_util, train_util
 from guided_diffusion.errors import UserError
+from guided_diffusion.runs import run_directory
 
 fault, sys.argv = sys.argv[1], sys.argv[2:]
 inner = train_util.TrainLoop._optimizer_step

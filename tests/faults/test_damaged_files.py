@@ -19,21 +19,21 @@ from hypothesis import strategies as st
 from numpy.lib import format as npy_format
 from tiny import T, distillation
 
-from guided_diffusion.checkpoint import (
+from guided_diffusion.config.loading import load_experiment
+from guided_diffusion.config.settings import Experiment
+from guided_diffusion.distill.dynamic_batch import DynamicBatch
+from guided_diffusion.distill.pool_file import read_pool, write_pool
+from guided_diffusion.errors import UserError
+from guided_diffusion.image_datasets import open_dataset
+from guided_diffusion.io.files import NpzFile
+from guided_diffusion.io.torch_file import read_torch_file
+from guided_diffusion.logger import RunLog, read_progress
+from guided_diffusion.runs.checkpoint import (
     load_state_dict,
     newest_checkpoint,
     open_checkpoint,
     save_checkpoint,
 )
-from guided_diffusion.config import load_experiment
-from guided_diffusion.dynamic_batch import DynamicBatch
-from guided_diffusion.errors import UserError
-from guided_diffusion.files import NpzFile
-from guided_diffusion.image_datasets import open_dataset
-from guided_diffusion.logger import RunLog, read_progress
-from guided_diffusion.pool_file import read_pool, write_pool
-from guided_diffusion.settings import Experiment
-from guided_diffusion.torch_file import read_torch_file
 
 SIZE = 8
 TOLD = Counter()

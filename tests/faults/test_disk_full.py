@@ -9,10 +9,10 @@ import pytest
 import torch as th
 from driver import assert_readable, assert_same_end, distil, run
 
-from guided_diffusion import checkpoint_writer
-from guided_diffusion.checkpoint import Retention, complete_checkpoints, newest_checkpoint
-from guided_diffusion.checkpoint_writer import CheckpointWriter
 from guided_diffusion.errors import UserError
+from guided_diffusion.runs import checkpoint_writer
+from guided_diffusion.runs.checkpoint import Retention, complete_checkpoints, newest_checkpoint
+from guided_diffusion.runs.checkpoint_writer import CheckpointWriter
 
 
 def full_disk(steps, error=errno.ENOSPC):

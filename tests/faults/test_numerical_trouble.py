@@ -7,11 +7,11 @@ import pytest
 import torch as th
 from driver import distil, rows
 
-from guided_diffusion.checkpoint import newest_checkpoint
-from guided_diffusion.config import load_experiment
-from guided_diffusion.distill_setup import distillation_loop
+from guided_diffusion.config.loading import load_experiment
 from guided_diffusion.errors import UserError
 from guided_diffusion.logger import RunLog
+from guided_diffusion.runs.checkpoint import newest_checkpoint
+from guided_diffusion.setups.distillation import distillation_loop
 
 
 @pytest.fixture(scope="module")

@@ -14,12 +14,12 @@ import torch as th
 from driver import Child, assert_same_end, distil, kill_in_step, rows, run, run_ranks
 from store import Store
 
-from guided_diffusion import remote
-from guided_diffusion.checkpoint import Checkpoint, Retention, complete_checkpoints
-from guided_diffusion.checkpoint_writer import CheckpointWriter
 from guided_diffusion.errors import UserError
-from guided_diffusion.mirror import Mirror, fetch_checkpoint
-from guided_diffusion.remote import Folder, RemoteError, fetch, local_name
+from guided_diffusion.io import remote
+from guided_diffusion.io.remote import Folder, RemoteError, fetch, local_name
+from guided_diffusion.runs.checkpoint import Checkpoint, Retention, complete_checkpoints
+from guided_diffusion.runs.checkpoint_writer import CheckpointWriter
+from guided_diffusion.runs.mirror import Mirror, fetch_checkpoint
 
 STEPS = (2, 4, 5)  # at which the run of these tests saves
 

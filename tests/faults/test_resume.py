@@ -19,9 +19,10 @@ from driver import (
     train,
 )
 
-from guided_diffusion import files, train_util
-from guided_diffusion.checkpoint import newest_checkpoint
+from guided_diffusion import train_util
+from guided_diffusion.io import files
 from guided_diffusion.logger import read_progress
+from guided_diffusion.runs.checkpoint import newest_checkpoint
 
 MAKE = {"kd": distil, "train": train}
 

@@ -56,7 +56,7 @@ def test_a_damaged_shard_is_drawn_again(tmp_path):
 
 def test_memory_does_not_grow_with_the_number_of_samples(tmp_path, monkeypatch):
     """The images of the larger set take 75 MB more; drawing them is left out."""
-    from guided_diffusion import sample_files
+    from guided_diffusion.sampling import sample_set
 
     def black(model, diffusion, indices, **_):
         return np.zeros((len(indices), 64, 64, 3), np.uint8), None
@@ -68,12 +68,12 @@ def test_memory_does_not_grow_with_the_number_of_samples(tmp_path, monkeypatch):
     class Process:
         timestep_map = ()
 
-    monkeypatch.setattr(sample_files, "sample_images", black)
+    monkeypatch.setattr(sample_set, "sample_images", black)
     answers = FORK.SimpleQueue()
 
     def draw(number):
         (tmp_path / "weights.pt").write_bytes(b"")
-        samples = sample_files.SampleSet(
+        samples = sample_set.SampleSet(
             tmp_path / str(number), number, seed=0, sampler="ancestral", clip_denoised=True
         )
         samples.draw(Model(), Process(), tmp_path / "weights.pt", 256)

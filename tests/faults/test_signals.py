@@ -12,8 +12,8 @@ from driver import assert_same_end, distil, run, run_ranks
 from tiny import ROOT
 
 from guided_diffusion import train_util
-from guided_diffusion.checkpoint import newest_checkpoint
-from guided_diffusion.stopping import EXIT_STOPPED
+from guided_diffusion.processes.stopping import EXIT_STOPPED
+from guided_diffusion.runs.checkpoint import newest_checkpoint
 
 
 def signal_in_step(step, *numbers):

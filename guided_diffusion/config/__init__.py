@@ -1,0 +1,1 @@
+"""Configuration: the keys, YAML files with overrides, and the command line."""

@@ -1,0 +1,109 @@
+"""What the scripts' command lines share. Imports no torch, so that --help and mistakes answer at once."""
+
+import argparse
+from collections.abc import Iterable
+from pathlib import Path
+
+from ..errors import UserError
+from ..io.remote import fetch, is_url, local_path
+from .loading import SECTIONS, load_experiment, project_root
+from .settings import Experiment, describe_keys
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> None:  # type: ignore[override]
+        raise UserError(f"{message} (--help lists the options)")
+
+
+def make_parser(description: str, sections: Iterable[str]) -> argparse.ArgumentParser:
+    """A parser with --config, key=value overrides, and the configuration's keys at the end of --help.
+
+    Args:
+        description: the script's purpose.
+        sections: the configuration sections it reads.
+    """
+    lines = ["configuration keys (override any with section.key=value):"]
+    for name in sections:
+        for key, default, meaning in describe_keys(SECTIONS[name]):
+            lines.append(f"  {name}.{key} = {default!r}: {meaning}")
+    parser = _Parser(
+        description=description,
+        epilog="\n".join(lines),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--config", type=Path, required=True, help="YAML configuration")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="override a configuration key")
+    return parser
+
+
+def parse(parser: argparse.ArgumentParser) -> tuple[argparse.Namespace, Experiment]:
+    """Parse the command line and load the configuration it names.
+
+    Raises:
+        UserError: any mistake in either.
+    """
+    args = parser.parse_intermixed_args()
+    return args, load_experiment(args.config, args.overrides)
+
+
+def boolean(text: str) -> bool:
+    """A truth value on the command line: True or False, as in `--use_ddim False`."""
+    if text.lower() in ("true", "1", "yes"):
+        return True
+    if text.lower() in ("false", "0", "no"):
+        return False
+    raise argparse.ArgumentTypeError(f"'{text}' is neither True nor False")
+
+
+def positive(text: str) -> int:
+    """A whole number above 0 on the command line."""
+    if not text.isdigit() or int(text) == 0:
+        raise argparse.ArgumentTypeError(f"'{text}' is no whole number above 0")
+    return int(text)
+
+
+def input_file(name: str, config: Path, what: str) -> Path:
+    """The existing file a key or flag names: from the working directory, or the configuration's project.
+
+    One at a URL is copied by rank 0, for which the ranks meet.
+
+    Raises:
+        UserError: there is none, or it cannot be read.
+    """
+    if not name:
+        raise UserError(f"{config}: {what} is not set")
+    if is_url(name):
+        from .. import dist_util
+
+        dist_util.setup_dist()
+        return dist_util.from_rank_zero(lambda: fetch(name, remote_path(config) / "files"))
+    for path in (Path(name), output_path(name, config)):
+        if path.is_file():
+            return path
+    raise UserError(f"{what}: no such file: {name}")
+
+
+def output_path(name: str | Path, config: Path) -> Path:
+    """A path of a configuration that is written: relative ones lie in the configuration's project.
+
+    Raises:
+        UserError: it is a URL.
+    """
+    return project_root(config) / local_path(str(name))
+
+
+def remote_path(config: Path) -> Path:
+    """Where the local directories of URLs lie."""
+    return output_path("experiments/remote", config)
+
+
+def per_rank(batch_size: int, world_size: int, what: str) -> int:
+    """One rank's share of a batch.
+
+    Raises:
+        UserError: the ranks do not divide it.
+    """
+    if batch_size % world_size:
+        raise UserError(f"{what} {batch_size} cannot be divided evenly among {world_size} ranks")
+    return batch_size // world_size

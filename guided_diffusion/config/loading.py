@@ -1,0 +1,276 @@
+"""YAML files and command-line overrides -> a validated `settings.Experiment`. The only user of OmegaConf.
+
+An experiment has the sections `teacher`, `student`, `distill` and `run`; a baseline, or a network to be
+sampled from, has the student's keys at top level. In a section (or at top level) `model:`, `diffusion:`
+and `training:` name files to merge in, whose keys then lie flat in the section; the section's own keys
+win over theirs. `base:` names one file or several that the whole configuration is laid over. Relative
+paths are looked for from the file's own folder and each one above it, then from the working directory.
+"""
+
+import dataclasses
+import difflib
+import os
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from yaml import (  # type: ignore[attr-defined]
+    AliasEvent,
+    CollectionEndEvent,
+    CollectionStartEvent,
+    SafeLoader,
+    ScalarEvent,
+    YAMLError,
+)
+from yaml import parse as parse_yaml  # type: ignore[attr-defined]
+
+from ..errors import UserError
+from .settings import Distill, Experiment, Run, Student, Teacher
+
+SECTIONS: dict[str, type] = {"teacher": Teacher, "student": Student, "distill": Distill, "run": Run}
+_INCLUDES = ("model", "diffusion", "training")
+# Keys of the originals' diffusion files that are no choice in a configuration here: the value that
+# describes what is done, and where the choice lies.
+_SETTLED = {
+    "use_ddim": (False, "the teacher's chain is ancestral; image_sample.py takes --use_ddim"),
+    "clip_denoised": (True, "the teacher's x_0 is clipped; image_sample.py takes --clip_denoised"),
+    "clip_first": (False, "only clip_last is known"),
+}
+_T = TypeVar("_T")
+_MOST_BYTES, _MOST_NODES, _DEEPEST = 1 << 20, 10_000, 20
+# What reading damaged or foreign YAML raises: impossible dates, keys that are lists, ...
+_DAMAGE = (OmegaConfBaseException, YAMLError, OSError, ValueError, TypeError, LookupError, AttributeError)
+
+
+def load_experiment(path: str | os.PathLike, overrides: Sequence[str] = ()) -> Experiment:
+    """Read, merge and check a configuration.
+
+    Args:
+        path: the YAML file.
+        overrides: "section.key=value", or "key=value" where the student's keys lie at top level.
+
+    Raises:
+        UserError: unreadable file, unknown key (with the nearest known one), wrong type or value.
+    """
+    path = Path(path)
+    tree = _read(_existing(path))
+    for override in overrides:
+        if "=" not in override or override.startswith("-"):
+            raise UserError(f"'{override}' is no override: write key=value, such as student.lr=1e-3")
+    try:
+        merged = OmegaConf.merge(tree, OmegaConf.from_dotlist(list(overrides)))
+        content: Any = OmegaConf.to_container(merged, resolve=True)
+    except (OmegaConfBaseException, YAMLError) as error:
+        raise UserError(f"{path}: {_first_line(error)}") from None
+    sections = {name: content.pop(name) for name in SECTIONS if name in content}
+    for name, section in sections.items():
+        if not isinstance(section, dict):
+            raise UserError(f"{path}: '{name}' must be a section of keys, not {section!r}")
+    if "student" in sections and content:
+        raise _unknown_key(path, next(iter(content)), [f"student.{k}" for k in _keys(Student)] + [*SECTIONS])
+    if "student" not in sections:
+        if "teacher" in sections:
+            raise UserError(f"{path}: has a 'teacher' section but no 'student' section")
+        sections["student"] = content
+    for name in ("teacher", "student"):
+        if name in sections:
+            sections[name] = _include(sections[name], path)
+            _drop_settled(sections[name], path, "" if "teacher" not in sections else f"{name}.")
+    sections.get("teacher", {}).pop("clip_last", None)  # its x_0 is clipped at every step anyway
+
+    top_level = "teacher" not in sections
+    experiment = Experiment(
+        name=path.stem,
+        teacher=None if top_level else _build(Teacher, sections["teacher"], path, "teacher."),
+        student=_build(Student, sections["student"], path, "" if top_level else "student."),
+        distill=_build(Distill, sections.get("distill", {}), path, "distill."),
+        run=_build(Run, sections.get("run", {}), path, "run."),
+    )
+    if top_level and "distill" in sections:
+        raise UserError(f"{path}: 'distill' needs a 'teacher' section")
+    experiment.check()
+    return experiment
+
+
+def resolve_path(name: str, beside: Path) -> Path:
+    """The existing file that `name` means in the configuration file `beside`.
+
+    Raises:
+        UserError: there is none; the message says where it was looked for.
+    """
+    if (found := find_path(name, beside)) is not None:
+        return found
+    if os.path.isabs(name):
+        raise UserError(f"{beside}: no such file: {name}")
+    raise UserError(
+        f"{beside}: '{name}' is to be found neither from its folder upwards nor from {Path.cwd()}"
+    )
+
+
+def find_path(name: str, beside: Path) -> Path | None:
+    """Like `resolve_path`, but None when there is no such file."""
+    for folder in (*beside.resolve().parents, Path.cwd()):
+        if (folder / name).is_file():  # an absolute name replaces the folder
+            return folder / name
+    return None
+
+
+def project_root(config: Path) -> Path:
+    """The folder that relative output paths of a configuration are taken from.
+
+    That is the folder holding the `yaml/` tree the configuration lies in, so that all commands agree
+    whatever directory they are run from; the working directory for a configuration elsewhere.
+    """
+    for folder in config.resolve().parents:
+        if folder.name == "yaml":
+            return folder.parent
+    return Path.cwd()
+
+
+def experiment_text(experiment: Experiment) -> str:
+    """The resolved configuration as YAML; loading it gives the same experiment."""
+    sections = {
+        name: dataclasses.asdict(value)
+        for name in SECTIONS
+        if (value := getattr(experiment, name)) is not None
+    }
+    if experiment.teacher is None:
+        sections.update(sections.pop("student"))
+        del sections["distill"]
+    return OmegaConf.to_yaml(OmegaConf.create(sections))
+
+
+def _existing(path: Path) -> Path:
+    """The file itself; for a baseline on mixed data, NAME-Baseline-RATIO.yaml, that of the baseline.
+
+    The ratio is a matter of the data (`datasets/mix.py`), not of the configuration.
+    """
+    match = re.fullmatch(r"(.*-Baseline)-(0\.\d+|1(\.0)?)\.yaml", path.name)
+    if path.is_file() or not match:
+        return path
+    return path.with_name(f"{match[1]}.yaml")
+
+
+def _read(path: Path, depth: int = 0) -> DictConfig:
+    if not path.is_file():
+        raise UserError(f"no such configuration file: {path}")
+    if depth > 8:
+        raise UserError(f"{path}: 'base' files nest too deeply (in a circle?)")
+    try:
+        _require_modest(path)
+        tree = OmegaConf.load(path)
+    except _DAMAGE as error:
+        raise UserError(f"{path}: not readable as YAML: {_first_line(error)}") from None
+    if not isinstance(tree, DictConfig):
+        raise UserError(f"{path}: must hold keys and values")
+    bases = tree.pop("base", None)
+    if bases is None:
+        return tree
+    layers = [
+        _read(resolve_path(str(b), path), depth + 1) for b in ([bases] if isinstance(bases, str) else bases)
+    ]
+    merged = OmegaConf.merge(*layers, tree)
+    assert isinstance(merged, DictConfig)
+    return merged
+
+
+def _require_modest(path: Path) -> None:
+    """Refuse a file whose aliases unfold into far more than it holds, or contain themselves.
+
+    Raises:
+        ValueError: it is one; or YAMLError.
+    """
+    if path.stat().st_size > _MOST_BYTES:
+        raise ValueError("too large for a configuration")
+    sizes: dict[str, int] = {}  # of what each anchor names, once it is complete
+    open_nodes: list[tuple[str | None, int]] = [(None, 0)]  # anchor, and size so far
+    for event in parse_yaml(path.read_text(encoding="utf-8"), SafeLoader):
+        anchor, size = getattr(event, "anchor", None), 1
+        if isinstance(event, CollectionStartEvent):
+            open_nodes.append((anchor, 1))
+            if len(open_nodes) > _DEEPEST:
+                raise ValueError("nested too deeply")
+            continue
+        if isinstance(event, CollectionEndEvent):
+            anchor, size = open_nodes.pop()
+        elif isinstance(event, AliasEvent):
+            if anchor not in sizes:
+                raise ValueError(f"the alias {anchor!r} names nothing before it")
+            size, anchor = sizes[str(anchor)], None
+        elif not isinstance(event, ScalarEvent):
+            continue
+        if anchor is not None:
+            sizes[anchor] = size
+        open_nodes[-1] = (open_nodes[-1][0], open_nodes[-1][1] + size)
+        if open_nodes[-1][1] > _MOST_NODES:
+            raise ValueError("its aliases unfold into too much")
+
+
+def _include(section: dict[str, Any], path: Path, depth: int = 0) -> dict[str, Any]:
+    """Lay a section's keys over those of the files that its `model` and `diffusion` name."""
+    if depth > 8:
+        raise UserError(f"{path}: '{', '.join(_INCLUDES)}' files nest too deeply (in a circle?)")
+    merged: dict[str, Any] = {}
+    for name in _INCLUDES:
+        included = section.get(name)
+        if isinstance(included, str):
+            file = _find_include(included, path)
+            content: Any = OmegaConf.to_container(_read(file), resolve=True)
+            merged |= _include(content, file, depth + 1)
+        elif isinstance(included, dict):
+            merged |= _include(included, path, depth + 1)
+        elif included is not None:
+            raise UserError(f"{path}: '{name}' must name a file or hold keys, not {included!r}")
+    return merged | {k: v for k, v in section.items() if k not in _INCLUDES}
+
+
+def _drop_settled(section: dict[str, Any], path: Path, where: str) -> None:
+    """Accept the originals' keys of `_SETTLED` where they say what is done anyway."""
+    for name, (value, why) in _SETTLED.items():
+        if section.pop(name, value) != value:
+            raise UserError(f"{path}: {where}{name} can only be {str(value).lower()}: {why}")
+
+
+def _find_include(name: str, path: Path) -> Path:
+    # celeba's diffusion file is spelt `diffsion.yaml` in the wild; either spelling finds the other.
+    for spelling in (name, name.replace("diffsion", "diffusion"), name.replace("diffusion", "diffsion")):
+        if (found := find_path(spelling, path)) is not None:
+            return found
+    return resolve_path(name, path)
+
+
+def _build(section: type[_T], values: dict[str, Any], path: Path, where: str) -> _T:
+    known = _keys(section)
+    for name in values:
+        if name not in known:
+            raise _unknown_key(path, where + str(name), [where + key for key in known])
+    plain = {
+        name: ",".join(map(str, value)) if isinstance(value, list) else value
+        for name, value in values.items()
+        if value is not None
+    }
+    try:
+        built = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(section), plain))
+    except OmegaConfBaseException as error:
+        name = error.key if getattr(error, "key", None) else ""
+        raise UserError(f"{path}: {where}{name}: {_first_line(error)}") from None
+    assert isinstance(built, section)
+    return built
+
+
+def _keys(section: type) -> list[str]:
+    return [field.name for field in dataclasses.fields(section)]
+
+
+def _unknown_key(path: Path, name: str, known: list[str]) -> UserError:
+    same = [key for key in known if key.rpartition(".")[2] == name]  # right, but of a section
+    nearest = same or difflib.get_close_matches(name, known, n=1, cutoff=0.4)
+    hint = f"; did you mean '{nearest[0]}'?" if nearest else f"; known are {', '.join(known)}"
+    return UserError(f"{path}: unknown key '{name}'{hint}")
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

@@ -1,0 +1,1 @@
+"""The method: teacher, dynamic batch, and the objectives of DKDM and TCCD."""

@@ -1,0 +1,158 @@
+"""The pool's file: safetensors under the ecosystem's name `.cache`, and the original's pickles read safely.
+
+`total_x_t_1` [N, 3, H, W] and `total_t` int64 [N] keep the original's names; `total_y` int64 [N] carries
+class labels. The header records what the pool belongs to, so that a wrong one is refused.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch as th
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from ..errors import UserError
+from ..io.files import atomic_path
+from ..io.safe_pickle import load_arrays
+from .dynamic_batch import DynamicBatch
+
+_SUFFIX_OF_PART = ".part"
+_ARRAYS = ("total_x_t_1", "total_t", "total_y")
+
+
+def write_pool(path: str | os.PathLike, pools: list[DynamicBatch], belongs_to: Mapping[str, Any]) -> None:
+    """Write one or several ranks' pools, one after the other, as one file, atomically."""
+    arrays = {
+        "total_t": th.cat([pool.levels.cpu() for pool in pools]),
+        "total_x_t_1": th.cat([pool.x.cpu() for pool in pools]),
+    }
+    labels = [pool.y for pool in pools if pool.y is not None]
+    if labels:
+        arrays["total_y"] = th.cat([y.cpu() for y in labels])
+    header = {"pool": json.dumps(dict(belongs_to)), "sha256": _sha256(arrays)}
+    with atomic_path(path) as temporary:
+        save_file(arrays, temporary, metadata=header)
+
+
+def read_pool(
+    path: str | os.PathLike,
+    num_timesteps: int,
+    image_size: int,
+    *,
+    expected: Mapping[str, Any] | None = None,
+    rank: int = 0,
+    world_size: int = 1,
+) -> DynamicBatch:
+    """Read one rank's contiguous share of a pool.
+
+    Args:
+        path: our file, or a pickle of the original's.
+        num_timesteps: T of the process.
+        image_size: H = W.
+        expected: what the pool must belong to; compared with what the file says where it says it. An
+            original's file says nothing, and may hold more than `expected["size"]` samples.
+        rank, world_size: which share.
+
+    Returns:
+        The share, x as the file has it (float32 or float16), on the CPU.
+
+    Raises:
+        UserError: missing or damaged file, or a pool of something else.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"no such pool: {path} (scripts/dynamic_prepare.py makes it)")
+    with open(path, "rb") as file:
+        is_pickle = file.read(1) == b"\x80"
+    arrays, belongs_to = _read_pickle(path) if is_pickle else _read_safetensors(path)
+    for key, value in (expected or {}).items():
+        if key in belongs_to and belongs_to[key] != value:
+            raise UserError(f"{path}: was made for {key} {belongs_to[key]!r}, this run has {value!r}")
+    x, levels, y = arrays["total_x_t_1"], arrays["total_t"], arrays.get("total_y")
+    if x.ndim != 4 or x.shape[1:] != (3, image_size, image_size) or not x.is_floating_point():
+        wanted = f"float [N, 3, {image_size}, {image_size}]"
+        raise UserError(f"{path}: holds samples {list(x.shape)} of {x.dtype}, this run needs {wanted}")
+    for name, numbers in (("total_t", levels), ("total_y", y)):
+        if numbers is not None and (numbers.dtype != th.int64 or numbers.shape != x.shape[:1]):
+            found = f"{numbers.dtype} {list(numbers.shape)}"
+            raise UserError(f"{path}: '{name}' must be int64 [{len(x)}], not {found}")
+    size = (expected or {}).get("size")
+    if is_pickle and size is not None:  # the originals read as many as they need of a larger pool
+        x, levels = x[:size], levels[:size]
+    if size is not None and len(x) != size:
+        raise UserError(f"{path}: holds {len(x)} samples; rho, T and batch size of this run make {size}")
+    if len(x) % world_size:
+        raise UserError(f"{path}: {len(x)} samples cannot be divided evenly among {world_size} ranks")
+    share = len(x) // world_size
+    # Copies: the arrays are the mapped file, and who truncates or unmounts that must not end a run.
+    mine = slice(rank * share, (rank + 1) * share)
+    try:
+        return DynamicBatch(
+            x[mine].clone(),
+            levels[mine].clone(),
+            num_timesteps,
+            None if y is None else y[mine].clone(),
+        )
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
+
+
+def join_parts(
+    path: Path,
+    num_timesteps: int,
+    image_size: int,
+    belongs_to: Mapping[str, Any],
+    ranks: int,
+) -> None:
+    """Join the ranks' parts in rank order as `path`, and remove them."""
+    parts = [part_path(path, rank) for rank in range(ranks)]
+    write_pool(path, [read_pool(part, num_timesteps, image_size) for part in parts], belongs_to)
+    for part in parts:
+        part.unlink()
+
+
+def part_path(path: str | os.PathLike, rank: int) -> Path:
+    """Where a rank leaves its share until rank 0 has joined them."""
+    return Path(f"{path}.rank{rank}{_SUFFIX_OF_PART}")
+
+
+def _read_safetensors(path: Path) -> tuple[dict[str, th.Tensor], dict[str, Any]]:
+    try:
+        with safe_open(path, framework="pt") as file:
+            missing = {"total_t", "total_x_t_1"} - set(file.keys())
+            if missing:
+                raise UserError(f"{path}: is no pool, it has no {', '.join(sorted(missing))}")
+            header = file.metadata() or {}
+            belongs_to = json.loads(header.get("pool", "{}"))
+            if not isinstance(belongs_to, dict):
+                raise ValueError("its header does not say what it belongs to")
+            arrays = {name: file.get_tensor(name) for name in _ARRAYS if name in file.keys()}  # noqa: SIM118
+            if "sha256" in header and header["sha256"] != _sha256(arrays):
+                raise ValueError("its contents do not have their checksum")
+            return arrays, belongs_to
+    except (SafetensorError, ValueError, OSError, RecursionError, TypeError, LookupError) as error:
+        told = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UserError(f"{path}: not a readable pool ({told})") from None
+
+
+def _sha256(arrays: Mapping[str, th.Tensor]) -> str:
+    digest = hashlib.sha256()
+    for name in sorted(arrays):
+        digest.update(f"{name} {arrays[name].dtype} {list(arrays[name].shape)}".encode())
+        digest.update(arrays[name].contiguous().reshape(-1).view(th.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def _read_pickle(path: Path) -> tuple[dict[str, th.Tensor], dict[str, Any]]:
+    content = load_arrays(path)
+    if not isinstance(content, dict) or not {"total_t", "total_x_t_1"} <= set(content):
+        raise UserError(f"{path}: is no pool, it has no total_t and total_x_t_1")
+    try:
+        return {name: th.from_numpy(np.array(content[name])) for name in ("total_t", "total_x_t_1")}, {}
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise UserError(f"{path}: is no pool ({error})") from None

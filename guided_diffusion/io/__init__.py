@@ -1,0 +1,1 @@
+"""Files that are never half-written and never executed: npz, torch files, pickles, copies at URLs."""

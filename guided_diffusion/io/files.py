@@ -1,0 +1,224 @@
+"""Files that are never half-written, and archives that are checked before they are believed."""
+
+import errno
+import fcntl
+import hashlib
+import lzma
+import math
+import os
+import re
+import socket
+import struct
+import time
+import tokenize
+import zipfile
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+import numpy as np
+from numpy.lib import format as npy_format
+
+from ..errors import UserError
+
+# What the zip and npy readers raise on damaged or foreign contents.
+_DAMAGE = (
+    *(ValueError, TypeError, LookupError, ArithmeticError, EOFError, OSError),
+    *(RuntimeError, SyntaxError, MemoryError),  # encrypted, too deeply nested; a header beyond parsing
+    *(zipfile.BadZipFile, zlib.error, lzma.LZMAError, struct.error, tokenize.TokenError),
+)
+# An entry that unfolds into more than this must not be this many times larger than it is in the file.
+_BOMB_BYTES, _BOMB_RATIO = 64 << 20, 200
+_CHUNK = 1 << 20
+
+
+@contextmanager
+def atomic_path(path: str | os.PathLike) -> Iterator[Path]:
+    """Give a temporary path beside `path`; on success flush it to disk and rename it into place.
+
+    The final name appears only with complete contents; after an error nothing is left behind.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        yield temporary
+        with open(temporary, "rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+        directory = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(directory)  # the rename itself must survive a power cut
+        finally:
+            os.close(directory)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+# What file systems that do not lock answer.
+_NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
+_PATIENCE = 10.0  # seconds for the one who holds a lock to end
+
+
+@contextmanager
+def held(path: Path) -> Iterator[None]:
+    """Keep other processes from writing to a directory, or to one file, until the block ends.
+
+    A POSIX record lock on a `.lock` inside the directory, or `.NAME.lock` beside the file: it ends
+    with the process however that ends, is not inherited by forked workers, and holds over NFS. A file
+    system without locks is trusted to have one writer.
+
+    Args:
+        path: an existing directory, or a file in one.
+
+    Raises:
+        UserError: another process holds it, and keeps it for ten seconds; one line says which.
+    """
+    lock = path / ".lock" if path.is_dir() else path.with_name(f".{path.name}.lock")
+    deadline = time.monotonic() + _PATIENCE
+    while True:
+        file = open(lock, "a+")  # noqa: SIM115 (closing it is what ends the lock)
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if os.path.samestat(os.fstat(file.fileno()), os.stat(lock)):
+                break
+        except FileNotFoundError:  # its holder has just removed it
+            pass
+        except OSError as error:
+            if error.errno in _NO_LOCKS:
+                break
+            if error.errno not in (errno.EAGAIN, errno.EACCES):
+                file.close()
+                raise
+            if time.monotonic() > deadline:
+                file.seek(0)
+                holder = file.read(100).strip() or "unknown"
+                file.close()
+                raise UserError(f"{path}: another process is writing there ({holder})") from None
+            time.sleep(0.1)
+        file.close()
+    try:
+        with suppress(OSError):  # a full disk
+            file.truncate(0)
+            file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+            file.flush()
+        yield
+    finally:
+        with suppress(OSError):
+            lock.unlink()
+        file.close()
+
+
+def remove_leftovers(directory: Path, name: str = "") -> None:
+    """Remove what killed processes left of their `atomic_path`s in a directory.
+
+    Only where no other process is writing (`held`).
+
+    Args:
+        directory: where to look.
+        name: only of files whose name begins like this.
+    """
+    pattern = re.compile(rf"\.{re.escape(name)}.*\.\d+\.tmp")
+    for path in directory.glob(".*.tmp"):
+        if pattern.fullmatch(path.name):
+            path.unlink(missing_ok=True)
+
+
+def sha256_of(path: str | os.PathLike) -> str:
+    """SHA-256 of a file's contents, as 64 hexadecimal digits, read in chunks."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+class NpzFile:
+    """Read-only view of an `.npz` archive that knows every array's shape before loading any.
+
+    Args:
+        path: the archive.
+
+    Raises:
+        UserError: missing, truncated or not a zip archive, an entry that is no plain array (object
+            arrays, which could run code when unpickled, are refused), or one that unfolds absurdly.
+    """
+
+    def __init__(self, path: str | os.PathLike):
+        self.path = Path(path)
+        if not self.path.is_file():
+            raise UserError(f"no such file: {self.path}")
+        self.headers: dict[str, tuple[tuple[int, ...], np.dtype]] = {}
+        try:
+            with zipfile.ZipFile(self.path) as archive:
+                for member in archive.infolist():
+                    if not member.filename.endswith(".npy"):
+                        raise ValueError(f"entry {member.filename[:60]!r} is no array")
+                    if member.header_offset + member.compress_size > self.path.stat().st_size:
+                        raise ValueError(f"entry {member.filename} is larger than the file")
+                    if member.file_size > max(_BOMB_BYTES, _BOMB_RATIO * member.compress_size):
+                        raise ValueError(f"entry {member.filename} unfolds into {member.file_size} bytes")
+                    with archive.open(member) as stream:
+                        shape, dtype = _read_header(stream)
+                        header = stream.tell()
+                    if dtype.hasobject or not dtype.itemsize or any(n < 0 for n in shape):
+                        raise ValueError(f"entry {member.filename} is no plain array")
+                    if header + math.prod(shape) * dtype.itemsize != member.file_size:
+                        raise ValueError(f"entry {member.filename} is no array of {shape}")
+                    self.headers[member.filename.removesuffix(".npy")] = (shape, dtype)
+        except _DAMAGE as error:
+            raise UserError(f"{self.path}: not a readable npz archive ({_one_line(error)})") from None
+
+    def require(self, name: str) -> tuple[tuple[int, ...], np.dtype]:
+        """Shape and dtype of an array that must be there."""
+        if name not in self.headers:
+            have = ", ".join(sorted(self.headers)) or "nothing"
+            raise UserError(f"{self.path}: has no array '{name}' (it holds: {have})")
+        return self.headers[name]
+
+    def load(self, name: str) -> np.ndarray:
+        """The whole array."""
+        shape, dtype = self.require(name)
+        try:
+            with zipfile.ZipFile(self.path) as archive, archive.open(f"{name}.npy") as stream:
+                _read_header(stream)
+                data = bytearray()
+                while chunk := stream.read(_CHUNK):  # at the end zipfile compares the checksum
+                    data += chunk
+                return np.frombuffer(data, dtype, math.prod(shape)).reshape(shape)
+        except _DAMAGE as error:
+            raise UserError(f"{self.path}: damaged archive ({_one_line(error)})") from None
+
+    def stream(self, name: str, rows: int) -> Iterator[np.ndarray]:
+        """Yield the array in blocks of at most `rows` rows, decompressing as it goes."""
+        shape, dtype = self.require(name)
+        if not shape:
+            raise UserError(f"{self.path}: array '{name}' is a single number, rows were expected")
+        row_shape = shape[1:]
+        row_bytes = int(np.prod(row_shape, dtype=np.int64)) * dtype.itemsize
+        try:
+            with zipfile.ZipFile(self.path) as archive, archive.open(f"{name}.npy") as stream:
+                _read_header(stream)
+                for start in range(0, shape[0], rows):
+                    count = min(rows, shape[0] - start)
+                    data = stream.read(count * row_bytes)
+                    if len(data) != count * row_bytes:
+                        raise EOFError(f"array '{name}' ends after {start} of {shape[0]} rows")
+                    yield np.frombuffer(data, dtype).reshape(count, *row_shape).copy()
+                stream.read(1)  # at the end zipfile compares the checksum
+        except _DAMAGE as error:
+            raise UserError(f"{self.path}: damaged archive ({_one_line(error)})") from None
+
+
+def _one_line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def _read_header(stream) -> tuple[tuple[int, ...], np.dtype]:
+    version = npy_format.read_magic(stream)
+    read = npy_format.read_array_header_1_0 if version == (1, 0) else npy_format.read_array_header_2_0
+    shape, fortran_order, dtype = read(stream)
+    if fortran_order:
+        raise ValueError("a Fortran-ordered array; save it with numpy.ascontiguousarray")
+    return shape, dtype

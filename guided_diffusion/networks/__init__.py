@@ -1,0 +1,1 @@
+"""Denoising networks and what they are made of."""

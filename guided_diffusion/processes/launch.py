@@ -1,0 +1,121 @@
+"""Who started this process: mpiexec, torchrun, SLURM or nobody. Imports nothing heavy."""
+
+import errno
+import os
+import sys
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from ..errors import UserError
+from .stopping import EXIT_STOPPED, Stopped
+
+# launcher -> (rank, world size, rank on this host), in the order in which they are looked for.
+# torchrun comes first: it may itself be started by srun, once per host.
+_VARIABLES = {
+    "torchrun": ("RANK", "WORLD_SIZE", "LOCAL_RANK"),
+    "mpi (Open MPI)": (
+        "OMPI_COMM_WORLD_RANK",
+        "OMPI_COMM_WORLD_SIZE",
+        "OMPI_COMM_WORLD_LOCAL_RANK",
+    ),
+    "mpi (MPICH)": ("PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID"),
+    "slurm": ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID"),
+}
+
+
+@dataclass(frozen=True)
+class Launch:
+    """How this process was started. `local_rank` is None where only the hosts' names can tell."""
+
+    launcher: str
+    rank: int
+    world_size: int
+    local_rank: int | None
+
+    @property
+    def is_mpi(self) -> bool:
+        """Whether an MPI launcher started this process, so that mpi4py may be imported."""
+        return self.launcher.startswith("mpi")
+
+
+def detect_launch() -> Launch:
+    """Read the launcher's environment variables; one process when there are none.
+
+    Raises:
+        UserError: a launcher's variable does not hold a number.
+    """
+    for launcher, names in _VARIABLES.items():
+        if names[0] not in os.environ or names[1] not in os.environ:
+            continue
+        if launcher == "slurm" and "SLURM_STEP_ID" not in os.environ:
+            continue  # inside an allocation (sbatch, salloc) but not started by srun
+        if names[0] == "PMI_RANK" and names[2] not in os.environ and "SLURM_STEP_ID" in os.environ:
+            continue  # srun speaks MPI's protocol too (--mpi=pmi2); mpiexec also sets the local rank
+        try:
+            rank, world_size = int(os.environ[names[0]]), int(os.environ[names[1]])
+            local = os.environ.get(names[2])
+            return Launch(launcher, rank, world_size, None if local is None else int(local))
+        except ValueError as error:
+            raise UserError(f"{launcher} set {names} to something that is no number: {error}") from None
+    return Launch("none", 0, 1, 0)
+
+
+def run_script(main: Callable[[], None]) -> None:
+    """Run a script's `main`; a `UserError` becomes one line on standard error and exit status 1.
+
+    So does a file that cannot be read or written. A run that was asked to stop exits with
+    `stopping.EXIT_STOPPED`.
+
+    Each rank that fails says so, except that mistakes found before the ranks met (a wrong flag, a
+    missing file), which all ranks find alike, are told by rank 0 alone. A rank that fails alone takes
+    the others with it.
+    """
+    # Before torch is imported. Threads that spin while they wait for one whose core another program has
+    # taken made sampling on two shared cores seven times slower.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    dist_util: Any = None  # once `main` has imported it, and with it torch
+    try:
+        try:
+            main()
+        finally:
+            dist_util = sys.modules.get(f"{__package__}.dist_util")
+    except UserError as error:
+        met = dist_util is not None and dist_util.met()
+        launch = detect_launch()
+        if launch.rank == 0 or met:
+            who = f"[rank {launch.rank}] " if met else ""
+            print(f"error: {who}{error}", file=sys.stderr, flush=True)
+        if met:
+            dist_util.leave_together(1)
+        sys.exit(1)
+    except Stopped as reason:
+        if detect_launch().rank == 0:
+            print(f"{reason}; run the same command again to continue", file=sys.stderr, flush=True)
+        sys.exit(EXIT_STOPPED)
+    except OSError as error:
+        if error.filename is None and error.errno != errno.ENOSPC:
+            _fail(dist_util)
+            raise
+        who = f"[rank {detect_launch().rank}] " if dist_util is not None and dist_util.met() else ""
+        print(f"error: {who}{error}", file=sys.stderr, flush=True)
+        if dist_util is not None and dist_util.met():
+            dist_util.leave_together(1)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr, flush=True)
+        sys.stdout.flush()
+        os._exit(130)  # at once: a checkpoint being written is not waited for
+    except Exception:
+        _fail(dist_util)
+        raise
+
+
+def _fail(dist_util: Any) -> None:
+    """Show the present exception's traceback and end all ranks, if there are others."""
+    if dist_util is None or not dist_util.met():
+        return
+    lines = traceback.format_exc().splitlines()
+    print(*(f"[rank {detect_launch().rank}] {line}" for line in lines), sep="\n", file=sys.stderr)
+    dist_util.abort(1)

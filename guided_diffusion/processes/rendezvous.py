@@ -1,0 +1,145 @@
+"""How ranks find each other: a store that all of them reach, and the interface that leads to the others."""
+
+import datetime
+import json
+import os
+import re
+import socket
+import struct
+from typing import Any
+
+import torch.distributed as dist
+
+from ..errors import UserError
+from .launch import Launch
+
+TIMEOUT = datetime.timedelta(minutes=30)  # of every wait for another rank
+_SIOCGIFADDR = 0x8915  # Linux' request for an interface's address (netdevice(7))
+
+
+def rendezvous(launch: Launch) -> tuple[dist.Store, int]:
+    """A store all ranks reach, and this rank's number among those on its host. Collective.
+
+    Raises:
+        UserError: mpi4py is missing or belongs to another MPI, no address of rank 0 can be reached from
+            everywhere, or a launcher's variable is not set.
+    """
+    if launch.is_mpi:
+        try:
+            from mpi4py import MPI
+        except ImportError as error:
+            raise UserError(f"started by {launch.launcher}, but mpi4py cannot be imported: {error}") from None
+        world = MPI.COMM_WORLD
+        if world.size != launch.world_size:
+            raise UserError(
+                f"mpi4py sees {world.size} of {launch.world_size} ranks: it was built for another "
+                "MPI than this mpiexec's (use the mpiexec beside this python)"
+            )
+        hosts = world.allgather(socket.gethostname())
+        local_rank = hosts[: launch.rank].count(hosts[launch.rank])
+        store = None
+        if launch.rank == 0:  # port 0 lets the system choose a free one, so nothing can race for it
+            store = dist.TCPStore("127.0.0.1", 0, launch.world_size, True, TIMEOUT, False)
+        offered = ["127.0.0.1"] if len(set(hosts)) == 1 else _own_addresses()
+        offered, port = world.bcast((offered, store.port if store else 0))
+        reached = world.allgather([address for address in offered if _reaches(address, port)])
+        common = [address for address in offered if all(address in some for some in reached)]
+        if not common:
+            raise UserError(f"no address of {hosts[0]} can be reached from all hosts; it has {offered}")
+        store = store or dist.TCPStore(common[0], port, launch.world_size, False, TIMEOUT)
+        _choose_interface(store, launch, common[0])
+        return store, local_rank
+
+    if launch.launcher == "slurm" and "MASTER_ADDR" not in os.environ:
+        os.environ["MASTER_ADDR"] = _first_slurm_host(os.environ.get("SLURM_STEP_NODELIST", ""))
+        # One port per job step: free with great likelihood, and the same on every rank.
+        step = int(os.environ["SLURM_JOB_ID"]) * 31 + int(os.environ["SLURM_STEP_ID"])
+        os.environ.setdefault("MASTER_PORT", str(20000 + step % 20000))
+    missing = [name for name in ("MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
+    if missing or launch.local_rank is None:
+        raise UserError(
+            f"started by {launch.launcher}, but {', '.join(missing) or 'the local rank'} is not set"
+        )
+    server = dist.TCPStore(
+        os.environ["MASTER_ADDR"],
+        int(os.environ["MASTER_PORT"]),
+        launch.world_size,
+        launch.rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True",
+        TIMEOUT,
+        False,
+    )
+    shared = dist.PrefixStore("tccd", server)
+    _choose_interface(shared, launch, os.environ["MASTER_ADDR"])
+    return shared, launch.local_rank
+
+
+def _choose_interface(store: dist.Store, launch: Launch, master: str) -> None:
+    """On several hosts, have gloo use the interface that leads to the others.
+
+    Left alone it takes the address that the host's own name resolves to, which may be none, or (on
+    Debian) loopback. `master` is rank 0's address, as each host knows it.
+    """
+    host, address = socket.gethostname(), _address_towards(master)
+    ranks = exchange(store, launch, "host", (host, address))
+    elsewhere = [its for other, its in ranks if other != host]
+    if not elsewhere or "GLOO_SOCKET_IFNAME" in os.environ:
+        return
+    if address is None or address.startswith("127."):  # on rank 0's host, whose name leads to itself
+        address = next((own for its in elsewhere if its and (own := _address_towards(its))), None)
+    for name, its in _interfaces().items():
+        if its == address:
+            os.environ["GLOO_SOCKET_IFNAME"] = name
+
+
+def exchange(store: dist.Store, launch: Launch, name: str, value: Any) -> list[Any]:
+    """Every rank's value, in rank order, through the store alone."""
+    store.set(f"{name}{launch.rank}", json.dumps(value))
+    return [json.loads(store.get(f"{name}{rank}")) for rank in range(launch.world_size)]
+
+
+def _interfaces() -> dict[str, str]:
+    """The IPv4 address of each network interface that has one; of none where they cannot be asked for."""
+    import fcntl  # not on every system, nor needed on one host
+
+    addresses = {}
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        for _, name in socket.if_nameindex():
+            try:
+                answer = fcntl.ioctl(probe, _SIOCGIFADDR, struct.pack("256s", name.encode()))
+            except OSError:
+                continue
+            addresses[name] = socket.inet_ntoa(answer[20:24])
+    return addresses
+
+
+def _address_towards(host: str) -> str | None:
+    """This host's address on the way to another; None if there is no way."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        try:
+            probe.connect((host, 9))  # on a datagram socket this sends nothing
+            return probe.getsockname()[0]
+        except OSError:
+            return None
+
+
+def _own_addresses() -> list[str]:
+    """The addresses others may know this host by, the likeliest first: the one towards the outside."""
+    outside = _address_towards("192.0.2.1")  # TEST-NET-1: any address outside serves
+    addresses = [outside, *_interfaces().values()]
+    return list(dict.fromkeys(a for a in addresses if a and not a.startswith("127.")))
+
+
+def _reaches(address: str, port: int) -> bool:
+    """Whether something answers there."""
+    try:
+        socket.create_connection((address, port), timeout=5).close()
+        return True
+    except OSError:
+        return False
+
+
+def _first_slurm_host(nodelist: str) -> str:
+    """First host of a SLURM list such as "gpu[03-05,09]-ib,cpu1"."""
+    entry = re.match(r"(\[[^\]]*\]|[^,\[])*", nodelist)
+    assert entry is not None
+    return re.sub(r"\[([^\],-]*)[^\]]*\]", r"\1", entry[0])

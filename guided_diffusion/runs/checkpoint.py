@@ -1,0 +1,313 @@
+"""Checkpoints: reading networks strictly, and sets of files that are complete or do not count.
+
+A run's checkpoint at step N is `modelNNNNNN.pt`, `ema_RATE_NNNNNN.pt` (plain ADM state dicts),
+`optNNNNNN.pt`, `headNNNNNN.pt` (what the objective trains beside the network) and, in distillation,
+`teacher-state-NNNNNN.cache` (the pool). `checkpointNNNNNN.json` is written last, with every file's size
+and checksum: a set without it, or that differs from it, is no checkpoint.
+"""
+
+import json
+import logging
+import os
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch as th
+from torch import nn
+
+from ..config.settings import Run, Student
+from ..errors import UserError
+from ..io.files import atomic_path, sha256_of
+from ..io.torch_file import read_torch_file
+
+HEAD_PREFIX = "out_embed."  # of the noise encoder inside the original TCCD's checkpoints
+_MANIFEST = re.compile(r"checkpoint(\d{6,})\.json", re.ASCII)
+_OF_A_SET = re.compile(
+    r"(?:model|ema_[^/]*_|opt|head|teacher-state-)(\d{6}|[1-9]\d{6,})\.(?:pt|cache)", re.ASCII
+)
+MANIFEST_BYTES = 1 << 20  # a larger file is none
+logger = logging.getLogger(__name__)
+
+
+def load_state_dict(path: str | os.PathLike) -> dict[str, th.Tensor]:
+    """Read a state dict: a mapping of names to tensors.
+
+    Raises:
+        UserError: as `read_torch_file`, or if it is no state dict.
+    """
+    state = read_torch_file(path)
+    if not isinstance(state, Mapping) or not all(
+        isinstance(k, str) and isinstance(v, th.Tensor) for k, v in state.items()
+    ):
+        raise UserError(f"{path}: holds no state dict (a mapping of names to tensors)")
+    return dict(state)
+
+
+def load_network(module: nn.Module, path: str | os.PathLike) -> dict[str, th.Tensor]:
+    """Load a U-Net checkpoint strictly, fp16 or fp32, of ADM's, DKDM's, TCCD's or our making.
+
+    Args:
+        module: receives the weights, in its own dtype.
+        path: the checkpoint.
+
+    Returns:
+        The noise encoder's entries that the original TCCD stores along (prefix `out_embed.` removed);
+        empty for plain checkpoints.
+
+    Raises:
+        UserError: entries missing, unexpected or of another shape: a few of each, and how many.
+    """
+    state = load_state_dict(path)
+    head = {k.removeprefix(HEAD_PREFIX): v for k, v in state.items() if k.startswith(HEAD_PREFIX)}
+    body = {k: v for k, v in state.items() if not k.startswith(HEAD_PREFIX)}
+    load_strictly(module, body, path)
+    return head
+
+
+def load_strictly(module: nn.Module, state: Mapping[str, th.Tensor], origin: Any) -> None:
+    """`load_state_dict` that names what does not fit in one line; see `load_network`."""
+    own = module.state_dict()
+    problems = {
+        "missing": [k for k in own if k not in state],
+        "unexpected": [k for k in state if k not in own],
+        "of another shape": [
+            f"{k} {tuple(state[k].shape)} instead of {tuple(own[k].shape)}"
+            for k in own
+            if k in state and state[k].shape != own[k].shape
+        ],
+    }
+    if any(problems.values()):
+        told = [
+            f"{len(names)} {kind} ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})"
+            for kind, names in problems.items()
+            if names
+        ]
+        raise UserError(f"{origin}: does not fit the configured network: {'; '.join(told)}")
+    if not all(v.is_floating_point() == own[k].is_floating_point() for k, v in state.items()):
+        raise UserError(f"{origin}: holds integers where weights are expected")
+    module.load_state_dict(dict(state))
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A complete set of files of one step."""
+
+    directory: Path
+    step: int
+    files: tuple[str, ...]
+
+    def path(self, name: str) -> Path:
+        """The file called `name`, such as "model" or "ema_0.9999"."""
+        return self.directory / file_name(name, self.step)
+
+    def has(self, name: str) -> bool:
+        """Whether the set holds it."""
+        return file_name(name, self.step) in self.files
+
+
+def file_name(name: str, step: int) -> str:
+    """`modelNNNNNN.pt`, `ema_RATE_NNNNNN.pt`, ..., `teacher-state-NNNNNN.cache`."""
+    if name == "pool":
+        return f"teacher-state-{step:06d}.cache"
+    return f"{name}{'_' if name.startswith('ema') else ''}{step:06d}.pt"
+
+
+def manifest_name(step: int) -> str:
+    """`checkpointNNNNNN.json`."""
+    return f"checkpoint{step:06d}.json"
+
+
+def manifest_step(name: str) -> int | None:
+    """The step of the manifest called so; None if it is no manifest's name."""
+    return int(match[1]) if (match := _MANIFEST.fullmatch(name)) else None
+
+
+def file_step(name: str) -> int | None:
+    """The step of the set that a file called so belongs to; None if it is of no set."""
+    return int(match[1]) if (match := _OF_A_SET.fullmatch(name)) else None
+
+
+def save_checkpoint(directory: Path, step: int, contents: Mapping[str, Any]) -> Checkpoint:
+    """Write a checkpoint; nothing of it counts before all of it is on disk.
+
+    Args:
+        directory: where to.
+        step: iterations done.
+        contents: by name, what `torch.save` takes, or a function that writes the path it is given.
+    """
+    sums = {}
+    for name, content in contents.items():
+        path = directory / file_name(name, step)
+        with atomic_path(path) as temporary:
+            if isinstance(content, Callable):  # type: ignore[arg-type]
+                content(temporary)
+            else:
+                th.save(content, temporary)
+            sums[path.name] = {"bytes": temporary.stat().st_size, "sha256": sha256_of(temporary)}
+    _write_manifest(directory, step, sums)
+    return Checkpoint(directory, step, tuple(sums))
+
+
+def drop_file(checkpoint: Checkpoint, name: str) -> None:
+    """Remove one file of a checkpoint, which stays complete without it."""
+    if not checkpoint.has(name):
+        return
+    path = checkpoint.path(name)
+    files = read_manifest(checkpoint.directory, checkpoint.step)
+    del files[path.name]
+    _write_manifest(checkpoint.directory, checkpoint.step, files)
+    path.unlink()
+
+
+def complete_checkpoints(directory: Path) -> list[Checkpoint]:
+    """The checkpoints whose manifest and files are there with the right sizes, the oldest first."""
+    found = []
+    for path in directory.glob("checkpoint*.json"):
+        if (step := manifest_step(path.name)) is None:
+            continue
+        try:
+            files = read_manifest(directory, step)
+            sizes = {name: (directory / name).stat().st_size for name in files}
+            wrong = [name for name in files if sizes[name] != files[name]["bytes"]]
+        except (OSError, ValueError) as error:
+            logger.warning("ignoring %s: %s", path, error)
+            continue
+        if wrong:
+            logger.warning("ignoring %s: %s has another size than when it was written", path, wrong[0])
+            continue
+        found.append(Checkpoint(directory, step, tuple(files)))
+    return sorted(found, key=lambda checkpoint: checkpoint.step)
+
+
+def newest_checkpoint(directory: Path) -> Checkpoint | None:
+    """The newest complete checkpoint whose files still have their checksums; None if there is none."""
+    for checkpoint in reversed(complete_checkpoints(directory)):
+        if not (damage := _damage(checkpoint)):
+            return checkpoint
+        logger.warning("ignoring the checkpoint at step %d: %s", checkpoint.step, damage)
+    return None
+
+
+def _damage(checkpoint: Checkpoint) -> str:
+    """What is wrong with a file of a complete checkpoint; "" if nothing is."""
+    try:
+        for name, file in read_manifest(checkpoint.directory, checkpoint.step).items():
+            if sha256_of(checkpoint.directory / name) != file["sha256"]:
+                return f"{name} is damaged"
+    except (OSError, ValueError) as error:
+        return str(error)
+    return ""
+
+
+@dataclass(frozen=True)
+class Retention:
+    """Which checkpoints stay, and which of them with their pools.
+
+    Attributes:
+        keep_last: how many of the newest checkpoints stay; 0 for all.
+        keep_every: checkpoints at multiples of this stay too; 0 for none.
+        keep_pool_every: pools at multiples of this stay besides the newest two; -1 for none. Two, so
+            that a run whose newest checkpoint is damaged still resumes exactly from the one before.
+    """
+
+    keep_last: int = 0
+    keep_every: int = 0
+    keep_pool_every: int = -1
+
+    @classmethod
+    def of(cls, student: Student, run: Run) -> "Retention":
+        """As a configuration says."""
+        return cls(run.keep_last, run.keep_every, student.cache_save_interval)
+
+    def superfluous(self, steps: Sequence[int]) -> list[int]:
+        """Those of some checkpoints, the oldest first, that need not stay."""
+        old = steps[: -self.keep_last] if self.keep_last else []
+        return [step for step in old if not self.keep_every or step % self.keep_every]
+
+    def without_pool(self, steps: Sequence[int]) -> list[int]:
+        """Those of some checkpoints, the oldest first, whose pools need not stay."""
+        return [step for step in steps[:-2] if self.keep_pool_every < 1 or step % self.keep_pool_every]
+
+
+def remove_checkpoint(checkpoint: Checkpoint) -> None:
+    """Remove a checkpoint, its manifest first, so that what is left never counts as complete."""
+    (checkpoint.directory / manifest_name(checkpoint.step)).unlink()
+    for name in checkpoint.files:
+        (checkpoint.directory / name).unlink(missing_ok=True)
+
+
+def read_manifest(directory: Path, step: int) -> dict[str, dict[str, Any]]:
+    """Each file's "bytes" and "sha256".
+
+    Raises:
+        ValueError: as `parse_manifest`; or OSError.
+    """
+    path = directory / manifest_name(step)
+    if path.stat().st_size > MANIFEST_BYTES:
+        raise ValueError("too large for a manifest")
+    return parse_manifest(path.read_bytes(), step)
+
+
+def parse_manifest(content: bytes, step: int) -> dict[str, dict[str, Any]]:
+    """Each file's "bytes" and "sha256".
+
+    Raises:
+        ValueError: it is no manifest of this step's. Its names are not to be believed either: files
+            that it names are removed in time.
+    """
+    try:
+        files = json.loads(content)["files"]
+        valid = all(
+            file_step(name) == step and file.keys() == {"bytes", "sha256"} for name, file in files.items()
+        )
+    except (KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise ValueError(f"not a manifest ({error})") from None
+    if not valid or file_name("model", step) not in files:
+        raise ValueError("not a manifest of this step's files")
+    return files
+
+
+def manifest_text(step: int, files: Mapping[str, Any]) -> str:
+    """What `parse_manifest` reads."""
+    return json.dumps({"step": step, "files": files}, indent=1)
+
+
+def _write_manifest(directory: Path, step: int, files: dict[str, dict[str, Any]]) -> None:
+    with atomic_path(directory / manifest_name(step)) as temporary:
+        temporary.write_text(manifest_text(step, files))
+
+
+def open_checkpoint(path: str | os.PathLike) -> Checkpoint:
+    """The checkpoint that `--resume_checkpoint` means.
+
+    Args:
+        path: a run directory (its newest complete checkpoint), or a `modelNNNNNN.pt`, which may be one
+            of the originals' without a manifest: then whatever lies beside it under the same number.
+
+    Raises:
+        UserError: there is none, or the file's name tells no step.
+    """
+    path = Path(path)
+    if path.is_dir():
+        if (newest := newest_checkpoint(path)) is None:
+            raise UserError(f"{path}: holds no complete checkpoint")
+        return newest
+    if not path.is_file():
+        raise UserError(f"no such checkpoint: {path}")
+    if not (match := re.fullmatch(r"model(\d+)\.pt", path.name)):
+        raise UserError(f"{path}: to resume, name a run directory or a file called modelNNNNNN.pt")
+    number = match[1]
+    step = int(number)
+    if (path.parent / manifest_name(step)).exists():
+        named = next((c for c in complete_checkpoints(path.parent) if c.step == step), None)
+        damage = _damage(named) if named else "it is not complete"
+        if named is None or damage:
+            raise UserError(f"{path}: differs from {manifest_name(step)}: {damage}")
+        return named
+    beside = [
+        p.name for p in path.parent.iterdir() if p.stem.endswith(number) and p.suffix in (".pt", ".cache")
+    ]
+    return Checkpoint(path.parent, step, tuple(beside))

@@ -1,0 +1,286 @@
+"""A run's directory: chosen, described and closed in one place."""
+
+import argparse
+import datetime
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from .. import dist_util
+from ..config import command_line
+from ..config.loading import experiment_text, project_root
+from ..config.settings import Experiment
+from ..errors import UserError
+from ..io.files import atomic_path, held, remove_leftovers
+from ..io.remote import is_url, normalised
+from ..logger import RunLog
+from ..processes.stopping import Stopped
+from .checkpoint import Checkpoint, Retention, newest_checkpoint, open_checkpoint
+from .figures import save_curves
+from .mirror import Mirror, fetch_checkpoint, run_url
+
+_NOT_YET = "not yet"  # in run.json, while the run goes on
+
+
+@contextmanager
+def start_run(
+    kind: str, experiment: Experiment, args: argparse.Namespace, batch_size: int
+) -> Iterator[tuple[RunLog, Checkpoint | None]]:
+    """Meet the other ranks, open the run's directory, and find what to continue from.
+
+    The directory is `--exp_dir`, or for a URL the local one that it is a copy of; or that of
+    `--resume_checkpoint`; or that of an unfinished run of the same configuration, so that the same
+    command continues it; or a new experiments/KIND/NAME-TIME.
+    Until the block ends no other run can write there.
+
+    Args:
+        kind: "kd" or "train", the folder under experiments/.
+        experiment: the configuration; its resolved form is written to config.yaml.
+        args: the command line's --config, --exp_dir, --resume_checkpoint and --wandb.
+        batch_size: of one rank.
+
+    Yields:
+        The record, and the checkpoint to continue from, if any. How the block ends is written to
+        run.json: "finished", "stopped", or the error.
+
+    Raises:
+        UserError: no such checkpoint, another run is writing to the directory, or its copy at a URL
+            could not be reached at the start, or not be brought up to date at the end.
+    """
+    mirror = _mirror(experiment, args)
+    dist_util.setup_dist()
+    with ExitStack() as lock:
+        directory, resume = dist_util.from_rank_zero(lambda: _choose(kind, experiment, args, mirror, lock))
+        with _copied(mirror), _recorded(directory, experiment, args, batch_size) as log:
+            if mirror is not None:
+                log.publish = mirror.push
+                log.info(f"copied to {mirror.url} with each checkpoint")
+            yield log, resume
+
+
+def _mirror(experiment: Experiment, args: argparse.Namespace) -> Mirror | None:
+    """The copy that the run's directory has, if `--exp_dir`, or else `--resume_checkpoint`, is a URL."""
+    wanted = args.resume_checkpoint or experiment.student.resume_checkpoint
+    if args.exp_dir is None and is_url(wanted):
+        url = run_url(wanted)
+    elif args.exp_dir is not None and is_url(args.exp_dir):
+        url = args.exp_dir
+    else:
+        return None
+    return Mirror(
+        url, command_line.remote_path(args.config), Retention.of(experiment.student, experiment.run)
+    )
+
+
+@contextmanager
+def _copied(mirror: Mirror | None) -> Iterator[None]:
+    """Bring the copy up to date when the block ends, whether it ends well or not.
+
+    Raises:
+        UserError: the block ended well, and the copy could not be. A block that failed fails as it did.
+    """
+    try:
+        yield
+    except Exception as error:
+        together = isinstance(error, Stopped)  # anything else may have befallen this rank alone
+        if mirror is not None and (together or dist_util.rank() == 0):
+            try:
+                if together:
+                    _push(mirror)
+                else:
+                    mirror.push()
+            except UserError as failure:
+                if dist_util.rank() == 0:
+                    print(f"WARNING: {failure}", file=sys.stderr, flush=True)
+        raise
+    if mirror is not None:
+        _push(mirror)
+
+
+@contextmanager
+def _recorded(
+    directory: Path, experiment: Experiment, args: argparse.Namespace, batch_size: int
+) -> Iterator[RunLog]:
+    """Open a run's record, and close it with the reason for which the block ended."""
+    launch = dist_util.setup_dist()
+    log = RunLog(directory, active=launch.rank == 0, wandb=args.wandb, name=experiment.name)
+    devices = dist_util.describe()
+    record = _record(args.config, devices)
+    if launch.rank == 0:
+        remove_leftovers(directory)
+        with atomic_path(directory / "config.yaml") as temporary:
+            temporary.write_text(experiment_text(experiment))
+        _write(directory, record | {"ended": _NOT_YET})
+    log.info(f"{experiment.name}: writing to {directory}")
+    for line in devices:
+        log.info(line)
+    log.info(
+        f"{launch.world_size} rank(s) (launcher: {launch.launcher}), batch {batch_size} per rank, "
+        f"{batch_size * launch.world_size} together"
+    )
+    try:
+        yield log
+    except BaseException as error:
+        told = isinstance(error, (Stopped, UserError))
+        reason = str(error) if told else repr(error)
+        log.info(f"ended: {reason} (at its peak {dist_util.peak_memory()})")
+        with log.tolerant():
+            if launch.rank == 0 or not isinstance(error, Stopped):
+                who = f"rank {launch.rank}: " if launch.rank else ""
+                _write_end(directory, record, who + reason)
+        raise
+    else:
+        log.info(f"finished; at its peak {dist_util.peak_memory()}")
+        if launch.rank == 0:
+            _write(directory, record | _ending("finished"))
+    finally:
+        with log.tolerant():
+            if launch.rank == 0 and (directory / "progress.csv").exists():
+                save_curves(directory / "curves.png", directory / "progress.csv", experiment.name)
+        log.close()
+
+
+def _push(mirror: Mirror) -> None:
+    """Bring a copy up to date, by rank 0; the others wait, so that none ends the job meanwhile.
+
+    Raises:
+        UserError: it could not be, on all ranks.
+    """
+    try:
+        dist_util.from_rank_zero(mirror.push)
+    except UserError as error:
+        raise UserError(
+            f"{mirror.url} is not up to date: {error}; all of it is in {mirror.directory}, "
+            "and the same command tries again"
+        ) from None
+
+
+def _choose(
+    kind: str, experiment: Experiment, args: argparse.Namespace, mirror: Mirror | None, lock: ExitStack
+) -> tuple[Path, Checkpoint | None]:
+    """The run's directory, which `lock` holds from here on, and what to continue from."""
+    own = mirror.directory if mirror else Path(args.exp_dir) if args.exp_dir else None
+    wanted = args.resume_checkpoint or experiment.student.resume_checkpoint
+    if wanted and not (mirror and is_url(wanted) and normalised(wanted) == mirror.url):
+        named = _open_named(wanted, args.config)
+        directory = _hold_first([own or named.directory], lock)
+        if mirror:
+            mirror.require_writable()
+        return directory, named
+    if own is not None:
+        candidates = [own]
+    else:
+        parent = command_line.output_path(f"experiments/{kind}", args.config)
+        now = datetime.datetime.now().strftime("%Y-%m-%d-%H-%M-%S")
+        candidates = [*_unfinished(parent, experiment), parent / f"{experiment.name}-{now}"]
+    directory = _hold_first(candidates, lock)
+    newest = mirror.pull() if mirror else newest_checkpoint(directory)
+    if wanted and newest is None:
+        raise UserError(f"{wanted}: holds no complete checkpoint")
+    return directory, newest
+
+
+def _open_named(wanted: str, config: Path) -> Checkpoint:
+    """The checkpoint that --resume_checkpoint, or the key of that name, means."""
+    if is_url(wanted):
+        return fetch_checkpoint(wanted, command_line.remote_path(config) / "files")
+    found = [path for path in (Path(wanted), command_line.output_path(wanted, config)) if path.exists()]
+    return open_checkpoint(found[0] if found else wanted)
+
+
+def _hold_first(candidates: list[Path], lock: ExitStack) -> Path:
+    """The first directory in which no other run is writing; made if missing.
+
+    Raises:
+        UserError: there is none.
+    """
+    for directory in candidates:
+        directory.mkdir(parents=True, exist_ok=True)
+        try:
+            lock.enter_context(held(directory))
+            return directory
+        except UserError:
+            if directory is candidates[-1]:
+                raise
+    raise AssertionError("no candidates")
+
+
+def _unfinished(parent: Path, experiment: Experiment) -> list[Path]:
+    """The runs of this very configuration that have a checkpoint and did not finish, the newest first."""
+    text = experiment_text(experiment)
+    found = []
+    for directory in sorted(parent.glob(f"{experiment.name}-*"), reverse=True):
+        try:
+            same = (directory / "config.yaml").read_text() == text
+            ended = _ended(directory)
+        except (OSError, ValueError):
+            continue  # not a run of ours, or one that never began
+        if same and ended != "finished" and newest_checkpoint(directory) is not None:
+            found.append(directory)
+    return found
+
+
+def _record(config: Path, devices: list[str]) -> dict[str, Any]:
+    """What a run's results may depend on besides its configuration."""
+    packages = ("torch", "numpy", "omegaconf", "safetensors", "mpi4py")
+    installed = {d.metadata["Name"]: d.version for d in metadata.distributions()}
+    return {
+        "command": sys.argv,
+        "started": datetime.datetime.now().isoformat(timespec="seconds"),
+        "git_revision": _git_revision(project_root(config)),
+        "versions": {"python": sys.version.split()[0]} | {p: installed.get(p) for p in packages},
+        "ranks": devices,
+    }
+
+
+def _git_revision(folder: Path) -> str | None:
+    """The commit checked out in a folder, "+changes" if files differ from it; None outside git."""
+    git = ["git", "-C", str(folder)]
+    try:
+        head = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, timeout=10)
+        changes = subprocess.run(
+            [*git, "status", "--porcelain", "-uno"], capture_output=True, text=True, timeout=10
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    if head.returncode:
+        return None
+    return head.stdout.strip() + ("+changes" if changes.stdout.strip() else "")
+
+
+def _ended(directory: Path) -> str:
+    """How a run ended, from its run.json.
+
+    Raises:
+        ValueError: the file does not say.
+    """
+    try:
+        return str(json.loads((directory / "run.json").read_text())["ended"])
+    except (KeyError, TypeError, RecursionError) as error:
+        raise ValueError(f"not a record of a run ({error})") from None
+
+
+def _write_end(directory: Path, record: dict[str, Any], reason: str) -> None:
+    """Record why a run ended, unless a rank did already: the first reason is the cause of the others."""
+    try:
+        first = _ended(directory) == _NOT_YET
+    except (OSError, ValueError):
+        first = True
+    if first:
+        _write(directory, record | _ending(reason))
+
+
+def _ending(reason: str) -> dict[str, str]:
+    """What is added to a run's record when it ends."""
+    now = datetime.datetime.now().isoformat(timespec="seconds")
+    return {"ended": reason, "ended_at": now, "peak_memory": dist_util.peak_memory()}
+
+
+def _write(directory: Path, record: dict[str, Any]) -> None:
+    with atomic_path(directory / "run.json") as temporary:
+        temporary.write_text(json.dumps(record, indent=1))

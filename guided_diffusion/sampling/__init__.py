@@ -1,0 +1,1 @@
+"""Drawing samples: samplers, solvers, and sets of samples on disk."""

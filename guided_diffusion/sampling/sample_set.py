@@ -1,0 +1,179 @@
+"""A set of samples on disk: drawn in shards that survive an interruption, then joined into one npz."""
+
+import json
+import re
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from .. import dist_util
+from ..errors import UserError
+from ..gaussian_diffusion import GaussianDiffusion
+from ..io.files import NpzFile, atomic_path, remove_leftovers, sha256_of
+from ..io.npz_writer import create_npz
+from ..logger import progress_bar
+from ..runs.figures import save_grid
+from ..unet import UNetModel
+from .samplers import sample_images, sampling_loop
+
+_SHARD = re.compile(r"(\d+)-(\d+)\.npz")
+
+
+class SampleSet:
+    """`num_samples` images in a directory; sample i depends on (seed, i) alone.
+
+    Running the same again continues where it stopped, with any batch size and number of ranks.
+
+    Args:
+        directory: holds the shards while drawing, then `samples_NxHxWx3.npz` and `samples.png`.
+        num_samples: N.
+        seed: of the set.
+        sampler: as in `sampling.sampling_loop`.
+        clip_denoised: clip the predicted x_0 to [-1, 1] in every step.
+
+    Raises:
+        UserError: the sampler needs a package that is not installed.
+        ValueError: no such sampler.
+    """
+
+    def __init__(self, directory: Path, num_samples: int, *, seed: int, sampler: str, clip_denoised: bool):
+        sampling_loop(sampler)
+        self.directory, self.num_samples = directory, num_samples
+        self.seed, self.sampler, self.clip_denoised = seed, sampler, clip_denoised
+        self.shards = directory / "shards"
+
+    def draw(self, model: UNetModel, diffusion: GaussianDiffusion, weights: Path, batch_size: int) -> Path:
+        """Draw what is missing and join it. Collective.
+
+        Args:
+            model: on this rank's device.
+            diffusion: its (respaced) process.
+            weights: the checkpoint the model was loaded from, recorded beside the samples.
+            batch_size: images at a time and rank.
+
+        Returns:
+            The npz.
+
+        Raises:
+            UserError: the directory holds samples drawn with other settings, or another process is
+                writing to it.
+        """
+        self.directory.mkdir(parents=True, exist_ok=True)
+        with dist_util.held(self.directory):
+            return self._draw(model, diffusion, weights, batch_size)
+
+    def _draw(self, model: UNetModel, diffusion: GaussianDiffusion, weights: Path, batch_size: int) -> Path:
+        size = model.image_size
+        final = self.directory / f"samples_{self.num_samples}x{size}x{size}x3.npz"
+        settings = {
+            "model_sha256": sha256_of(weights),
+            "timesteps": diffusion.timestep_map,
+            "seed": self.seed,
+            "sampler": self.sampler,
+            "clip_denoised": self.clip_denoised,
+            "device": dist_util.dev().type,
+            "dtype": str(model.compute_dtype),
+        }
+        with dist_util.rank_zero_first() as first:
+            if first:
+                self._check_settings(settings)
+                self._tidy(final, size)
+        if final.is_file():
+            return final
+
+        todo = self._missing_batches(batch_size)
+        dist_util.barrier()  # all ranks have looked before any writes
+        rank, world = dist_util.rank(), dist_util.world_size()
+        mine = todo[rank::world]
+        bar = progress_bar(sum(len(batch) for batch in mine), "sampling", active=rank == 0)
+        for number, indices in enumerate(mine):
+            images, labels = sample_images(
+                model,
+                diffusion,
+                indices,
+                seed=self.seed,
+                sampler=self.sampler,
+                clip_denoised=self.clip_denoised,
+            )
+            shard = self.shards / f"{indices.start}-{indices.stop}.npz"
+            with create_npz(shard, len(images)) as writer:
+                writer.append(images, labels)
+            bar.update(len(indices))
+            if bar.disable and rank == 0:
+                print(f"  batch {number + 1} of {len(mine)} drawn", flush=True)
+        bar.close()
+        dist_util.barrier()
+        with dist_util.rank_zero_first() as first:
+            if first:
+                self._join(final)
+        return final
+
+    def _check_settings(self, settings: dict[str, Any]) -> None:
+        path = self.directory / "sampling.json"
+        if path.is_file():
+            try:
+                before = dict(json.loads(path.read_text()))
+            except (ValueError, TypeError, RecursionError):
+                raise UserError(f"{path}: is damaged; choose another --name, or remove the folder") from None
+            changed = [key for key in settings if before.get(key) != settings[key]]
+            if changed:
+                raise UserError(
+                    f"{self.directory}: holds samples drawn with another {', '.join(changed)}; "
+                    "choose another --name, or remove it"
+                )
+        with atomic_path(path) as temporary:
+            temporary.write_text(json.dumps(settings))
+
+    def _tidy(self, final: Path, size: int) -> None:
+        """Clear away what a killed run left: halves of files, damaged shards, shards already joined."""
+        for directory in (self.directory, self.shards):
+            remove_leftovers(directory)
+        if final.is_file():
+            shutil.rmtree(self.shards, ignore_errors=True)
+        for indices, path in self._drawn():
+            try:
+                images = NpzFile(path).load("arr_0")
+                if images.shape != (len(indices), size, size, 3):
+                    raise UserError(f"{path}: holds {list(images.shape)}")
+            except UserError as error:
+                print(f"WARNING: {error}; drawing these samples again", file=sys.stderr, flush=True)
+                path.unlink()
+
+    def _drawn(self) -> list[tuple[range, Path]]:
+        found = []
+        for path in self.shards.glob("*.npz"):
+            if match := _SHARD.fullmatch(path.name):
+                found.append((range(int(match[1]), int(match[2])), path))
+        return sorted(found, key=lambda pair: pair[0].start)
+
+    def _missing_batches(self, batch_size: int) -> list[range]:
+        """What is not drawn yet, cut at multiples of the batch size."""
+        missing = np.ones(self.num_samples, dtype=bool)
+        for indices, _ in self._drawn():
+            missing[indices.start : indices.stop] = False
+        batches = []
+        for start in range(0, self.num_samples, batch_size):
+            run = np.flatnonzero(missing[start : start + batch_size]) + start
+            for part in np.split(run, np.flatnonzero(np.diff(run) > 1) + 1):
+                if len(part):
+                    batches.append(range(int(part[0]), int(part[-1]) + 1))
+        return batches
+
+    def _join(self, final: Path) -> None:
+        with create_npz(final, self.num_samples) as writer:
+            done = 0
+            for indices, path in self._drawn():
+                shard = NpzFile(path)
+                skip = slice(done - indices.start, self.num_samples - indices.start)
+                images = shard.load("arr_0")[skip]
+                labels = shard.load("arr_1")[skip] if "arr_1" in shard.headers else None
+                writer.append(images, labels)
+                if not done:  # before the archive has its name: once it has, all is done
+                    save_grid(
+                        self.directory / "samples.png", images[:64], scale=max(1, 64 // images.shape[1])
+                    )
+                done += len(images)
+        shutil.rmtree(self.shards)

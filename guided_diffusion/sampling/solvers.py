@@ -1,0 +1,95 @@
+"""Higher-order solvers of the diffusion ODE; the only module that knows diffusers.
+
+A solver takes few, long steps along the path that DDIM follows at first order (DDIM section 4.3). Our
+process does the rest, as for its own samplers: it gives the steps, their betas, the timesteps that the
+network is called with, and the predicted, clipped x_0, whatever the network predicts.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch as th
+
+from ..errors import UserError
+from ..gaussian_diffusion import GaussianDiffusion, Model, NoiseFn, Sample
+
+
+def scheduler_class(solver: str) -> Any:
+    """The diffusers scheduler of a solver.
+
+    "dpmpp_2m": DPM-Solver++ 2M (Lu et al., 2022, algorithm 2). "unipc": UniPC-2 with B(h) = e^h - 1 (Zhao
+    et al., 2023). Both are multistep and call the network once per step.
+
+    Raises:
+        UserError: diffusers is not installed, or cannot be imported.
+        ValueError: no such solver.
+    """
+    try:
+        if solver == "dpmpp_2m":
+            from diffusers.schedulers.scheduling_dpmsolver_multistep import DPMSolverMultistepScheduler
+
+            return DPMSolverMultistepScheduler
+        if solver == "unipc":
+            from diffusers.schedulers.scheduling_unipc_multistep import UniPCMultistepScheduler
+
+            return UniPCMultistepScheduler
+    except ImportError as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"sampler {solver}: needs pip install 'diffusers>=0.42' ({reason})") from None
+    raise ValueError(f"unknown solver '{solver}', expected 'dpmpp_2m' or 'unipc'")
+
+
+def make_scheduler(solver: str, diffusion: GaussianDiffusion) -> Any:
+    """A scheduler at the start of one trajectory through all the process's steps, T-1 to 0.
+
+    To the scheduler the (respaced) process is a trained one whose every step is visited, so nothing of
+    diffusers' own choice of timesteps enters. A scheduler remembers its trajectory: make one for each.
+    """
+    steps = diffusion.num_timesteps
+    scheduler = scheduler_class(solver)(
+        num_train_timesteps=steps,
+        trained_betas=diffusion.betas,
+        prediction_type="sample",
+        timestep_spacing="trailing",  # T steps of T are then exactly T-1 .. 0, for both
+    )
+    # diffusers multiplies up in float32, which loses 1 - alpha_bar at the clean end, alpha_bar at the other.
+    scheduler.alphas_cumprod = th.from_numpy(diffusion.alphas_cumprod)
+    scheduler.set_timesteps(steps)
+    if not np.array_equal(scheduler.timesteps, np.arange(steps)[::-1]):
+        raise RuntimeError(f"this version of diffusers visits other timesteps: {scheduler.timesteps}")
+    scheduler.set_begin_index(0)
+    return scheduler
+
+
+def solver_sample_loop(
+    diffusion: GaussianDiffusion,
+    model: Model,
+    shape: Sequence[int],
+    *,
+    solver: str,
+    noise: th.Tensor | None = None,
+    clip_denoised: bool = True,
+    model_kwargs: dict[str, Any] | None = None,
+    noise_fn: NoiseFn | None = None,
+) -> th.Tensor:
+    """Samples [B, 3, H, W] from noise, deterministic as DDIM's; the model is called T times.
+
+    Args:
+        diffusion: the (respaced) process whose T steps are taken.
+        model, shape, noise, clip_denoised, model_kwargs, noise_fn: as in
+            `GaussianDiffusion.p_sample_loop_progressive`; noise is drawn for the start alone.
+        solver: as in `scheduler_class`.
+
+    Raises:
+        UserError, ValueError: as in `scheduler_class`.
+    """
+    scheduler = make_scheduler(solver, diffusion)
+
+    def step(x: th.Tensor, t: th.Tensor) -> Sample:
+        pred_xstart = diffusion.p_mean_variance(model, x, t, clip_denoised, None, model_kwargs)["pred_xstart"]
+        return Sample(sample=scheduler.step(pred_xstart, t[0], x).prev_sample, pred_xstart=pred_xstart)
+
+    for out in diffusion.chain(step, model, shape, noise=noise, noise_fn=noise_fn):
+        final = out["sample"]
+    return final

@@ -1,0 +1,1 @@
+"""What the commands run, put together from a configuration."""

@@ -1,0 +1,1 @@
+"""What the training loop of train_util is made of."""

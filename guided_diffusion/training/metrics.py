@@ -1,0 +1,51 @@
+"""Means of what a run logs, gathered without waiting for the device."""
+
+from collections.abc import Mapping
+
+import torch as th
+
+from .. import dist_util
+from ..distill.objectives import PassLoss
+
+
+class Metrics:
+    """Means of logged quantities since the last reading, summed on the device without waiting for it."""
+
+    def __init__(self) -> None:
+        self.sums: dict[str, th.Tensor] = {}
+
+    def add(self, name: str, values: th.Tensor) -> None:
+        """Take in values [B], or one value []."""
+        values = values.detach().float()
+        pair = th.stack([values.sum(), th.full((), values.numel(), device=values.device)])
+        self.sums[name] = self.sums[name] + pair if name in self.sums else pair
+
+    def add_pass(self, out: PassLoss, num_timesteps: int) -> None:
+        """Take in the terms of a pass, also by quartile of t: q0 are the cleanest steps."""
+        quartile = th.nn.functional.one_hot(4 * out.t // num_timesteps, 4).float()  # [B, 4]
+        for name, values in out.terms.items():
+            self.add(name, values)
+            pairs = th.stack([values.detach().float() @ quartile, quartile.sum(0)], dim=1)  # [4, 2]
+            for q in range(4):
+                key = f"{name}_q{q}"
+                self.sums[key] = self.sums[key] + pairs[q] if key in self.sums else pairs[q]
+
+    def read(self) -> dict[str, float]:
+        """The means over all ranks, and start anew. Collective; waits for the device."""
+        totals = self.totals()
+        self.sums = {}
+        pairs = {name: pair.tolist() for name, pair in totals.items()}
+        return {name: total / count for name, (total, count) in pairs.items() if count}
+
+    def totals(self) -> dict[str, th.Tensor]:
+        """Each quantity's sum and count over all ranks, [2], on the device. Collective."""
+        names = list(self.sums)
+        if not names:
+            return {}
+        totals = dist_util.all_reduce_sum(th.stack([self.sums[name] for name in names]))
+        return dict(zip(names, totals, strict=True))
+
+    def load_totals(self, totals: Mapping[str, th.Tensor]) -> None:
+        """Continue from `totals`, which rank 0 takes up for all."""
+        share = float(dist_util.rank() == 0)
+        self.sums = {name: pair.to(dist_util.dev()) * share for name, pair in totals.items()}
