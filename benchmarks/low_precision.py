@@ -11,7 +11,6 @@ has been rounded to 16 bits and rounds the result once, which is what the hardwa
 import argparse
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import replace
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
@@ -24,14 +23,15 @@ from torch.utils._pytree import tree_map
 from evaluations.digits import load_digit_images
 from evaluations.evaluator import evaluate
 from guided_diffusion import dist_util
-from guided_diffusion.config.settings import Experiment
+from guided_diffusion.config.settings import DistillationExperiment
 from guided_diffusion.distill.dynamic_batch import DynamicBatch
 from guided_diffusion.io.npz_writer import create_npz
+from guided_diffusion.networks.precision import compute_dtype
 from guided_diffusion.processes.launch import run_script
-from guided_diffusion.processes.precision import compute_dtype
 from guided_diffusion.runs.checkpoint import load_network, newest_checkpoint
 from guided_diffusion.sampling.sample_set import SampleSet
-from guided_diffusion.script_util import build_network, build_process
+from guided_diffusion.sampling.samplers import ANCESTRAL
+from guided_diffusion.script_util import build_network, build_process, build_space
 from guided_diffusion.setups.distillation import load_teacher
 
 aten = th.ops.aten
@@ -96,16 +96,16 @@ class Benchmark:
         with create_npz(self.reference, len(images)) as writer:
             writer.append(images, labels)
 
-    def experiment(self, precision: str, seed: int) -> Experiment:
+    def experiment(self, precision: str, seed: int) -> DistillationExperiment:
         """The demo's distillation in a precision."""
         save = f"student.save_interval={self.iterations}"
         return demo(self.iterations, seed, f"run.precision={precision}", save)
 
     def teacher_error(self, precision: str) -> float:
         """Mean squared difference of the teacher's predictions in a precision from those in float32."""
-        teacher, _ = load_teacher(self.experiment(precision, 0), WEIGHTS)
+        teacher = load_teacher(self.experiment(precision, 0), WEIGHTS)
         with arithmetic(precision):
-            return self.runs.error(teacher)
+            return self.runs.error(teacher.network)
 
     def student(self, precision: str, seed: int) -> tuple[float, float]:
         """Held-out error and digits-FD of a student, distilled now if it has not been.
@@ -123,15 +123,19 @@ class Benchmark:
             assert emulated is None or emulated.products > 0
         checkpoint = newest_checkpoint(folder)
         assert checkpoint is not None
-        weights = checkpoint.path(f"ema_{experiment.student.ema_rates[0]}")
+        weights = checkpoint.path(f"ema_{experiment.student.training.ema_rates[0]}")
         model, _ = build_network(experiment.student)
         load_network(model.to(dist_util.dev()), weights)
         error = self.runs.error(model)
-        process = build_process(replace(experiment.student, timestep_respacing="50"), "timestep_respacing")
+        process = build_process(experiment.student, "timestep_respacing", "50")
         samples = SampleSet(
-            folder / "samples", self.num_samples, seed=seed, sampler="ancestral", clip_denoised=True
+            folder / "samples",
+            self.num_samples,
+            seed=seed,
+            sampler=("ancestral", ANCESTRAL),
+            clip_denoised=True,
         )
-        images = samples.draw(model, process, weights, 125)
+        images = samples.draw(model, process, build_space(experiment.student), weights, 125)
         return error, evaluate(self.reference, images, backend="digits", use_cache=False).fd
 
 

@@ -21,41 +21,42 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from guided_diffusion import dist_util
 from guided_diffusion.config import command_line
-from guided_diffusion.config.loading import load_experiment
-from guided_diffusion.config.settings import Experiment, Run
+from guided_diffusion.config.loading import load_distillation
+from guided_diffusion.config.settings import DistillationExperiment, Run
 from guided_diffusion.distill.dynamic_batch import DynamicBatch
 from guided_diffusion.distill.objectives import Distillation
+from guided_diffusion.distill.source import TeacherSource
+from guided_diffusion.distill.teacher import Teacher
 from guided_diffusion.logger import RunLog
+from guided_diffusion.networks.precision import compute_dtype, place
 from guided_diffusion.processes.launch import run_script
-from guided_diffusion.processes.precision import compute_dtype, place
-from guided_diffusion.script_util import build_network
+from guided_diffusion.script_util import build_network, build_space
 from guided_diffusion.train_util import TrainLoop
 from guided_diffusion.training.ema import Ema
-from guided_diffusion.training.sources import TeacherSource
 
 ROOT = Path(__file__).resolve().parent.parent
 SAMPLING_STEPS = 50
 Parts = dict[str, Callable[[], object]]
 
 
-def loop_of(experiment: Experiment, batch_size: int, run: Run) -> TrainLoop:
+def loop_of(experiment: DistillationExperiment, batch_size: int, run: Run) -> TrainLoop:
     """The training loop on random weights and a small pool at mixed levels."""
-    assert experiment.teacher is not None
     th.manual_seed(0)
-    teacher, diffusion = build_network(experiment.teacher)
-    place(teacher.eval().requires_grad_(False), experiment.teacher, run, frozen=True)
-    model, _ = build_network(experiment.student)
-    objective = Distillation(model, diffusion, experiment.distill).to(dist_util.dev())
-    place(model, experiment.student, run)
-    pool = DynamicBatch.of_noise(4 * batch_size, model.image_size, diffusion.num_timesteps)
-    pool.levels = th.randint(1, diffusion.num_timesteps, (len(pool),))
-    pool = pool.store(dist_util.dev(), th.float32)
+    network, process = build_network(experiment.teacher)
+    use_fp16 = experiment.teacher.architecture.use_fp16
+    place(network.eval().requires_grad_(False), use_fp16, run, frozen=True)
+    teacher = Teacher(network, process, build_space(experiment.teacher))
+    student, process = build_network(experiment.student)
+    objective = Distillation(student, process, experiment.distill).to(dist_util.dev())
+    place(student, experiment.student.architecture.use_fp16, run)
+    pool = DynamicBatch.of_noise(4 * batch_size, teacher.space.shape, process.num_timesteps)
+    pool.levels = th.randint(1, process.num_timesteps, (len(pool),))
     return TrainLoop(
-        model=model,
+        network=student,
         objective=objective,
-        source=TeacherSource(pool, teacher, diffusion, batch_size, prob=1.0),
-        diffusion=diffusion,
-        student=dataclasses.replace(experiment.student, batch_size=batch_size),
+        source=TeacherSource(pool.stored_on(dist_util.dev(), th.float32), teacher, batch_size),
+        process=process,
+        training=dataclasses.replace(experiment.student.training, batch_size=batch_size),
         run=run,
         log=RunLog(Path(tempfile.gettempdir()), active=False),
     )
@@ -63,7 +64,7 @@ def loop_of(experiment: Experiment, batch_size: int, run: Run) -> TrainLoop:
 
 def parts_of(loop: TrainLoop) -> Parts:
     """The parts of an iteration, and a sampling step, each ready to be called again and again."""
-    source, objective, model, diffusion = loop.source, loop.objective, loop.model, loop.diffusion
+    source, objective, model, diffusion = loop.source, loop.objective, loop.network, loop.process
     assert isinstance(source, TeacherSource) and isinstance(objective, Distillation)
     batch = source.next_batch()
     model.train()
@@ -89,7 +90,7 @@ def parts_of(loop: TrainLoop) -> Parts:
 
 def make_plain(loop: TrainLoop) -> None:
     """Give a loop an optimizer and averages that go through the parameters one by one."""
-    loop.optimizer = th.optim.AdamW(loop.parameters, lr=loop.student.lr, foreach=False)
+    loop.optimizer = th.optim.AdamW(loop.parameters, lr=loop.training.lr, foreach=False)
 
     def step() -> th.Tensor:
         loop.optimizer.step()
@@ -162,9 +163,8 @@ def main() -> None:
     args = parser.parse_intermixed_args()
     dist_util.setup_dist()
     device = dist_util.dev()
-    experiment = load_experiment(args.config, args.overrides)
-    assert experiment.teacher is not None
-    dtype = compute_dtype(experiment.run.precision, experiment.student.use_fp16, device)
+    experiment = load_distillation(args.config, args.overrides)
+    dtype = compute_dtype(experiment.run.precision, experiment.student.architecture.use_fp16, device)
 
     shipped = loop_of(experiment, args.batch_size, experiment.run)
     plain = loop_of(experiment, args.batch_size, dataclasses.replace(experiment.run, precision="fp32"))
@@ -206,7 +206,7 @@ def main() -> None:
         ratio, rate = statistics.median(a / b for a, b in pairs), work / median("shipped", part) / 1e9
         milliseconds = f"{1e3 * median('plain', part):9.1f} ms{1e3 * median('shipped', part):9.1f} ms"
         print(f"{part:34}{milliseconds}{ratio:8.2f}{rate:10.1f}{rate / limit:10.0%}")
-    steps = experiment.teacher.diffusion_steps / 2 / experiment.distill.stride
+    steps = experiment.teacher.process.diffusion_steps / 2 / experiment.distill.stride
     for name, part, count in (
         (f"preparation, {steps:g} steps", "teacher step", steps),
         (f"sampling, {SAMPLING_STEPS} steps", "sampling step of the student", SAMPLING_STEPS),

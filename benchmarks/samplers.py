@@ -6,7 +6,6 @@ it half the range of them. What has been drawn is reused, so the command continu
 """
 
 import argparse
-import dataclasses
 from pathlib import Path
 from statistics import mean
 
@@ -16,12 +15,12 @@ from evaluations.digits import load_digit_images
 from evaluations.digits_floor import real_floor
 from evaluations.evaluator import evaluate
 from guided_diffusion.config.loading import load_experiment
-from guided_diffusion.config.settings import Network
+from guided_diffusion.config.registry import SAMPLERS, look_up
 from guided_diffusion.io.npz_writer import create_npz
 from guided_diffusion.processes.launch import run_script
 from guided_diffusion.runs.checkpoint import load_network
 from guided_diffusion.sampling.sample_set import SampleSet
-from guided_diffusion.script_util import build_network, build_process
+from guided_diffusion.script_util import build_network, build_process, build_space
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIG = ROOT / "yaml/digits_16/teacher.yaml"
@@ -47,7 +46,7 @@ class Benchmark:
 
     def __init__(self, folder: Path, num_samples: int):
         self.folder, self.num_samples = folder, num_samples
-        self.settings: Network = load_experiment(CONFIG, []).student
+        self.settings = load_experiment(CONFIG, []).student
         self.model, _ = build_network(self.settings)
         load_network(self.model, WEIGHTS)
         self.model.eval()
@@ -58,15 +57,15 @@ class Benchmark:
 
     def score(self, sampler: str, respacing: str, seed: int) -> float:
         """The digits-FD of one set, drawn now if it is not there yet."""
-        process = build_process(dataclasses.replace(self.settings, timestep_respacing=respacing), "respacing")
+        process = build_process(self.settings, "respacing", respacing)
         samples = SampleSet(
             self.folder / f"{sampler}-{respacing}-seed{seed}-{self.num_samples}",
             self.num_samples,
             seed=seed,
-            sampler=sampler,
+            sampler=(sampler, look_up(SAMPLERS, sampler, "--samplers")),
             clip_denoised=True,
         )
-        path = samples.draw(self.model, process, WEIGHTS, BATCH_SIZE)
+        path = samples.draw(self.model, process, build_space(self.settings), WEIGHTS, BATCH_SIZE)
         return evaluate(self.reference, path, backend="digits", use_cache=False).fd
 
 

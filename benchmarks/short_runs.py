@@ -4,15 +4,14 @@ from pathlib import Path
 
 import torch as th
 
-from guided_diffusion import dist_util
-from guided_diffusion.config.loading import load_experiment
-from guided_diffusion.config.settings import Experiment
-from guided_diffusion.distill.dynamic_batch import DynamicBatch, prepare, teacher_step
+from guided_diffusion.config.loading import load_distillation
+from guided_diffusion.config.settings import DistillationExperiment
+from guided_diffusion.distill.dynamic_batch import DynamicBatch, prepare
 from guided_diffusion.distill.pool_file import write_pool
 from guided_diffusion.logger import RunLog
-from guided_diffusion.setups.distillation import distillation_loop, load_teacher, pool_identity
+from guided_diffusion.networks.base import DenoisingNetwork
+from guided_diffusion.setups.distillation import distillation_loop, load_teacher, noise_pool, pool_identity
 from guided_diffusion.train_util import TrainLoop, reseed
-from guided_diffusion.unet import UNetModel
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIG = ROOT / "yaml/digits_16/exp/digits-TCCD.yaml"
@@ -20,9 +19,9 @@ WEIGHTS = ROOT / "model/digits_teacher.pt"
 ROWS_PER_CALL = 128
 
 
-def demo(iterations: int, seed: int, *overrides: str) -> Experiment:
+def demo(iterations: int, seed: int, *overrides: str) -> DistillationExperiment:
     """The demo's distillation at another length, without sampled grids."""
-    return load_experiment(CONFIG, [
+    return load_distillation(CONFIG, [
         f"run.iterations={iterations}", f"student.lr_anneal_steps={iterations}", f"run.seed={seed}",
         "run.sample_interval=-1", *overrides,
     ])  # fmt: skip
@@ -35,33 +34,33 @@ class ShortRuns:
         held_out: number of those states, made by the full chain and held by no pool.
 
     Attributes:
-        teacher, diffusion: in float32.
+        teacher: in float32.
         x, t: the states, float32 [held_out, 3, H, W] and int64 [held_out].
         target: the teacher's eps there.
     """
 
     def __init__(self, held_out: int):
-        self.teacher, self.diffusion = load_teacher(demo(1, 0), WEIGHTS)
+        self.teacher = load_teacher(demo(1, 0), WEIGHTS)
         states = self.prepared(held_out, stride=1, seed=99)
         self.x, self.t = states.x, states.levels - 1
-        self.target = teacher_step(self.teacher, self.diffusion, self.x, self.t).eps
+        self.target = self.teacher.step(self.x, self.t).eps
 
     def prepared(self, size: int, stride: int, seed: int) -> DynamicBatch:
         """A prepared pool."""
         reseed(seed, 0, 0)
-        pool = DynamicBatch.of_noise(
-            size, self.teacher.image_size, self.diffusion.num_timesteps, device=dist_util.dev()
-        )
-        for _ in prepare(pool, self.teacher, self.diffusion, ROWS_PER_CALL, stride):
+        pool = noise_pool(self.teacher, size)
+        for _ in prepare(pool, self.teacher, ROWS_PER_CALL, stride):
             pass
         return pool
 
-    def pool_size(self, experiment: Experiment) -> int:
+    def pool_size(self, experiment: DistillationExperiment) -> int:
         """Samples in the pool that an experiment asks for."""
-        assert experiment.teacher is not None
-        return round(experiment.teacher.BATCH * self.diffusion.num_timesteps) * experiment.student.batch_size
+        batches = round(experiment.teacher.BATCH * self.teacher.process.num_timesteps)
+        return batches * experiment.student.training.batch_size
 
-    def distil(self, experiment: Experiment, pool: DynamicBatch, folder: Path, *, record: bool) -> TrainLoop:
+    def distil(
+        self, experiment: DistillationExperiment, pool: DynamicBatch, folder: Path, *, record: bool
+    ) -> TrainLoop:
         """Distil from a pool in a folder, with or without a record; the loop after its last iteration."""
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / "pool.cache"
@@ -70,14 +69,14 @@ class ShortRuns:
             experiment,
             weights=WEIGHTS,
             pool_path=path,
-            batch_size=experiment.student.batch_size,
+            batch_size=experiment.student.training.batch_size,
             log=RunLog(folder, active=record),
         )
         loop.run()
         return loop
 
     @th.no_grad()
-    def error(self, model: UNetModel) -> float:
-        """A model's mean squared difference from the teacher's float32 predictions on the held-out states."""
-        eps = model.eval()(self.x, self.t)[:, :3]
+    def error(self, network: DenoisingNetwork) -> float:
+        """A network's mean squared difference from the teacher's float32 predictions, held out."""
+        eps = network.eval()(self.x, self.t)[:, : self.x.shape[1]]
         return float((eps - self.target).square().mean())

@@ -37,7 +37,7 @@ def main() -> None:
                 experiment = demo(args.iterations, seed, *overrides)
                 loop = runs.distil(experiment, pool, Path(folder), record=False)
             next(iter(loop.emas.values())).swap()
-            error = runs.error(loop.model)
+            error = runs.error(loop.network)
             print(f"  seed {seed}: held-out error {error:.4f} after {args.iterations} iterations", flush=True)
 
 

@@ -1,38 +1,465 @@
-"""Gaussian diffusion: the whole process with its samplers.
+"""Gaussian diffusion: noise schedules, the forward process q, the learned reverse process p, its samplers.
 
-Equations are from DDPM (Ho et al., 2020), DDIM (Song et al., 2021) and "Diffusion Models Beat GANs"
-(Dhariwal & Nichol, 2021). Images are float32 [B, 3, H, W] in [-1, 1]; t is int64 [B] in {0..T-1}, an
-index into the process's own (possibly respaced) steps.
+Equations are from DDPM (Ho et al., 2020), Improved DDPM (Nichol & Dhariwal, 2021), DDIM (Song et al., 2021)
+and "Diffusion Models Beat GANs" (Dhariwal & Nichol, 2021). Samples are float32 [B, C, H, W], in pixel space
+within [-1, 1]; t is int64 [B] in {0..T-1}, an index into the process's own (possibly respaced) steps, t = 0
+being the last, cleanest denoising step. No training state lives here.
 """
 
+import enum
+import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypedDict
 
+import numpy as np
 import torch as th
 
-from .reverse_process import (
-    DenoisedFn,
-    LossType,
-    Model,
-    ModelMeanType,
-    ModelVarType,
-    ReverseProcess,
-)
+from .losses import discretized_gaussian_log_likelihood, normal_kl
+from .nn import mean_flat
+from .spaces import PixelSpace
 
-__all__ = ["GaussianDiffusion", "LossType", "Model", "ModelMeanType", "ModelVarType", "Sample"]
-
+Model = Callable[..., th.Tensor]
+DenoisedFn = Callable[[th.Tensor], th.Tensor]
 NoiseFn = Callable[[th.Tensor], th.Tensor]
 
 
+def get_named_beta_schedule(
+    schedule_name: str, num_diffusion_timesteps: int, beta_start: float = 0.0, beta_end: float = 0.0
+) -> np.ndarray:
+    """The betas of a named schedule, float64 [T].
+
+    Args:
+        schedule_name: "linear": evenly spaced betas. "scaled_linear": evenly spaced square roots of betas
+            (Latent Diffusion, Rombach et al., 2022). "cosine": Improved DDPM eq. 17.
+        num_diffusion_timesteps: T.
+        beta_start, beta_end: the first and the last beta of the former two; 0 for DDPM's 1e-4 and 0.02,
+            which "linear" scales by 1000 / T.
+
+    Raises:
+        ValueError: unknown name.
+    """
+    steps = num_diffusion_timesteps
+    if schedule_name == "cosine":
+        # The offset 0.008 keeps beta_0 from vanishing; 0.999 keeps beta_{T-1} below 1.
+        return betas_for_alpha_bar(steps, lambda u: math.cos((u + 0.008) / 1.008 * math.pi / 2) ** 2)
+    scale = 1000 / steps if schedule_name == "linear" else 1.0
+    start, end = beta_start or scale * 0.0001, beta_end or scale * 0.02
+    if schedule_name == "linear":
+        return np.linspace(start, end, steps, dtype=np.float64)
+    if schedule_name == "scaled_linear":
+        return np.linspace(start**0.5, end**0.5, steps, dtype=np.float64) ** 2
+    raise ValueError(
+        f"unknown noise schedule '{schedule_name}', expected 'linear', 'cosine' or 'scaled_linear'"
+    )
+
+
+def betas_for_alpha_bar(
+    num_diffusion_timesteps: int, alpha_bar: Callable[[float], float], max_beta: float = 0.999
+) -> np.ndarray:
+    """Betas, float64 [T], whose cumulative product of 1 - beta follows alpha_bar on [0, 1]."""
+    steps = num_diffusion_timesteps
+    ratios = [alpha_bar((i + 1) / steps) / alpha_bar(i / steps) for i in range(steps)]
+    return np.minimum(1 - np.array(ratios, dtype=np.float64), max_beta)
+
+
+class ModelMeanType(enum.Enum):
+    """What the model's first C channels predict."""
+
+    START_X = enum.auto()
+    EPSILON = enum.auto()
+    VELOCITY = enum.auto()  # v = sqrt(abar) eps - sqrt(1 - abar) x_0 (Salimans & Ho, 2022, appendix D)
+
+
+class ModelVarType(enum.Enum):
+    """The reverse process's variance; LEARNED_RANGE reads it from C further channels."""
+
+    FIXED_SMALL = enum.auto()
+    FIXED_LARGE = enum.auto()
+    LEARNED_RANGE = enum.auto()
+
+
+class LossType(enum.Enum):
+    """MSE, with the variational bound beside it when the variance is learned, or the bound alone."""
+
+    MSE = enum.auto()
+    RESCALED_MSE = enum.auto()  # the bound is multiplied by T/1000
+    KL = enum.auto()
+    RESCALED_KL = enum.auto()  # the bound is multiplied by T
+
+    @property
+    def is_vb(self) -> bool:
+        """Whether the loss is the variational bound alone."""
+        return self in (LossType.KL, LossType.RESCALED_KL)
+
+
+class Prediction(TypedDict):
+    """The reverse step's Gaussian p(x_{t-1} | x_t) and the x_0 it stands on, each [B, C, H, W]."""
+
+    mean: th.Tensor
+    variance: th.Tensor
+    log_variance: th.Tensor
+    pred_xstart: th.Tensor
+
+
 class Sample(TypedDict):
-    """One reverse step's outcome x_{t-1} and the x_0 it stands on, each [B, 3, H, W]."""
+    """One reverse step's outcome x_{t-1} and the x_0 it stands on, each [B, C, H, W]."""
 
     sample: th.Tensor
     pred_xstart: th.Tensor
 
 
-class GaussianDiffusion(ReverseProcess):
-    """A diffusion process that can be sampled from; built as `ReverseProcess`."""
+class GaussianDiffusion:
+    """A diffusion process: q, the learned reverse p, the losses that train it, and its samplers.
+
+    Args:
+        betas: [T], each in (0, 1].
+        model_mean_type: what the model predicts.
+        model_var_type: how the reverse variance is had.
+        loss_type: what `training_losses` returns.
+        rescale_timesteps: feed the model timesteps scaled to 0..1000, as float32.
+        bounds: where the predicted x_0 is clipped when clipping is asked for; None for never.
+        timestep_map: int [T], the original timestep of each step; 0..T-1 when left out.
+        original_num_steps: steps of the process that the map points into; T when left out.
+
+    Raises:
+        ValueError: betas of a wrong shape or range.
+
+    Attributes:
+        num_timesteps: T.
+        betas, alphas_cumprod, alphas_cumprod_prev, alphas_cumprod_next, sqrt_alphas_cumprod,
+        sqrt_one_minus_alphas_cumprod, log_one_minus_alphas_cumprod, sqrt_recip_alphas_cumprod,
+        sqrt_recipm1_alphas_cumprod, posterior_variance, posterior_log_variance_clipped,
+        posterior_mean_coef1, posterior_mean_coef2: float64 [T] each.
+    """
+
+    def __init__(
+        self,
+        *,
+        betas: np.ndarray | Sequence[float],
+        model_mean_type: ModelMeanType,
+        model_var_type: ModelVarType,
+        loss_type: LossType,
+        rescale_timesteps: bool = False,
+        bounds: tuple[float, float] | None = PixelSpace.bounds,
+        timestep_map: Sequence[int] | None = None,
+        original_num_steps: int | None = None,
+    ):
+        self.model_mean_type = model_mean_type
+        self.model_var_type = model_var_type
+        self.loss_type = loss_type
+        self.rescale_timesteps = rescale_timesteps
+        self.bounds = bounds
+        betas = np.array(betas, dtype=np.float64)
+        if betas.ndim != 1 or not ((betas > 0) & (betas <= 1)).all():
+            raise ValueError("betas must be one-dimensional and within (0, 1]")
+        self.betas = betas
+        self.num_timesteps = len(betas)
+        self.timestep_map = list(range(len(betas)) if timestep_map is None else timestep_map)
+        self.original_num_steps = original_num_steps or self.num_timesteps
+        self._tables: dict[tuple[str, th.device], th.Tensor] = {}
+
+        alphas = 1.0 - betas
+        self.alphas_cumprod = np.cumprod(alphas)
+        self.alphas_cumprod_prev = np.append(1.0, self.alphas_cumprod[:-1])
+        self.alphas_cumprod_next = np.append(self.alphas_cumprod[1:], 0.0)
+        self.sqrt_alphas_cumprod = np.sqrt(self.alphas_cumprod)
+        self.sqrt_one_minus_alphas_cumprod = np.sqrt(1.0 - self.alphas_cumprod)
+        self._one_minus_alphas_cumprod = 1.0 - self.alphas_cumprod
+        self.log_one_minus_alphas_cumprod = np.log(1.0 - self.alphas_cumprod)
+        self.sqrt_recip_alphas_cumprod = np.sqrt(1.0 / self.alphas_cumprod)
+        self.sqrt_recipm1_alphas_cumprod = np.sqrt(1.0 / self.alphas_cumprod - 1)
+
+        # q(x_{t-1} | x_t, x_0), DDPM eq. 6 and 7. Its variance is 0 at t = 0, so the log is clipped
+        # to the value at t = 1.
+        self.posterior_variance = betas * (1 - self.alphas_cumprod_prev) / (1 - self.alphas_cumprod)
+        first = self.posterior_variance[1] if len(betas) > 1 else betas[0]
+        self.posterior_log_variance_clipped = np.log(np.append(first, self.posterior_variance[1:]))
+        self.posterior_mean_coef1 = betas * np.sqrt(self.alphas_cumprod_prev) / (1 - self.alphas_cumprod)
+        self.posterior_mean_coef2 = (
+            (1 - self.alphas_cumprod_prev) * np.sqrt(alphas) / (1 - self.alphas_cumprod)
+        )
+        self._log_betas = np.log(betas)
+        # The larger of DDPM's two fixed choices is beta, but the posterior variance at t = 0.
+        self._fixed_large_log_variance = np.log(np.append(first, betas[1:]))
+
+    def at(self, name: str, t: th.Tensor) -> th.Tensor:
+        """Entries t of the table called `name`, as float32 [B, 1, 1, 1] on t's device."""
+        key = (name, t.device)
+        if key not in self._tables:
+            self._tables[key] = th.from_numpy(getattr(self, name)).float().to(t.device)
+        return self._tables[key][t].reshape(-1, 1, 1, 1)
+
+    def model_timesteps(self, t: th.Tensor) -> th.Tensor:
+        """The timesteps that the model is called with, [B], for this process's steps t."""
+        key = ("timestep_map", t.device)
+        if key not in self._tables:
+            self._tables[key] = th.tensor(self.timestep_map, device=t.device)
+        original = self._tables[key][t]
+        return original.float() * (1000.0 / self.original_num_steps) if self.rescale_timesteps else original
+
+    def q_mean_variance(self, x_start: th.Tensor, t: th.Tensor) -> tuple[th.Tensor, th.Tensor, th.Tensor]:
+        """Mean [B, C, H, W], variance and log variance [B, 1, 1, 1] of q(x_t | x_0), DDPM eq. 4."""
+        return (
+            self.at("sqrt_alphas_cumprod", t) * x_start,
+            self.at("_one_minus_alphas_cumprod", t),
+            self.at("log_one_minus_alphas_cumprod", t),
+        )
+
+    def q_sample(self, x_start: th.Tensor, t: th.Tensor, noise: th.Tensor | None = None) -> th.Tensor:
+        """Draw x_t from q(x_t | x_0): [B, C, H, W]; `noise` is the epsilon, drawn when left out."""
+        noise = th.randn_like(x_start) if noise is None else noise
+        return (
+            self.at("sqrt_alphas_cumprod", t) * x_start + self.at("sqrt_one_minus_alphas_cumprod", t) * noise
+        )
+
+    def q_posterior_mean_variance(
+        self, x_start: th.Tensor, x_t: th.Tensor, t: th.Tensor
+    ) -> tuple[th.Tensor, th.Tensor, th.Tensor]:
+        """Mean, variance and clipped log variance of q(x_{t-1} | x_t, x_0), DDPM eq. 6 and 7."""
+        mean = self.at("posterior_mean_coef1", t) * x_start + self.at("posterior_mean_coef2", t) * x_t
+        return mean, self.at("posterior_variance", t), self.at("posterior_log_variance_clipped", t)
+
+    def p_mean_variance(
+        self,
+        model: Model,
+        x: th.Tensor,
+        t: th.Tensor,
+        clip_denoised: bool | th.Tensor = True,
+        denoised_fn: DenoisedFn | None = None,
+        model_kwargs: dict[str, Any] | None = None,
+    ) -> Prediction:
+        """Apply the model to x_t and return p(x_{t-1} | x_t); see `p_distribution`."""
+        output = model(x, self.model_timesteps(t), **(model_kwargs or {}))
+        return self.p_distribution(output, x, t, clip_denoised, denoised_fn)
+
+    def p_distribution(
+        self,
+        model_output: th.Tensor,
+        x: th.Tensor,
+        t: th.Tensor,
+        clip_denoised: bool | th.Tensor = True,
+        denoised_fn: DenoisedFn | None = None,
+        s: th.Tensor | None = None,
+    ) -> Prediction:
+        """The reverse step's Gaussian for a given model output.
+
+        Args:
+            model_output: [B, C, H, W], or [B, 2C, H, W] when the variance is learned.
+            x: x_t, [B, C, H, W].
+            t: int64 [B].
+            clip_denoised: clip the predicted x_0 to `bounds`; a bool [B] says so per sample.
+            denoised_fn: applied to the predicted x_0 before clipping.
+            s: int64 [B], 0 <= s < t: where the step leads, t - 1 when left out. It is the reverse step of the
+                process that keeps only s and t (Improved DDPM section 4, respacing, per sample instead of
+                per process).
+
+        Raises:
+            ValueError: the output has a wrong number of channels.
+        """
+        prediction, values = self.split(model_output, x.shape[1])
+        pred_xstart = self._predict_xstart(x, t, prediction)
+        if denoised_fn is not None:
+            pred_xstart = denoised_fn(pred_xstart)
+        if self.bounds is not None:
+            if isinstance(clip_denoised, th.Tensor):
+                mask = clip_denoised.reshape(-1, 1, 1, 1)
+                pred_xstart = th.where(mask, pred_xstart.clamp(*self.bounds), pred_xstart)
+            elif clip_denoised:
+                pred_xstart = pred_xstart.clamp(*self.bounds)
+
+        coef_start, coef_x, small, large = self._step(t) if s is None else self._jump(t, s)
+        if values is not None:
+            # Improved DDPM eq. 15: v in [-1, 1] interpolates between the two bounds in the log domain.
+            fraction = (values + 1) / 2
+            log_variance = fraction * large + (1 - fraction) * small
+        else:
+            log_variance = large if self.model_var_type is ModelVarType.FIXED_LARGE else small
+        log_variance = log_variance.expand_as(x)
+        if self.model_var_type is ModelVarType.FIXED_SMALL and s is None:
+            variance = self.at("posterior_variance", t).expand_as(x)  # 0 at t = 0; its log is clipped
+        else:
+            variance = log_variance.exp()
+        mean = coef_start * pred_xstart + coef_x * x
+        return Prediction(mean=mean, variance=variance, log_variance=log_variance, pred_xstart=pred_xstart)
+
+    def _step(self, t: th.Tensor) -> tuple[th.Tensor, th.Tensor, th.Tensor, th.Tensor]:
+        """Of the posterior of x_{t-1}: the factors of x_0 and x_t, the smallest and largest log variance."""
+        fixed = self.model_var_type is ModelVarType.FIXED_LARGE
+        return (
+            self.at("posterior_mean_coef1", t),
+            self.at("posterior_mean_coef2", t),
+            self.at("posterior_log_variance_clipped", t),
+            self.at("_fixed_large_log_variance" if fixed else "_log_betas", t),
+        )
+
+    def _jump(self, t: th.Tensor, s: th.Tensor) -> tuple[th.Tensor, th.Tensor, th.Tensor, th.Tensor]:
+        """What `_step` gives, for the posterior of x_s, computed in float64."""
+        alpha_bar = th.from_numpy(self.alphas_cumprod).to(t.device)
+        bar_t, bar_s = (alpha_bar[i].reshape(-1, 1, 1, 1) for i in (t, s))
+        beta = 1 - bar_t / bar_s
+        return (
+            (bar_s.sqrt() * beta / (1 - bar_t)).float(),
+            ((1 - bar_s) * (1 - beta).sqrt() / (1 - bar_t)).float(),
+            (beta * (1 - bar_s) / (1 - bar_t)).log().float(),
+            beta.log().float(),
+        )
+
+    def split(self, model_output: th.Tensor, channels: int) -> tuple[th.Tensor, th.Tensor | None]:
+        """The prediction [B, C, H, W], and the values that interpolate the variance, if it is learned.
+
+        Raises:
+            ValueError: the output has a wrong number of channels.
+        """
+        learned = self.model_var_type is ModelVarType.LEARNED_RANGE
+        expected = 2 * channels if learned else channels
+        if model_output.shape[1] != expected:
+            raise ValueError(
+                f"the model gives {model_output.shape[1]} channels, this process needs {expected} "
+                f"(learned variance: {learned})"
+            )
+        return (model_output[:, :channels], model_output[:, channels:]) if learned else (model_output, None)
+
+    def _predict_xstart(self, x_t: th.Tensor, t: th.Tensor, prediction: th.Tensor) -> th.Tensor:
+        if self.model_mean_type is ModelMeanType.START_X:
+            return prediction
+        if self.model_mean_type is ModelMeanType.EPSILON:
+            return self.predict_xstart_from_eps(x_t, t, prediction)
+        signal, noise = self.at("sqrt_alphas_cumprod", t), self.at("sqrt_one_minus_alphas_cumprod", t)
+        return signal * x_t - noise * prediction
+
+    def predict_eps(self, x_t: th.Tensor, t: th.Tensor, prediction: th.Tensor) -> th.Tensor:
+        """The noise prediction [B, C, H, W] that a prediction of eps, x_0 or v amounts to."""
+        if self.model_mean_type is ModelMeanType.EPSILON:
+            return prediction
+        if self.model_mean_type is ModelMeanType.START_X:
+            return self.predict_eps_from_xstart(x_t, t, prediction)
+        signal, noise = self.at("sqrt_alphas_cumprod", t), self.at("sqrt_one_minus_alphas_cumprod", t)
+        return signal * prediction + noise * x_t
+
+    def predict_xstart_from_eps(self, x_t: th.Tensor, t: th.Tensor, eps: th.Tensor) -> th.Tensor:
+        """x_0 = x_t / sqrt(abar) - eps sqrt(1 / abar - 1), DDPM eq. 4 solved for x_0."""
+        return self.at("sqrt_recip_alphas_cumprod", t) * x_t - self.at("sqrt_recipm1_alphas_cumprod", t) * eps
+
+    def predict_eps_from_xstart(self, x_t: th.Tensor, t: th.Tensor, pred_xstart: th.Tensor) -> th.Tensor:
+        """The inverse of `predict_xstart_from_eps`."""
+        return (self.at("sqrt_recip_alphas_cumprod", t) * x_t - pred_xstart) / self.at(
+            "sqrt_recipm1_alphas_cumprod", t
+        )
+
+    def vb_terms_bpd(
+        self,
+        model_output: th.Tensor,
+        x_start: th.Tensor,
+        x_t: th.Tensor,
+        t: th.Tensor,
+        clip_denoised: bool | th.Tensor = True,
+    ) -> tuple[th.Tensor, th.Tensor]:
+        """One term of the variational bound in bits per dimension, [B], and the predicted x_0.
+
+        The KL to q(x_{t-1} | x_t, x_0), or at t = 0 the negative log likelihood of the discretised
+        decoder (DDPM eq. 5).
+        """
+        true_mean, _, true_log_variance = self.q_posterior_mean_variance(x_start, x_t, t)
+        out = self.p_distribution(model_output, x_t, t, clip_denoised)
+        kl = normal_kl(true_mean, true_log_variance, out["mean"], out["log_variance"])
+        nll = -discretized_gaussian_log_likelihood(
+            x_start, means=out["mean"], log_scales=0.5 * out["log_variance"]
+        )
+        bits = th.where(t == 0, mean_flat(nll), mean_flat(kl)) / math.log(2.0)
+        return bits, out["pred_xstart"]
+
+    def training_losses(
+        self,
+        model: Model,
+        x_start: th.Tensor,
+        t: th.Tensor,
+        model_kwargs: dict[str, Any] | None = None,
+        noise: th.Tensor | None = None,
+        clip_denoised: bool | th.Tensor = False,
+    ) -> dict[str, th.Tensor]:
+        """The loss terms of one batch (Improved DDPM section 3.1: L_hybrid).
+
+        Args:
+            model: called as model(x_t, timesteps, **model_kwargs).
+            x_start: [B, C, H, W].
+            t: int64 [B].
+            model_kwargs: further arguments of the model.
+            noise: the epsilon of q_sample; drawn when left out.
+            clip_denoised: clip the predicted x_0 inside the bound, as in `p_distribution`.
+
+        Returns:
+            "loss" [B]; with an MSE loss also "mse", and "vb" (bits/dim, its gradient reaching only
+            the variance) when the variance is learned.
+        """
+        noise = th.randn_like(x_start) if noise is None else noise
+        x_t = self.q_sample(x_start, t, noise)
+        output = model(x_t, self.model_timesteps(t), **(model_kwargs or {}))
+        if self.loss_type.is_vb:
+            loss, _ = self.vb_terms_bpd(output, x_start, x_t, t, clip_denoised)
+            return {"loss": loss * (self.num_timesteps if self.loss_type is LossType.RESCALED_KL else 1)}
+
+        terms = {}
+        prediction, values = self.split(output, x_start.shape[1])
+        if values is not None:
+            frozen = th.cat([prediction.detach(), values], dim=1)
+            terms["vb"] = self.vb_weight * self.vb_terms_bpd(frozen, x_start, x_t, t, clip_denoised)[0]
+        if self.model_mean_type is ModelMeanType.EPSILON:
+            target = noise
+        elif self.model_mean_type is ModelMeanType.START_X:
+            target = x_start
+        else:
+            signal, sigma = self.at("sqrt_alphas_cumprod", t), self.at("sqrt_one_minus_alphas_cumprod", t)
+            target = signal * noise - sigma * x_start
+        terms["mse"] = mean_flat((target - prediction) ** 2)
+        terms["loss"] = terms["mse"] + terms["vb"] if "vb" in terms else terms["mse"]
+        return terms
+
+    @property
+    def vb_weight(self) -> float:
+        """Weight of the bound beside the MSE: T/1000 with rescaled sigmas, else 1."""
+        return self.num_timesteps / 1000.0 if self.loss_type is LossType.RESCALED_MSE else 1.0
+
+    def prior_bpd(self, x_start: th.Tensor) -> th.Tensor:
+        """KL(q(x_T | x_0) || N(0, 1)) in bits per dimension, [B]; the bound's constant term."""
+        t = th.full((len(x_start),), self.num_timesteps - 1, device=x_start.device)
+        mean, _, log_variance = self.q_mean_variance(x_start, t)
+        return mean_flat(normal_kl(mean, log_variance, 0.0, 0.0)) / math.log(2.0)
+
+    def calc_bpd_loop(
+        self,
+        model: Model,
+        x_start: th.Tensor,
+        clip_denoised: bool = True,
+        model_kwargs: dict[str, Any] | None = None,
+    ) -> dict[str, th.Tensor]:
+        """The whole variational bound in bits per dimension.
+
+        Args:
+            model: called as model(x_t, timesteps, **model_kwargs).
+            x_start: [B, C, H, W].
+            clip_denoised: clip the predicted x_0 to `bounds`.
+            model_kwargs: further arguments of the model.
+
+        Returns:
+            "total_bpd" and "prior_bpd" [B]; "vb", "xstart_mse" and "mse" (of epsilon) [B, T], the
+            first column belonging to t = T-1.
+        """
+        columns: dict[str, list[th.Tensor]] = {"vb": [], "xstart_mse": [], "mse": []}
+        for i in reversed(range(self.num_timesteps)):
+            t = th.full((len(x_start),), i, device=x_start.device)
+            noise = th.randn_like(x_start)
+            x_t = self.q_sample(x_start, t, noise)
+            with th.no_grad():
+                output = model(x_t, self.model_timesteps(t), **(model_kwargs or {}))
+                vb, pred_xstart = self.vb_terms_bpd(output, x_start, x_t, t, clip_denoised)
+            eps = self.predict_eps_from_xstart(x_t, t, pred_xstart)
+            columns["vb"].append(vb)
+            columns["xstart_mse"].append(mean_flat((pred_xstart - x_start) ** 2))
+            columns["mse"].append(mean_flat((eps - noise) ** 2))
+        terms = {name: th.stack(values, dim=1) for name, values in columns.items()}
+        terms["prior_bpd"] = self.prior_bpd(x_start)
+        terms["total_bpd"] = terms["vb"].sum(dim=1) + terms["prior_bpd"]
+        return terms
 
     def p_sample(
         self,
@@ -49,9 +476,9 @@ class GaussianDiffusion(ReverseProcess):
 
         Args:
             model: called as model(x, timesteps, **model_kwargs).
-            x: x_t, [B, 3, H, W].
+            x: x_t, [B, C, H, W].
             t: int64 [B].
-            clip_denoised: clip the predicted x_0 to [-1, 1].
+            clip_denoised: clip the predicted x_0 to `bounds`.
             denoised_fn: applied to the predicted x_0 before clipping.
             cond_fn: gradient of log p(y | x_t), called like the model; shifts the mean by
                 variance * gradient (Diffusion Models Beat GANs, algorithm 1).
@@ -116,11 +543,11 @@ class GaussianDiffusion(ReverseProcess):
         return Sample(sample=sample, pred_xstart=out["pred_xstart"])
 
     def p_sample_loop(self, model: Model, shape: Sequence[int], **options: Any) -> th.Tensor:
-        """Ancestral samples [B, 3, H, W] from noise; options as `p_sample_loop_progressive`."""
+        """Ancestral samples [B, C, H, W] from noise; options as `p_sample_loop_progressive`."""
         return _last(self.p_sample_loop_progressive(model, shape, **options))
 
     def ddim_sample_loop(self, model: Model, shape: Sequence[int], **options: Any) -> th.Tensor:
-        """DDIM samples [B, 3, H, W] from noise; options as `ddim_sample_loop_progressive`."""
+        """DDIM samples [B, C, H, W] from noise; options as `ddim_sample_loop_progressive`."""
         return _last(self.ddim_sample_loop_progressive(model, shape, **options))
 
     def p_sample_loop_progressive(
@@ -140,7 +567,7 @@ class GaussianDiffusion(ReverseProcess):
 
         Args:
             model: called as model(x, timesteps, **model_kwargs).
-            shape: (B, 3, H, W).
+            shape: (B, C, H, W).
             noise: the start x_T; drawn when left out.
             clip_denoised, denoised_fn, cond_fn, model_kwargs, noise_fn: as in `p_sample`.
             device: where the chain runs; the model's own when left out.

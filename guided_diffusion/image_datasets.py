@@ -15,6 +15,8 @@ import torch as th
 from .errors import UserError
 from .io.files import NpzFile
 
+_Batch = tuple[np.ndarray, np.ndarray]  # indices int64 [B], and which images are mirrored, bool [B]
+_FLIPS = 1024  # places whose flips are drawn together
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".gif", ".bmp", ".webp")
 
 
@@ -192,6 +194,7 @@ def sample_batches(
     world_size: int = 1,
     start_step: int = 0,
     num_workers: int = 0,
+    random_flip: bool = False,
 ) -> Iterator[tuple[th.Tensor, th.Tensor]]:
     """Endless batches; every epoch is a fresh permutation, and batches run on across epochs.
 
@@ -202,19 +205,21 @@ def sample_batches(
         rank, world_size: which share of each global batch.
         start_step: the first step.
         num_workers: processes that load images; 0 for this one.
+        random_flip: mirror each image with probability 1/2, decided by (seed, its place in all batches).
 
     Yields:
-        Images float32 [B, 3, H, W] in [-1, 1], labels int64 [B].
+        Images uint8 [B, H, W, 3], labels int64 [B].
 
     Raises:
         UserError: an unreadable image.
     """
-    indices = _BatchIndices(len(dataset), batch_size, seed, rank, world_size, start_step)
+    indices = _BatchIndices(len(dataset), batch_size, seed, rank, world_size, start_step, random_flip)
+    fetch = _Fetch(dataset)
     if num_workers == 0:
         for batch in indices:
-            yield _to_tensors(*dataset.batch(batch))
+            yield fetch.load(batch)
     loader = th.utils.data.DataLoader(
-        _Fetch(dataset),
+        fetch,
         sampler=indices,
         batch_size=None,
         num_workers=num_workers,
@@ -228,14 +233,24 @@ def sample_batches(
         yield loaded
 
 
-class _BatchIndices(th.utils.data.Sampler[np.ndarray]):
-    """For each step from `start_step` on, the indices of this rank's share of the global batch."""
+class _BatchIndices(th.utils.data.Sampler[_Batch]):
+    """For each step from `start_step` on, this rank's share of the global batch."""
 
-    def __init__(self, size: int, batch_size: int, seed: int, rank: int, world_size: int, start_step: int):
+    def __init__(
+        self,
+        size: int,
+        batch_size: int,
+        seed: int,
+        rank: int,
+        world_size: int,
+        start_step: int,
+        random_flip: bool,
+    ):
         self.size, self.batch_size, self.seed = size, batch_size, seed
         self.rank, self.world_size, self.start_step = rank, world_size, start_step
+        self.random_flip = random_flip
 
-    def __iter__(self) -> Iterator[np.ndarray]:
+    def __iter__(self) -> Iterator[_Batch]:
         position = (self.start_step * self.world_size + self.rank) * self.batch_size
         orders: dict[int, np.ndarray] = {}
         while True:
@@ -245,24 +260,35 @@ class _BatchIndices(th.utils.data.Sampler[np.ndarray]):
                 if epoch not in orders:
                     orders[epoch] = np.random.default_rng([self.seed, epoch]).permutation(self.size)
             orders = {epoch: order for epoch, order in orders.items() if epoch >= epochs[0]}
-            yield np.array([orders[e][p % self.size] for e, p in zip(epochs, positions, strict=True)])
+            indices = np.array([orders[e][p % self.size] for e, p in zip(epochs, positions, strict=True)])
+            yield indices, self._mirrored(positions)
             position += self.world_size * self.batch_size
+
+    def _mirrored(self, positions: np.ndarray) -> np.ndarray:
+        """Bool [B]; any number of ranks decides alike, since places are counted over all ranks and steps."""
+        if not self.random_flip:
+            return np.zeros(len(positions), dtype=bool)
+        blocks = np.unique(positions // _FLIPS)
+        draws = {b: np.random.default_rng([self.seed, 1, b]).random(_FLIPS) < 0.5 for b in blocks.tolist()}
+        return np.array([draws[p // _FLIPS][p % _FLIPS] for p in positions.tolist()])
 
 
 class _Fetch(th.utils.data.Dataset[tuple[th.Tensor, th.Tensor] | UserError]):
     def __init__(self, dataset: ImageDataset):
         self.dataset = dataset
 
-    def __getitem__(self, indices: np.ndarray) -> tuple[th.Tensor, th.Tensor] | UserError:
+    def load(self, batch: _Batch) -> tuple[th.Tensor, th.Tensor]:
+        """Images uint8 [B, H, W, 3] and labels int64 [B]."""
+        indices, mirrored = batch
+        images, labels = self.dataset.batch(indices)
+        images[mirrored] = images[mirrored, :, ::-1]
+        return th.from_numpy(images), th.from_numpy(labels)
+
+    def __getitem__(self, batch: _Batch) -> tuple[th.Tensor, th.Tensor] | UserError:
         try:
-            return _to_tensors(*self.dataset.batch(indices))
+            return self.load(batch)
         except UserError as error:
             return error  # raised by `sample_batches`: the loader would wrap it in a traceback
-
-
-def _to_tensors(images: np.ndarray, labels: np.ndarray) -> tuple[th.Tensor, th.Tensor]:
-    x = th.from_numpy(images).permute(0, 3, 1, 2).float() / 127.5 - 1
-    return x.contiguous(), th.from_numpy(labels)
 
 
 def _mapped(archive: NpzFile) -> np.ndarray:

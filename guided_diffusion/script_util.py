@@ -4,48 +4,41 @@ Keyword names and defaults are those that guided-diffusion users call; ADM's pub
 built this way.
 """
 
-from dataclasses import asdict
 from typing import Any
 
 import torch as th
 
-from .config.settings import Network
+from .config.registry import ARCHITECTURES, look_up
+from .config.settings import AdmArchitecture, Denoiser, Process, flat
 from .errors import UserError
-from .gaussian_diffusion import LossType, ModelMeanType, ModelVarType
+from .gaussian_diffusion import LossType, ModelMeanType, ModelVarType, get_named_beta_schedule
+from .networks.base import DenoisingNetwork
 from .respace import SpacedDiffusion, space_timesteps
-from .schedule import get_named_beta_schedule
+from .spaces import PixelSpace, SampleSpace
 from .unet import UNetModel
 
-NUM_CLASSES = 1000
+NUM_CLASSES = AdmArchitecture.num_classes
 
-_CHANNEL_MULT = {
-    512: (0.5, 1, 1, 2, 2, 4, 4),
-    256: (1, 1, 2, 2, 4, 4),
-    128: (1, 1, 2, 3, 4),
-    64: (1, 2, 3, 4),
-    32: (1, 2, 2, 2),
+_MEAN_TYPES = {
+    "epsilon": ModelMeanType.EPSILON,
+    "sample": ModelMeanType.START_X,
+    "v_prediction": ModelMeanType.VELOCITY,
 }
-
-
-_DIFFUSION_KEYS = (
-    *("learn_sigma", "diffusion_steps", "noise_schedule", "timestep_respacing", "use_kl"),
-    *("predict_xstart", "rescale_timesteps", "rescale_learned_sigmas"),
-)
 
 
 def diffusion_defaults() -> dict[str, Any]:
     """Defaults of `create_gaussian_diffusion` under the names that configuration files use."""
-    return {key: value for key, value in model_and_diffusion_defaults().items() if key in _DIFFUSION_KEYS}
+    return flat(Process())
 
 
 def model_defaults() -> dict[str, Any]:
     """Defaults of `create_model`, without `learn_sigma`, which belongs to both."""
-    return {key: value for key, value in model_and_diffusion_defaults().items() if key not in _DIFFUSION_KEYS}
+    return {key: value for key, value in flat(AdmArchitecture()).items() if key != "architecture"}
 
 
 def model_and_diffusion_defaults() -> dict[str, Any]:
     """Defaults of `create_model_and_diffusion`: those of the configuration files."""
-    return asdict(Network())
+    return model_defaults() | diffusion_defaults()
 
 
 def create_model_and_diffusion(**options: Any) -> tuple[UNetModel, SpacedDiffusion]:
@@ -53,6 +46,7 @@ def create_model_and_diffusion(**options: Any) -> tuple[UNetModel, SpacedDiffusi
 
     Raises:
         TypeError: an argument that neither of the two has.
+        ValueError: sizes that do not fit each other, unknown schedule or impossible respacing.
     """
     known = model_and_diffusion_defaults()
     if unknown := sorted(set(options) - set(known)):
@@ -61,22 +55,8 @@ def create_model_and_diffusion(**options: Any) -> tuple[UNetModel, SpacedDiffusi
     model = create_model(
         learn_sigma=options["learn_sigma"], **{key: options[key] for key in model_defaults()}
     )
-    process = {key: options[key] for key in _DIFFUSION_KEYS if key != "diffusion_steps"}
-    return model, create_gaussian_diffusion(steps=options["diffusion_steps"], **process)
-
-
-def parse_channel_mult(channel_mult: str, image_size: int) -> tuple[float, ...]:
-    """Widths per level from "1,2,2"; "" for ADM's choice at this image size.
-
-    Raises:
-        ValueError: no numbers, or "" at an image size ADM has no choice for.
-    """
-    if channel_mult:
-        numbers = [float(part) for part in channel_mult.split(",")]
-        return tuple(int(n) if n.is_integer() else n for n in numbers)
-    if image_size not in _CHANNEL_MULT:
-        raise ValueError(f"image_size {image_size} has no default channel_mult; give one such as 1,2,2")
-    return _CHANNEL_MULT[image_size]
+    process = {key: options[key] for key in diffusion_defaults()}
+    return model, create_gaussian_diffusion(steps=process.pop("diffusion_steps"), **process)
 
 
 def create_model(
@@ -98,7 +78,7 @@ def create_model(
     use_new_attention_order: bool = False,
     num_classes: int = NUM_CLASSES,
 ) -> UNetModel:
-    """Build an ADM U-Net, initialised as ADM's.
+    """Build an ADM U-Net for images, initialised as ADM's.
 
     Args:
         image_size: H = W of the images.
@@ -115,44 +95,24 @@ def create_model(
         dropout: in [0, 1).
         resblock_updown: resample inside residual blocks.
         use_fp16: run convolutions and attention in float16; parameters stay float32.
-        use_new_attention_order: see `unet_blocks.AttentionBlock`.
+        use_new_attention_order: see `networks.blocks.AttentionBlock`.
         num_classes: number of classes if `class_cond`; 1000 in the published models.
 
     Raises:
         ValueError: sizes that do not fit each other.
     """
-    levels = parse_channel_mult(channel_mult, image_size)
-    sizes = [int(part) for part in str(attention_resolutions).split(",") if part]
-    if image_size % 2 ** (len(levels) - 1):
-        raise ValueError(f"image_size {image_size} cannot be halved {len(levels) - 1} times")
-    heads = {"num_heads": num_heads, "num_heads_upsample": num_heads_upsample}
-    for level, mult in enumerate(levels):
-        width = int(mult * num_channels)
-        used = image_size >> level in sizes or level == len(levels) - 1
-        divisors = {"num_head_channels": num_head_channels} if num_head_channels != -1 else heads
-        for name, value in divisors.items():
-            if used and value != -1 and (value <= 0 or width % value):
-                raise ValueError(f"{name} {value} does not divide the attention width {width}")
-    model = UNetModel(
-        image_size=image_size,
-        model_channels=num_channels,
-        out_channels=6 if learn_sigma else 3,
-        num_res_blocks=num_res_blocks,
-        attention_resolutions=[image_size // size for size in sizes],
-        dropout=dropout,
-        channel_mult=levels,
-        num_classes=num_classes if class_cond else None,
-        use_checkpoint=use_checkpoint,
-        num_heads=num_heads,
-        num_head_channels=num_head_channels,
-        num_heads_upsample=num_heads_upsample,
-        use_scale_shift_norm=use_scale_shift_norm,
-        resblock_updown=resblock_updown,
-        use_new_attention_order=use_new_attention_order,
-    )
+    given = dict(locals())
+    settings = AdmArchitecture(**{key: given[key] for key in model_defaults()})
+    shape = PixelSpace(image_size).shape
+    model = UNetModel.from_settings(settings, shape, output_channels(shape, learn_sigma))
     if use_fp16:
         model.use_dtype(th.float16)
     return model
+
+
+def output_channels(shape: tuple[int, int, int], learn_sigma: bool) -> int:
+    """Output channels of a network for samples (C, H, W): C, or 2C when the variance is learned."""
+    return shape[0] * (2 if learn_sigma else 1)
 
 
 def create_gaussian_diffusion(
@@ -161,8 +121,13 @@ def create_gaussian_diffusion(
     learn_sigma: bool = False,
     sigma_small: bool = False,
     noise_schedule: str = "linear",
+    beta_start: float = 0.0,
+    beta_end: float = 0.0,
     use_kl: bool = False,
     predict_xstart: bool = False,
+    prediction_type: str = "epsilon",
+    clip_denoised: bool = True,
+    bounds: tuple[float, float] | None = PixelSpace.bounds,
     rescale_timesteps: bool = False,
     rescale_learned_sigmas: bool = False,
     timestep_respacing: str = "",
@@ -173,9 +138,12 @@ def create_gaussian_diffusion(
         steps: T of the original process.
         learn_sigma: learned variance; else fixed, small or large by `sigma_small`.
         sigma_small: the posterior variance instead of beta.
-        noise_schedule: "linear" or "cosine".
+        noise_schedule, beta_start, beta_end: see `gaussian_diffusion.get_named_beta_schedule`.
         use_kl: train the (rescaled) variational bound alone.
-        predict_xstart: the model predicts x_0 instead of epsilon.
+        predict_xstart: the model predicts x_0 instead of epsilon: `prediction_type="sample"`.
+        prediction_type: what the model predicts: "epsilon", "sample" (x_0) or "v_prediction".
+        clip_denoised: false: the predicted x_0 is never clipped, whatever a sampler is asked.
+        bounds: of the sample space, where x_0 is clipped otherwise; None: never.
         rescale_timesteps: feed the model timesteps scaled to 0..1000.
         rescale_learned_sigmas: multiply the bound beside the MSE by T/1000.
         timestep_respacing: see `respace.space_timesteps`; "" keeps every step.
@@ -193,45 +161,60 @@ def create_gaussian_diffusion(
         var_type = ModelVarType.FIXED_SMALL if sigma_small else ModelVarType.FIXED_LARGE
     return SpacedDiffusion(
         space_timesteps(steps, str(timestep_respacing) or [steps]),
-        betas=get_named_beta_schedule(noise_schedule, steps),
-        model_mean_type=ModelMeanType.START_X if predict_xstart else ModelMeanType.EPSILON,
+        betas=get_named_beta_schedule(noise_schedule, steps, beta_start, beta_end),
+        model_mean_type=ModelMeanType.START_X if predict_xstart else _MEAN_TYPES[prediction_type],
         model_var_type=var_type,
         loss_type=loss_type,
         rescale_timesteps=rescale_timesteps,
+        bounds=bounds if clip_denoised else None,
     )
 
 
-def build_network(network: Network, where: str = "") -> tuple[UNetModel, SpacedDiffusion]:
-    """Build the network and process of a configuration section.
+def build_space(denoiser: Denoiser) -> SampleSpace:
+    """What the samples of a configured network are."""
+    return PixelSpace(denoiser.architecture.image_size)
+
+
+def build_network(denoiser: Denoiser, where: str = "") -> tuple[DenoisingNetwork, SpacedDiffusion]:
+    """Build the network and the process of a configuration section, in float32 on the CPU.
 
     Args:
-        network: the section.
+        denoiser: the section.
         where: its name in messages, such as "student.".
 
     Raises:
-        UserError: sizes that do not fit each other, impossible respacing.
+        UserError: sizes that do not fit each other, impossible respacing, an unknown architecture.
     """
+    settings, shape = denoiser.architecture, build_space(denoiser).shape
+    network_class = look_up(ARCHITECTURES, settings.architecture, f"{where}architecture")
+    if not (isinstance(network_class, type) and issubclass(network_class, DenoisingNetwork)):
+        raise UserError(f"{where}architecture: '{settings.architecture}' is no DenoisingNetwork")
     try:
-        options = asdict(network)
-        model = create_model(
-            learn_sigma=network.learn_sigma, **{key: options[key] for key in model_defaults()}
+        network = network_class.from_settings(
+            settings, shape, output_channels(shape, denoiser.process.learn_sigma)
         )
     except ValueError as error:
         raise UserError(f"{where.rstrip('.') or 'configuration'}: {error}") from None
-    # Which 16-bit format, if any, is the run's choice: see precision.compute_dtype.
-    model.use_dtype(th.float32)
-    return model, build_process(network, f"{where}timestep_respacing")
+    return network, build_process(denoiser, f"{where}timestep_respacing")
 
 
-def build_process(network: Network, where: str) -> SpacedDiffusion:
-    """Build the diffusion process of a configuration section; `where` names the key that can be wrong.
+def build_process(denoiser: Denoiser, where: str, respacing: str | None = None) -> SpacedDiffusion:
+    """Build the diffusion process of a configuration section.
+
+    Args:
+        denoiser: the section.
+        where: the key that gives the respacing, for messages.
+        respacing: instead of the configured one.
 
     Raises:
         UserError: impossible respacing.
     """
-    options = asdict(network)
-    process = {key: options[key] for key in _DIFFUSION_KEYS if key != "diffusion_steps"}
+    keys = flat(denoiser.process)
+    if respacing is not None:
+        keys["timestep_respacing"] = respacing
     try:
-        return create_gaussian_diffusion(steps=network.diffusion_steps, **process)
+        return create_gaussian_diffusion(
+            steps=keys.pop("diffusion_steps"), bounds=build_space(denoiser).bounds, **keys
+        )
     except ValueError as error:
-        raise UserError(f"{where} '{network.timestep_respacing}': {error}") from None
+        raise UserError(f"{where} '{keys['timestep_respacing']}': {error}") from None

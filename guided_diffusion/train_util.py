@@ -1,33 +1,34 @@
 """The training loop: source of batches -> objective -> optimizer -> record. One loop for every objective."""
 
-import dataclasses
 import json
 import os
 import time
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 import torch as th
 
 from . import dist_util
-from .config.settings import Run, Student
-from .distill.objectives import Objective
+from .config.settings import Run, Student, Training
 from .errors import UserError
 from .gaussian_diffusion import GaussianDiffusion
 from .io.files import atomic_path
 from .io.torch_file import read_torch_file
 from .logger import RunLog, progress_bar
+from .networks.base import DenoisingNetwork
 from .processes.stopping import Stopped, StopSignals
 from .runs.checkpoint import Checkpoint, Retention, load_network, load_state_dict, load_strictly
 from .runs.checkpoint_writer import CheckpointWriter
 from .runs.figures import save_grid
 from .sampling.samplers import sample_images
 from .script_util import build_process
+from .spaces import SampleSpace
 from .training.ema import Ema
 from .training.metrics import Metrics
+from .training.objective import Objective
 from .training.optimizer_state import load_optimizer_state
 from .training.sources import Source
-from .unet import UNetModel
 
 
 def describe(value: th.Tensor) -> str:
@@ -49,15 +50,17 @@ class TrainLoop:
     """Trains a network and whatever its objective holds.
 
     Args:
-        model: the network, on the device.
+        network: the network, on the device.
         objective: what is minimised, on the device.
         source: this rank's batches.
-        diffusion: the process; its T splits the log by quartiles, and grids are sampled from it.
-        sample_diffusion: the respaced process for grids of samples; None for none.
-        student: how to train.
-        run: how to run.
+        process: its T splits the log by quartiles.
+        training: how the network is optimised.
+        run: how the run is carried out.
         log: the record.
+        space: what the samples are, for grids.
+        grid_process: the respaced process that grids are sampled from; None for no grids.
         resume: continue from this checkpoint.
+        description: what checkpoints say of the network, see `runs.checkpoint.read_description`.
 
     Attributes:
         step: iterations done.
@@ -66,39 +69,40 @@ class TrainLoop:
     def __init__(
         self,
         *,
-        model: UNetModel,
+        network: DenoisingNetwork,
         objective: Objective,
         source: Source,
-        diffusion: GaussianDiffusion,
-        sample_diffusion: GaussianDiffusion | None = None,
-        student: Student,
+        process: GaussianDiffusion,
+        training: Training,
         run: Run,
         log: RunLog,
+        space: SampleSpace | None = None,
+        grid_process: GaussianDiffusion | None = None,
         resume: Checkpoint | None = None,
+        description: Mapping[str, Any] | None = None,
     ):
-        self.model, self.objective, self.source = model, objective, source
-        self.diffusion, self.sample_diffusion = diffusion, sample_diffusion
-        self.student, self.run_settings, self.log = student, run, log
-        self.iterations = run.iterations or student.lr_anneal_steps
+        self.network, self.objective, self.source = network, objective, source
+        self.process, self.space, self.grid_process = process, space, grid_process
+        self.training, self.run_settings, self.log = training, run, log
+        self.iterations = run.iterations or training.lr_anneal_steps
         self.step = 0
-        assert isinstance(objective, th.nn.Module)
-        self.head = objective
-        self.parameters = [*model.parameters(), *objective.parameters()]
-        self.emas = {rate: Ema(model, rate) for rate in student.ema_rates}
+        self.parameters = [*network.parameters(), *objective.parameters()]
+        self.emas = {rate: Ema(network, rate) for rate in training.ema_rates}
         self.optimizer = th.optim.AdamW(
-            self.parameters, lr=student.lr, weight_decay=student.weight_decay, fused=True
+            self.parameters, lr=training.lr, weight_decay=training.weight_decay, fused=True
         )
         # The originals' rule: log2 of the scale grows by fp16_scale_growth each iteration.
         self.scaler = th.amp.GradScaler(
             dist_util.dev().type,
             init_scale=2.0**20,
-            growth_factor=2.0**student.fp16_scale_growth,
+            growth_factor=2.0**training.fp16_scale_growth,
             growth_interval=1,
-            enabled=model.compute_dtype == th.float16,
+            enabled=network.compute_dtype == th.float16,
         )
         self.bad_steps = th.zeros((), device=dist_util.dev())  # skipped in a row
         self.metrics = Metrics()
-        self.writer = CheckpointWriter(log.directory, log.info, Retention.of(student, run), log.publish)
+        retention = Retention.of(training, run)
+        self.writer = CheckpointWriter(log.directory, log.info, retention, log.publish, description)
         if resume is not None:
             self._load(resume)
         else:
@@ -114,8 +118,8 @@ class TrainLoop:
             UserError: too many iterations in a row had non-finite gradients, or the last checkpoint
                 could not be written.
         """
-        self.model.train()
-        self.head.train()
+        self.network.train()
+        self.objective.train()
         started, step_at_start = time.monotonic(), self.step
         if not self.iterations:
             self.log.info("no end is set (run.iterations=N sets one): Ctrl-C saves a checkpoint and stops")
@@ -129,14 +133,14 @@ class TrainLoop:
                 batch = self.source.next_batch()
                 self.train_step(batch)
                 bar.update()
-                log_due = self.step % self.student.log_interval == 0 or self.step == self.iterations
+                log_due = self.step % self.training.log_interval == 0 or self.step == self.iterations
                 if log_due or self.step % self.run_settings.max_bad_steps == 0:
                     self._give_up_if_hopeless(batch)
                 if log_due:
                     self._log((self.step - step_at_start) / (time.monotonic() - started))
                 stop = dist_util.any_rank(bool(signals.received))
                 last = stop or self.step == self.iterations
-                if last or self.step % self.student.save_interval == 0:
+                if last or self.step % self.training.save_interval == 0:
                     self.save()
                 if self._samples_due(last) and not stop:
                     self.save_samples()
@@ -152,12 +156,12 @@ class TrainLoop:
         gradients leave the weights as they are.
         """
         self.optimizer.zero_grad(set_to_none=True)
-        size = self.student.microbatch if self.student.microbatch > 0 else len(batch)
+        size = self.training.microbatch if self.training.microbatch > 0 else len(batch)
         for micro in batch.split(size):
             total: th.Tensor | float = 0.0
-            for out in self.objective.passes(self.model, micro):
+            for out in self.objective.passes(self.network, micro):
                 self.scaler.scale(out.loss.mean() * (len(micro) / len(batch))).backward()
-                self.metrics.add_pass(out, self.diffusion.num_timesteps)
+                self.metrics.add_pass(out, self.process.num_timesteps)
                 total = total + out.loss.detach()
             assert isinstance(total, th.Tensor)
             self.metrics.add("loss", total)
@@ -201,7 +205,9 @@ class TrainLoop:
         name = f"bad-step{self.step:06d}.json"
         if dist_util.rank() == 0:
             facts = {key: describe(value) for key, value in vars(batch).items() if value is not None}
-            gradients = {n: describe(p.grad) for n, p in self.model.named_parameters() if p.grad is not None}
+            gradients = {
+                n: describe(p.grad) for n, p in self.network.named_parameters() if p.grad is not None
+            }
             with self.log.tolerant(), atomic_path(self.log.directory / name) as temporary:
                 record = {"step": self.step, "batch": facts, "gradients": gradients}
                 temporary.write_text(json.dumps(record, indent=1))
@@ -216,7 +222,7 @@ class TrainLoop:
         write = self.source.writer()
         totals = self.metrics.totals()
         if dist_util.rank() == 0:
-            contents: dict[str, Any] = {"model": self.model.state_dict()}
+            contents: dict[str, Any] = {"model": self.network.state_dict()}
             contents |= {f"ema_{rate}": ema.state_dict() for rate, ema in self.emas.items()}
             contents["opt"] = {
                 "optimizer": self.optimizer.state_dict(),
@@ -225,21 +231,23 @@ class TrainLoop:
                 "metrics": totals,  # of the row of the log that is not full yet
                 "bad_steps": self.bad_steps,
             }
-            contents["head"] = self.head.state_dict()
+            contents["head"] = self.objective.state_dict()
             if write is not None:
                 contents["pool"] = write
             self.writer.submit(self.step, contents)
 
     def save_samples(self) -> None:
         """Draw a grid of samples with the last EMA's weights, on rank 0."""
-        if self.sample_diffusion is None or self.run_settings.sample_interval < 0:
+        if self.grid_process is None or self.space is None:
             return
         if dist_util.rank() == 0:
             ema = list(self.emas.values())[-1] if self.emas else None
             if ema:
                 ema.swap()
             indices = range(self.run_settings.num_samples)
-            images, _ = sample_images(self.model, self.sample_diffusion, indices, seed=self.run_settings.seed)
+            images, _ = sample_images(
+                self.network, self.grid_process, self.space, indices, seed=self.run_settings.seed
+            )
             if ema:
                 ema.swap()
             with self.log.tolerant():
@@ -248,7 +256,7 @@ class TrainLoop:
 
     def _samples_due(self, last: bool) -> bool:
         if self.run_settings.sample_interval == 0:
-            return last or self.step % self.student.save_interval == 0
+            return last or self.step % self.training.save_interval == 0
         return self.run_settings.sample_interval > 0 and self.step % self.run_settings.sample_interval == 0
 
     def _set_lr(self) -> None:
@@ -257,17 +265,17 @@ class TrainLoop:
         ADM lowers the rate after each step by the steps done before it, so it lags one step behind.
         """
         factor = 1.0
-        if self.student.lr_anneal_steps:
-            factor = max(0.0, 1 - max(0, self.step - 1) / self.student.lr_anneal_steps)
+        if self.training.lr_anneal_steps:
+            factor = max(0.0, 1 - max(0, self.step - 1) / self.training.lr_anneal_steps)
         if self.run_settings.warmup_steps:
             factor *= min(1.0, (self.step + 1) / self.run_settings.warmup_steps)
         for group in self.optimizer.param_groups:
-            group["lr"] = self.student.lr * factor
+            group["lr"] = self.training.lr * factor
 
     def _log(self, rate: float) -> None:
         values = self.metrics.read()
         values["lr"] = self.optimizer.param_groups[0]["lr"]
-        values["samples"] = float(self.step * self.student.batch_size)
+        values["samples"] = float(self.step * self.training.batch_size)
         values["iterations_per_second"] = rate
         if self.scaler.is_enabled():
             values["loss_scale"] = self.scaler.get_scale()
@@ -281,20 +289,20 @@ class TrainLoop:
 
     def _load(self, checkpoint: Checkpoint) -> None:
         """Take up a checkpoint; an original's may lack parts, which then start anew and are named."""
-        head = load_network(self.model, checkpoint.path("model"))
+        head = load_network(self.network, checkpoint.path("model"))
         for rate, ema in self.emas.items():
             name = f"ema_{rate}"
             if checkpoint.has(name):
-                own = {k: v.clone() for k, v in self.model.state_dict().items()}
-                load_network(self.model, checkpoint.path(name))
-                ema.load_state_dict(self.model.state_dict())
-                self.model.load_state_dict(own)
+                own = {k: v.clone() for k, v in self.network.state_dict().items()}
+                load_network(self.network, checkpoint.path(name))
+                ema.load_state_dict(self.network.state_dict())
+                self.network.load_state_dict(own)
             else:
-                ema.load_state_dict(self.model.state_dict())
+                ema.load_state_dict(self.network.state_dict())
         if checkpoint.has("head"):
-            load_strictly(self.head, load_state_dict(checkpoint.path("head")), checkpoint.path("head"))
-        elif head and isinstance(encoder := getattr(self.head, "noise_encoder", None), th.nn.Module):
-            load_strictly(encoder, head, checkpoint.path("model"))
+            load_strictly(self.objective, load_state_dict(checkpoint.path("head")), checkpoint.path("head"))
+        elif head:
+            self.objective.load_foreign_head(head, checkpoint.path("model"))
         if checkpoint.has("opt"):
             self._load_optimizer(checkpoint.path("opt"))
         expected = ["opt", "head", *(f"ema_{rate}" for rate in self.emas)]
@@ -325,12 +333,11 @@ class TrainLoop:
             raise UserError(f"{path}: does not fit the networks being trained ({error})") from None
 
 
-def sample_process(student: Student, run: Run) -> GaussianDiffusion | None:
+def grid_process(student: Student, run: Run) -> GaussianDiffusion | None:
     """The respaced process that grids are sampled from while training; None if there are to be none."""
     if run.sample_interval < 0:
         return None
-    steps = (
-        min(student.diffusion_steps, int(run.sample_respacing)) if run.sample_respacing.isdigit() else None
-    )
-    respacing = run.sample_respacing if steps is None else str(steps)
-    return build_process(dataclasses.replace(student, timestep_respacing=respacing), "run.sample_respacing")
+    respacing = run.sample_respacing
+    if respacing.isdigit():
+        respacing = str(min(student.process.diffusion_steps, int(respacing)))
+    return build_process(student, "run.sample_respacing", respacing)

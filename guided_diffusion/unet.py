@@ -10,17 +10,28 @@ from collections.abc import Sequence
 import torch as th
 from torch import nn
 
+from .config.settings import AdmArchitecture
+from .networks.base import DenoisingNetwork, Evaluation
 from .networks.blocks import AttentionBlock, Downsample, ResBlock, TimestepSequential, Upsample
 from .nn import GroupNorm32, group_count, timestep_embedding, zero_module
 
+_CHANNEL_MULT = {
+    512: (0.5, 1, 1, 2, 2, 4, 4),
+    256: (1, 1, 2, 2, 4, 4),
+    128: (1, 1, 2, 3, 4),
+    64: (1, 2, 3, 4),
+    32: (1, 2, 2, 2),
+}
 
-class UNetModel(nn.Module):
+
+class UNetModel(DenoisingNetwork):
     """The full U-Net with attention and timestep embedding.
 
     Args:
-        image_size: H = W of the images; kept for those who ask the model for it.
+        image_size: H = W of the samples.
+        in_channels: C of the samples.
         model_channels: base width; level i has width `channel_mult[i] * model_channels`.
-        out_channels: 3, or 6 when the variance is learned.
+        out_channels: C, or 2C when the variance is learned.
         num_res_blocks: residual blocks per level (one more on the way up).
         attention_resolutions: downsampling rates, not pixel sizes, at which attention is used.
         dropout: dropout probability in [0, 1).
@@ -33,16 +44,18 @@ class UNetModel(nn.Module):
         use_scale_shift_norm: condition by scale and shift (FiLM) instead of addition.
         resblock_updown: resample inside residual blocks instead of by convolutions.
         use_new_attention_order: see `AttentionBlock`.
-        in_channels: 3.
 
-    Attributes:
-        compute_dtype: dtype in which the convolutions and attentions run (autocast); the parameters,
-            the normalisations and the timestep embedding stay float32.
+    Convolutions and attentions run in `compute_dtype` (autocast); the parameters, the normalisations and the
+    timestep embedding stay float32.
     """
+
+    Settings = AdmArchitecture
+    block_types = (ResBlock, AttentionBlock)
 
     def __init__(
         self,
         image_size: int,
+        in_channels: int,
         model_channels: int,
         out_channels: int,
         num_res_blocks: int,
@@ -57,24 +70,23 @@ class UNetModel(nn.Module):
         use_scale_shift_norm: bool = False,
         resblock_updown: bool = False,
         use_new_attention_order: bool = False,
-        in_channels: int = 3,
     ):
         super().__init__()
         self.image_size = image_size
         self.model_channels = model_channels
         self.out_channels = out_channels
         self.num_classes = num_classes
-        self.compute_dtype = th.float32
+        self.shape = (in_channels, image_size, image_size)
 
         widths = [int(mult * model_channels) for mult in channel_mult]
-        self.feature_channels = widths[0]  # of the map that `features` returns
-        self.emb_channels = 4 * model_channels
+        self.feature_shape = (widths[0], image_size, image_size)
+        self.emb_dim = 4 * model_channels
         groups = group_count(*widths)
 
         def res_block(width_in: int, width_out: int, resample=None) -> ResBlock:
             return ResBlock(
                 width_in,
-                self.emb_channels,
+                self.emb_dim,
                 dropout,
                 width_out,
                 groups,
@@ -88,12 +100,12 @@ class UNetModel(nn.Module):
             return AttentionBlock(width, heads, groups, use_new_attention_order, use_checkpoint)
 
         self.time_embed = nn.Sequential(
-            nn.Linear(model_channels, self.emb_channels),
+            nn.Linear(model_channels, self.emb_dim),
             nn.SiLU(),
-            nn.Linear(self.emb_channels, self.emb_channels),
+            nn.Linear(self.emb_dim, self.emb_dim),
         )
         if num_classes is not None:
-            self.label_emb = nn.Embedding(num_classes, self.emb_channels)
+            self.label_emb = nn.Embedding(num_classes, self.emb_dim)
 
         width, rate = widths[0], 1
         self.input_blocks = nn.ModuleList([TimestepSequential(nn.Conv2d(in_channels, width, 3, padding=1))])
@@ -143,99 +155,104 @@ class UNetModel(nn.Module):
             zero_module(nn.Conv2d(width, out_channels, 3, padding=1)),
         )
 
-    def embed_timesteps(self, timesteps: th.Tensor) -> th.Tensor:
-        """The timestep embedding e: [B] original (not respaced) timesteps -> float32 [B, D]."""
-        with th.autocast(timesteps.device.type, enabled=False):
-            return self.time_embed(timestep_embedding(timesteps, self.model_channels))
+    @classmethod
+    def from_settings(
+        cls, settings: AdmArchitecture, shape: tuple[int, int, int], out_channels: int
+    ) -> "UNetModel":
+        """Build an ADM U-Net, initialised as ADM's; see `DenoisingNetwork.from_settings`."""
+        channels, image_size, _ = shape
+        levels = parse_channel_mult(settings.channel_mult, image_size)
+        sizes = [int(part) for part in str(settings.attention_resolutions).split(",") if part]
+        if image_size % 2 ** (len(levels) - 1):
+            raise ValueError(f"image_size {image_size} cannot be halved {len(levels) - 1} times")
+        names = ["num_head_channels"]
+        if settings.num_head_channels == -1:
+            names = ["num_heads", "num_heads_upsample"]
+        for level, mult in enumerate(levels):
+            width = int(mult * settings.num_channels)
+            used = image_size >> level in sizes or level == len(levels) - 1
+            for name in names:
+                value = getattr(settings, name)
+                if used and value != -1 and (value <= 0 or width % value):
+                    raise ValueError(f"{name} {value} does not divide the attention width {width}")
+        return cls(
+            image_size=image_size,
+            in_channels=channels,
+            model_channels=settings.num_channels,
+            out_channels=out_channels,
+            num_res_blocks=settings.num_res_blocks,
+            attention_resolutions=[image_size // size for size in sizes],
+            dropout=settings.dropout,
+            channel_mult=levels,
+            num_classes=settings.num_classes if settings.class_cond else None,
+            use_checkpoint=settings.use_checkpoint,
+            num_heads=settings.num_heads,
+            num_head_channels=settings.num_head_channels,
+            num_heads_upsample=settings.num_heads_upsample,
+            use_scale_shift_norm=settings.use_scale_shift_norm,
+            resblock_updown=settings.resblock_updown,
+            use_new_attention_order=settings.use_new_attention_order,
+        )
 
-    def features(self, x: th.Tensor, emb: th.Tensor, y: th.Tensor | None = None) -> th.Tensor:
-        """Everything but the output layers.
-
-        Args:
-            x: [B, 3, H, W], H and W multiples of 2^(levels - 1).
-            emb: [B, D], from `embed_timesteps`, possibly with something added.
-            y: int64 [B] class labels if and only if the model is class-conditional.
-
-        Returns:
-            The last decoder feature map, float32 [B, feature_channels, H, W].
-
-        Raises:
-            ValueError: labels given to an unconditional model, or missing from a conditional one.
-        """
-        if (y is not None) != (self.num_classes is not None):
-            raise ValueError("give class labels y if and only if the model is class-conditional")
+    def evaluate(
+        self,
+        x: th.Tensor,
+        timesteps: th.Tensor,
+        y: th.Tensor | None = None,
+        *,
+        emb_shift: th.Tensor | None = None,
+    ) -> Evaluation:
+        """Apply the network; see `DenoisingNetwork.evaluate`. H and W are multiples of 2^(levels - 1)."""
+        self.require_labels_fit(y)
         # fmt: off
-        with self._autocast(x):
+        with th.autocast(x.device.type, enabled=False):
+            emb = timestep_embedding(timesteps, self.model_channels)
+            emb = self.time_embed(emb)                           # (B, D)
+        with self.autocast(x):
+            condition = emb if emb_shift is None else emb + emb_shift
             if y is not None:
-                emb = emb + self.label_emb(y)                    # (B, D)
-            h, skips = x, []                                     # (B, 3, H, W)
+                condition = condition + self.label_emb(y)        # (B, D)
+            h, skips = x, []                                     # (B, C, H, W)
             for block in self.input_blocks:
-                h = block(h, emb)                                # (B, C_i, H_i, W_i)
+                h = block(h, condition)                          # (B, C_i, H_i, W_i)
                 skips.append(h)
-            h = self.middle_block(h, emb)                        # (B, C_L, H_L, W_L)
+            h = self.middle_block(h, condition)                  # (B, C_L, H_L, W_L)
             for block in self.output_blocks:
-                h = block(th.cat([h, skips.pop()], dim=1), emb)  # (B, C_i, H_i, W_i)
-        return h.float()                                         # (B, C_0, H, W)
+                h = th.cat([h, skips.pop()], dim=1)
+                h = block(h, condition)                          # (B, C_i, H_i, W_i)
+            features = h.float()                                 # (B, C_0, H, W)
+            output = self.out(features).float()                  # (B, C or 2C, H, W)
         # fmt: on
-
-    def predict(self, features: th.Tensor) -> th.Tensor:
-        """Output layers: float32 [B, feature_channels, H, W] -> float32 [B, out_channels, H, W]."""
-        with self._autocast(features):
-            return self.out(features).float()
-
-    def forward(self, x: th.Tensor, timesteps: th.Tensor, y: th.Tensor | None = None) -> th.Tensor:
-        """Apply the model.
-
-        Args:
-            x: [B, 3, H, W], noisy images.
-            timesteps: [B], original (not respaced) timesteps, integer or fractional.
-            y: int64 [B] class labels if and only if the model is class-conditional.
-
-        Returns:
-            float32 [B, out_channels, H, W].
-
-        Raises:
-            ValueError: labels given to an unconditional model, or missing from a conditional one.
-        """
-        # fmt: off
-        emb = self.embed_timesteps(timesteps)                    # (B, D)
-        h = self.features(x, emb, y)                             # (B, C_0, H, W)
-        return self.predict(h)                                   # (B, 3 or 6, H, W)
-        # fmt: on
+        return Evaluation(output, features, emb)
 
     def use_dtype(self, dtype: th.dtype, *, frozen: bool = False) -> None:
-        """Choose the arithmetic: float32, or convolutions and attention in bfloat16 or float16.
+        """Choose the arithmetic; in 16 bits the weights are laid out channels last.
 
         Args:
-            dtype: of the arithmetic. In 16 bits the weights are laid out channels last.
+            dtype: of convolutions and attention.
             frozen: the network is only evaluated, so the blocks' weights are cast once and for all; else
                 parameters stay float32 and are cast as they are used.
         """
-        self.compute_dtype = dtype
-        if dtype == th.float32:
-            return
-        self.to(memory_format=th.channels_last)  # type: ignore[call-overload]
-        if frozen:
+        super().use_dtype(dtype)
+        # float32 stays, or goes back to, the layout in which it gives the originals' digits.
+        layout = th.contiguous_format if dtype == th.float32 else th.channels_last
+        self.to(memory_format=layout)  # type: ignore[call-overload]
+        if frozen and dtype != th.float32:
             for part in (self.input_blocks, self.middle_block, self.output_blocks, self.out):
                 for module in part.modules():
                     if isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Linear)):
                         module.to(dtype)
 
-    def compile_blocks(self, backend: str = "inductor") -> None:
-        """Have torch.compile fuse what lies between the convolutions of each block, at its first call.
 
-        Block by block: equal blocks compile once, and names and state dicts stay as they are.
+def parse_channel_mult(channel_mult: str, image_size: int) -> tuple[float, ...]:
+    """Widths per level from "1,2,2"; "" for ADM's choice at this image size.
 
-        Args:
-            backend: torch.compile's.
-        """
-        limits = th._dynamo.config  # each shape of a block counts as a recompilation of the class
-        limits.recompile_limit = max(limits.recompile_limit, 512)
-        limits.accumulated_recompile_limit = max(limits.accumulated_recompile_limit, 2048)
-        for module in self.modules():
-            if isinstance(module, (ResBlock, AttentionBlock)):
-                module.compile(backend=backend)
-
-    def _autocast(self, x: th.Tensor) -> th.autocast:
-        enabled = self.compute_dtype != th.float32
-        return th.autocast(x.device.type, dtype=self.compute_dtype if enabled else None, enabled=enabled)
+    Raises:
+        ValueError: no numbers, or "" at an image size ADM has no choice for.
+    """
+    if channel_mult:
+        numbers = [float(part) for part in channel_mult.split(",")]
+        return tuple(int(n) if n.is_integer() else n for n in numbers)
+    if image_size not in _CHANNEL_MULT:
+        raise ValueError(f"image_size {image_size} has no default channel_mult; give one such as 1,2,2")
+    return _CHANNEL_MULT[image_size]

@@ -11,7 +11,7 @@ import sys
 import time
 from pathlib import Path
 
-from guided_diffusion.config.loading import load_experiment
+from guided_diffusion.config.loading import load_distillation
 from guided_diffusion.errors import UserError
 from guided_diffusion.io.files import sha256_of
 from guided_diffusion.processes.launch import run_script
@@ -29,9 +29,7 @@ def main() -> None:
     args = parser.parse_intermixed_args()
     if args.num_samples < 100:
         raise UserError("--num_samples must be at least 100: fewer images give no meaningful score")
-    experiment = load_experiment(args.config, args.overrides)
-    if experiment.teacher is None:
-        raise UserError(f"{args.config}: the demo needs a 'teacher' section")
+    experiment = load_distillation(args.config, args.overrides)
     teacher = ROOT / experiment.teacher.model_path
     text = f"{experiment} {sha256_of(teacher)}"
     folder = ROOT / f"experiments/demo/{experiment.name}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
@@ -53,7 +51,7 @@ def main() -> None:
 
     checkpoint = newest_checkpoint(run_folder)
     assert checkpoint is not None
-    student = checkpoint.path(f"ema_{experiment.student.ema_rates[0]}")
+    student = checkpoint.path(f"ema_{experiment.student.training.ema_rates[0]}")
     sample = ["--batch_size", 125, "--num_samples", args.num_samples, "--timestep_respacing", 50]
     for name, weights in (("teacher", teacher), ("student", student)):
         config = ROOT / "yaml/digits_16/teacher.yaml" if name == "teacher" else args.config

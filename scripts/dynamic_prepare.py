@@ -8,36 +8,44 @@ def main() -> None:
     """Parse, build, run."""
     parser = command_line.make_parser(__doc__, ["teacher", "distill", "run"])
     parser.add_argument("--overwrite", action="store_true", help="prepare anew even if the pool exists")
-    args, experiment = command_line.parse(parser)
+    args, experiment = command_line.parse_distillation(parser)
     from guided_diffusion.errors import UserError
 
-    teacher_settings, student = experiment.teacher, experiment.student
-    if teacher_settings is None:
-        raise UserError(f"{args.config}: preparing needs a 'teacher' section")
+    teacher_settings = experiment.teacher
     if teacher_settings.iter_choice == "iterative_distillation":
         raise UserError(f"{args.config}: iterative_distillation starts from noise: nothing to prepare")
     if not teacher_settings.tempfile:
         raise UserError(f"{args.config}: teacher.tempfile is not set: where should the pool be written?")
     weights = command_line.input_file(teacher_settings.model_path, args.config, "teacher.model_path")
-    batch = command_line.per_rank(student.batch_size, detect_launch().world_size, "student.batch_size")
+    batch = command_line.per_rank(
+        experiment.student.training.batch_size, detect_launch().world_size, "student.batch_size"
+    )
+    tempfile = command_line.output_path(teacher_settings.tempfile, args.config)
 
     from guided_diffusion import dist_util
     from guided_diffusion.distill.dynamic_batch import pool_size, prepare
     from guided_diffusion.distill.pool_file import join_parts, part_path, read_pool, write_pool
     from guided_diffusion.io.files import remove_leftovers
     from guided_diffusion.logger import progress_bar
-    from guided_diffusion.setups.distillation import fresh_pool, kept, load_teacher, pool_identity
+    from guided_diffusion.setups.distillation import (
+        load_teacher,
+        noise_pool,
+        pool_file,
+        pool_identity,
+        pool_seed,
+        stored,
+    )
     from guided_diffusion.train_util import reseed
 
     dist_util.setup_dist()
     rank, world = dist_util.rank(), dist_util.world_size()
-    teacher, diffusion = load_teacher(experiment, weights)
-    total = diffusion.num_timesteps
+    teacher = load_teacher(experiment, weights)
+    total, shape = teacher.process.num_timesteps, teacher.space.shape
     size = pool_size(teacher_settings.iter_choice, teacher_settings.BATCH, total, batch)
     identity = pool_identity(experiment, weights, size * world)
-    path = command_line.output_path(teacher_settings.tempfile, args.config)
+    path = pool_file(experiment, tempfile)
     if path.is_file() and not args.overwrite:
-        read_pool(path, total, teacher_settings.image_size, expected=identity)
+        read_pool(path, total, shape, expected=identity)
         if rank == 0:
             print(f"{path} is already prepared for this configuration (--overwrite prepares it anew)")
         return
@@ -46,18 +54,16 @@ def main() -> None:
     with dist_util.held(path):
         if rank == 0:
             remove_leftovers(path.parent, path.name)
-        reseed(experiment.run.seed, rank, 0)
-        pool = fresh_pool(experiment, teacher, total, size)
+        reseed(pool_seed(experiment), rank, 0)
+        pool = noise_pool(teacher, size)
         if rank == 0:
             print(
                 f"preparing {size * world} samples on {world} rank(s), T = {total}, "
-                f"stride {experiment.distill.stride}"
+                f"stride {experiment.distill.stride}, seed {pool_seed(experiment)}"
             )
         bar = progress_bar(size, "preparing", active=rank == 0)
         arrived, told = 0, 0
-        for count in prepare(
-            pool, teacher, diffusion, teacher_settings.batch_size, experiment.distill.stride
-        ):
+        for count in prepare(pool, teacher, teacher_settings.batch_size, experiment.distill.stride):
             arrived += count
             bar.update(count)
             if bar.disable and rank == 0 and 10 * arrived // size > told:
@@ -65,7 +71,7 @@ def main() -> None:
                 print(f"  {arrived} of {size} samples are at their level", flush=True)
         bar.close()
 
-        pool = kept(pool, experiment)
+        pool = stored(pool, experiment)
         if world == 1:
             write_pool(path, [pool], identity)
         else:
@@ -73,7 +79,7 @@ def main() -> None:
             dist_util.barrier()
             with dist_util.rank_zero_first() as first:
                 if first:
-                    join_parts(path, total, teacher_settings.image_size, identity, world)
+                    join_parts(path, total, shape, identity, world)
         if rank == 0:
             print(f"wrote {path} ({path.stat().st_size / 1e6:.1f} MB)")
 

@@ -14,35 +14,29 @@ def main() -> None:
         "--exp_dir", help="the run's directory, a path or a URL (default: experiments/kd/NAME-TIME)"
     )
     parser.add_argument("--wandb", action="store_true", help="also record to Weights & Biases")
-    args, experiment = command_line.parse(parser)
-    from guided_diffusion.errors import UserError
-
-    teacher, student = experiment.teacher, experiment.student
-    if teacher is None:
-        raise UserError(
-            f"{args.config}: distilling needs a 'teacher' section (image_train.py trains without)"
-        )
+    args, experiment = command_line.parse_distillation(parser)
+    teacher, training = experiment.teacher, experiment.student.training
     weights = command_line.input_file(teacher.model_path, args.config, "teacher.model_path")
-    initial = (
-        command_line.input_file(student.model_path, args.config, "student.model_path")
-        if student.model_path
-        else None
-    )
-    batch_size = command_line.per_rank(student.batch_size, detect_launch().world_size, "student.batch_size")
-    pool_path = command_line.output_path(teacher.tempfile, args.config)
+    initial = None
+    if training.model_path:
+        initial = command_line.input_file(training.model_path, args.config, "student.model_path")
+    batch_size = command_line.per_rank(training.batch_size, detect_launch().world_size, "student.batch_size")
+    tempfile = command_line.output_path(teacher.tempfile, args.config)
 
+    from guided_diffusion.runs.provenance import describe_network
     from guided_diffusion.runs.run_directory import start_run
-    from guided_diffusion.setups.distillation import distillation_loop
+    from guided_diffusion.setups.distillation import distillation_loop, pool_file
 
     with start_run("kd", experiment, args, batch_size) as (log, resume):
         distillation_loop(
             experiment,
             weights=weights,
-            pool_path=pool_path,
+            pool_path=pool_file(experiment, tempfile),
             batch_size=batch_size,
             log=log,
             initial=initial,
             resume=resume,
+            description=describe_network(experiment.name, experiment.student, args.config),
         ).run()
 
 

@@ -1,7 +1,7 @@
 """Sample images from a trained model, into samples_NxHxWx3.npz (uint8, arr_0; labels in arr_1)."""
 
 from guided_diffusion.config import command_line
-from guided_diffusion.config.settings import SAMPLERS
+from guided_diffusion.config.registry import SAMPLERS, look_up, require_known
 from guided_diffusion.errors import UserError
 from guided_diffusion.processes.launch import run_script
 
@@ -31,54 +31,61 @@ def main() -> None:
     parser.add_argument("--num_samples", type=command_line.positive, default=10000, help="images in all")
     parser.add_argument("--timestep_respacing", help="steps: 50, ddim50, ... (default: the configuration's)")
     parser.add_argument(
-        "--sampler", choices=SAMPLERS, help=f"{', '.join(SAMPLERS)}: see docs/sampling.md (default ancestral)"
+        "--sampler",
+        help=f"{', '.join(SAMPLERS)}, or package.module:Name; see docs/sampling.md (default ancestral)",
     )
     parser.add_argument("--use_ddim", type=command_line.boolean, help="True: the same as --sampler ddim")
     parser.add_argument(
-        "--clip_denoised", type=command_line.boolean, default=True, help="clip x_0 to [-1, 1] (default True)"
+        "--clip_denoised",
+        type=command_line.boolean,
+        default=True,
+        help="clip the predicted x_0 as clip_denoised of the configuration says (default), or never",
     )
     parser.add_argument("--name", help="folder under experiments/sample (default: from CONFIG and MODEL)")
     parser.add_argument("--log_dir", help="write here, a path or a URL, instead of experiments/sample/NAME")
     args, experiment = command_line.parse(parser)
-    sampler = choose_sampler(args.sampler, args.use_ddim)
+    name = choose_sampler(args.sampler, args.use_ddim)
+    require_known(SAMPLERS, name, "--sampler")
 
-    import dataclasses
     from pathlib import Path
 
     weights = command_line.input_file(args.model_path, args.config, "--model_path")
-    name = args.name or f"{experiment.name}-{weights.stem}"
-    default = command_line.output_path(f"experiments/sample/{name}", args.config)
+    folder = args.name or f"{experiment.name}-{weights.stem}"
+    default = command_line.output_path(f"experiments/sample/{folder}", args.config)
 
     from guided_diffusion import dist_util
     from guided_diffusion.io.remote import is_url
-    from guided_diffusion.processes.precision import place
-    from guided_diffusion.runs.checkpoint import load_network
+    from guided_diffusion.networks.precision import place
+    from guided_diffusion.runs.checkpoint import load_network, read_description, require_agreement
     from guided_diffusion.runs.mirror import Mirror
+    from guided_diffusion.runs.provenance import describe_network
     from guided_diffusion.sampling.sample_set import SampleSet
-    from guided_diffusion.sampling.samplers import steps_respacing
-    from guided_diffusion.script_util import build_network
+    from guided_diffusion.script_util import build_network, build_space
 
     mirror = None
     if args.log_dir and is_url(args.log_dir):
         mirror = Mirror(args.log_dir, command_line.remote_path(args.config))
+    sampler = look_up(SAMPLERS, name, "--sampler")
     samples = SampleSet(
         mirror.directory if mirror else Path(args.log_dir or default),
         args.num_samples,
         seed=experiment.run.seed,
-        sampler=sampler,
+        sampler=(name, sampler),
         clip_denoised=args.clip_denoised,
     )
     dist_util.setup_dist()
     if mirror:
         dist_util.from_rank_zero(mirror.pull)
-    network = experiment.student
+    student = experiment.student
+    require_agreement(student, weights)
     if args.timestep_respacing is not None:
-        respacing = steps_respacing(sampler, args.timestep_respacing)
-        network = dataclasses.replace(network, timestep_respacing=respacing)
-    model, diffusion = build_network(network)
-    load_network(model, weights)
-    place(model.eval(), network, experiment.run, frozen=True)
-    path = samples.draw(model, diffusion, weights, args.batch_size)
+        student.process.timestep_respacing = sampler.respacing(args.timestep_respacing)
+    network, process = build_network(student)
+    load_network(network, weights)
+    place(network.eval(), student.architecture.use_fp16, experiment.run, frozen=True)
+    provenance = describe_network(experiment.name, student, args.config)
+    provenance["checkpoint"] = {"path": str(weights), **read_description(weights)}
+    path = samples.draw(network, process, build_space(student), weights, args.batch_size, provenance)
     if mirror:
         dist_util.from_rank_zero(mirror.push)
     if dist_util.rank() == 0:

@@ -21,18 +21,20 @@ def main() -> None:
     parser.add_argument("--num_workers", type=int, default=0, help="processes that load images (default 0)")
     parser.add_argument("--wandb", action="store_true", help="also record to Weights & Biases")
     args, experiment = command_line.parse(parser)
+    from guided_diffusion.config.settings import DistillationExperiment
     from guided_diffusion.errors import UserError
 
-    student = experiment.student
-    if experiment.teacher is not None:
+    training = experiment.student.training
+    if isinstance(experiment, DistillationExperiment):
         raise UserError(f"{args.config}: has a 'teacher' section; image_kd.py distils, this trains on images")
     if not Path(args.data_dir).exists():
         raise UserError(f"--data_dir: no such file or folder: {args.data_dir}")
     initial = None
-    if student.model_path:
-        initial = command_line.input_file(student.model_path, args.config, "model_path")
-    batch_size = command_line.per_rank(student.batch_size, detect_launch().world_size, "batch_size")
+    if training.model_path:
+        initial = command_line.input_file(training.model_path, args.config, "model_path")
+    batch_size = command_line.per_rank(training.batch_size, detect_launch().world_size, "batch_size")
 
+    from guided_diffusion.runs.provenance import describe_network
     from guided_diffusion.runs.run_directory import start_run
     from guided_diffusion.setups.image_training import training_loop
 
@@ -45,6 +47,7 @@ def main() -> None:
             log=log,
             initial=initial,
             resume=resume,
+            description=describe_network(experiment.name, experiment.student, args.config),
         ).run()
 
 

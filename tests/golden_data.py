@@ -1,5 +1,6 @@
 """Reference numbers of the original programs; `tests/golden/README.md` says what each array is."""
 
+import inspect
 import json
 import math
 import zlib
@@ -7,6 +8,11 @@ from pathlib import Path
 
 import numpy as np
 import torch as th
+from tiny import denoiser
+
+from guided_diffusion.config.settings import Run
+from guided_diffusion.networks.precision import place
+from guided_diffusion.script_util import build_network, create_model
 
 GOLDEN = Path(__file__).parent / "golden"
 
@@ -32,6 +38,23 @@ def rule_weight(name, shape):
     else:
         n = n * np.float32(1 / math.sqrt(math.prod(shape[1:])))
     return th.from_numpy(n)
+
+
+def as_the_scripts_build(architecture, process):
+    """A network, filled by the rule, and its process, by the way that a configuration takes.
+
+    As in the published configurations `use_fp16` is true and `precision: fp32` settles what is computed in.
+
+    Args:
+        architecture: arguments of `create_model`.
+        process: configuration keys of the process.
+    """
+    defaults = inspect.signature(create_model).parameters
+    keys = {k: p.default for k, p in defaults.items() if p.default is not p.empty and k != "learn_sigma"}
+    settings = denoiser(**(keys | architecture | {"use_fp16": True} | process))
+    network, process = build_network(settings)
+    place(network, settings.architecture.use_fp16, Run(precision="fp32"))
+    return fill(network), process
 
 
 @th.no_grad()

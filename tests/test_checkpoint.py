@@ -5,9 +5,8 @@ import pickle
 
 import pytest
 import torch as th
-from tiny import network
+from tiny import denoiser, network
 
-from guided_diffusion.config.settings import Network
 from guided_diffusion.errors import UserError
 from guided_diffusion.runs.checkpoint import (
     complete_checkpoints,
@@ -23,13 +22,13 @@ from guided_diffusion.script_util import build_network
 
 @pytest.fixture
 def model():
-    return build_network(Network(**network(8, attention_resolutions="4")))[0]
+    return build_network(denoiser(**network(8, attention_resolutions="4")))[0]
 
 
 def test_half_precision_and_the_originals_head_are_read(model, tmp_path):
     state = {k: v.half() for k, v in model.state_dict().items()} | {"out_embed.cls_token": th.ones(1, 1, 128)}
     th.save(state, tmp_path / "student.pt")
-    other, _ = build_network(Network(**network(8, attention_resolutions="4")))
+    other, _ = build_network(denoiser(**network(8, attention_resolutions="4")))
     head = load_network(other, tmp_path / "student.pt")
     assert list(head) == ["cls_token"]
     for name, value in other.state_dict().items():

@@ -7,6 +7,7 @@ import yaml
 from tiny import ROOT, distillation, network
 
 from guided_diffusion.config.loading import experiment_text, load_experiment
+from guided_diffusion.config.settings import DistillationExperiment, flat
 from guided_diffusion.errors import UserError
 from guided_diffusion.script_util import create_model_and_diffusion, model_and_diffusion_defaults
 
@@ -20,7 +21,7 @@ def config(tmp_path):
 
 def test_overrides_win(config):
     experiment = load_experiment(config, ["student.lr=5e-4", "distill.stage2_weight=0", "run.iterations=9"])
-    assert experiment.student.lr == 5e-4
+    assert experiment.student.training.lr == 5e-4
     assert experiment.distill.stage2_weight == 0
     assert experiment.run.iterations == 9
     assert experiment.teacher.prob == 1.0
@@ -43,7 +44,7 @@ def test_overrides_win(config):
         ("student.use_kl=true", "student.use_kl: distillation matches noise predictions"),
         ("teacher.prob=0", "prob must be in (0, 1]"),
         ("teacher.iter_choice=dynamic", "iter_choice 'dynamic' is none of"),
-        ("teacher.noise_schedule=quadratic", "noise_schedule must be linear or cosine"),
+        ("teacher.noise_schedule=quadratic", "noise_schedule must be linear, cosine or scaled_linear"),
         ("distill.temperature=0", "temperature must be positive"),
         ("distill.stage1_weight=0 distill.stage2_align=true", "both weights must be positive"),
         ("run.precision=fp8", "precision must be auto, fp32, bf16 or fp16"),
@@ -85,10 +86,10 @@ def test_files_are_merged_in_and_the_sections_own_keys_win(tmp_path, monkeypatch
     path = baseline(tmp_path)
     monkeypatch.chdir("/")
     experiment = load_experiment(path, ["num_channels=64"])
-    assert experiment.teacher is None
-    student = experiment.student
-    assert (student.image_size, student.num_channels, student.diffusion_steps) == (8, 64, 20)
-    assert (student.channel_mult, student.attention_resolutions, student.lr) == ("1,2", "4", 1e-3)
+    assert not isinstance(experiment, DistillationExperiment)
+    student = flat(experiment.student)
+    assert (student["image_size"], student["num_channels"], student["diffusion_steps"]) == (8, 64, 20)
+    assert (student["channel_mult"], student["attention_resolutions"], student["lr"]) == ("1,2", "4", 1e-3)
 
 
 def test_a_base_is_laid_under(tmp_path, config):
@@ -108,7 +109,7 @@ def test_files_that_are_no_configuration(tmp_path, text):
     path = tmp_path / "bad.yaml"
     path.write_text(text)
     if not text:  # all defaults: a network of 64x64 images
-        assert load_experiment(path).student.image_size == 64
+        assert load_experiment(path).student.architecture.image_size == 64
         return
     with pytest.raises(UserError):
         load_experiment(path)
@@ -135,10 +136,11 @@ def test_every_experiment_loads_from_anywhere(path, monkeypatch):
     monkeypatch.chdir("/")
     experiment = load_experiment(path)
     name = path.stem
-    assert (experiment.teacher is None) == ("Baseline" in name or name.endswith("teacher"))
+    distils = isinstance(experiment, DistillationExperiment)
+    assert distils != ("Baseline" in name or name.endswith("teacher"))
     if "Dynamic" in name:
         assert experiment.distill.stage1_weight == experiment.distill.stage2_weight == 0
-    if experiment.teacher is not None and not name.startswith("digits"):
+    if distils and not name.startswith("digits"):
         assert experiment.distill.stride == 1 and not experiment.distill.role_vector
         ratio = re.search(r"(?:TCCD|Dynamic)-([\d.]+)", name)
         assert (float(ratio[1]) if ratio else 0.4) == experiment.teacher.BATCH

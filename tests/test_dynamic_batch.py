@@ -2,10 +2,10 @@
 
 import pytest
 import torch as th
-from tiny import network, randomise
+from tiny import denoiser, network, randomise, teacher_of
 
-from guided_diffusion.config.settings import Network
-from guided_diffusion.distill.dynamic_batch import DynamicBatch, pool_size, prepare, teacher_step
+from guided_diffusion.distill.dynamic_batch import DynamicBatch, pool_size, prepare
+from guided_diffusion.distill.pool_file import read_pool, write_pool
 from guided_diffusion.errors import UserError
 from guided_diffusion.script_util import build_network, create_gaussian_diffusion
 
@@ -13,21 +13,21 @@ from guided_diffusion.script_util import build_network, create_gaussian_diffusio
 @pytest.fixture(scope="module")
 def teacher():
     th.manual_seed(0)
-    model, diffusion = build_network(Network(**network(8, attention_resolutions="4")))
-    return randomise(model).eval(), diffusion
+    model, diffusion = build_network(denoiser(**network(8, attention_resolutions="4")))
+    return teacher_of(randomise(model).eval(), diffusion, (3, 8, 8))
 
 
 def noise_pool(size, diffusion):
-    return DynamicBatch.of_noise(size, 8, diffusion.num_timesteps)
+    return DynamicBatch.of_noise(size, (3, 8, 8), diffusion.num_timesteps)
 
 
 @pytest.mark.parametrize("stride", [1, 3, 50])
 def test_preparation_lands_every_entry_on_its_own_level(teacher, stride, monkeypatch):
-    model, diffusion = teacher
+    diffusion = teacher.process
     goals = th.arange(1, diffusion.num_timesteps).repeat(3)
     monkeypatch.setattr(th, "randint", lambda *args, **kwargs: goals)
     pool = noise_pool(len(goals), diffusion)
-    calls = list(prepare(pool, model, diffusion, rows_per_call=10, stride=stride))
+    calls = list(prepare(pool, teacher, rows_per_call=10, stride=stride))
     assert th.equal(pool.levels, goals)
     assert sum(calls) == len(goals)
     jumps = -(-(diffusion.num_timesteps - goals) // stride)
@@ -39,9 +39,9 @@ def test_preparation_lands_every_entry_on_its_own_level(teacher, stride, monkeyp
 
 
 def test_levels_are_drawn_from_1_to_T_minus_1(teacher):
-    model, diffusion = teacher
+    diffusion = teacher.process
     pool = noise_pool(400, diffusion)
-    list(prepare(pool, model, diffusion, rows_per_call=400, stride=20))
+    list(prepare(pool, teacher, rows_per_call=400, stride=20))
     assert set(pool.levels.tolist()) == set(range(1, diffusion.num_timesteps))
 
 
@@ -52,9 +52,9 @@ def test_a_jump_of_one_step_is_the_reverse_step(schedule, options):
     t = th.arange(1, 50)
     x, output = th.randn(49, 3, 4, 4), th.randn(49, 6 if "learn_sigma" in options else 3, 4, 4)
     out = diffusion.p_distribution(output, x, t)
-    mean, log_variance = diffusion.p_jump(output, x, t, t - 1)
-    th.testing.assert_close(mean, out["mean"])
-    th.testing.assert_close(log_variance, out["log_variance"])
+    jump = diffusion.p_distribution(output, x, t, s=t - 1)
+    for name in ("mean", "log_variance", "pred_xstart"):
+        th.testing.assert_close(jump[name], out[name])
 
 
 def test_a_longer_jump_is_the_respaced_process():
@@ -65,18 +65,18 @@ def test_a_longer_jump_is_the_respaced_process():
     x, output = th.randn(9, 3, 4, 4), th.randn(9, 6, 4, 4)
     kept, step = th.tensor(spaced.timestep_map), th.arange(1, 10)
     out = spaced.p_distribution(output, x, step)
-    mean, log_variance = whole.p_jump(output, x, kept[step], kept[step - 1])
-    th.testing.assert_close(mean, out["mean"])
-    th.testing.assert_close(log_variance, out["log_variance"])
+    jump = whole.p_distribution(output, x, kept[step], s=kept[step - 1])
+    th.testing.assert_close(jump["mean"], out["mean"])
+    th.testing.assert_close(jump["log_variance"], out["log_variance"])
 
 
 def test_levels_go_down_by_one_and_restart_from_pure_noise(teacher):
-    model, diffusion = teacher
+    diffusion = teacher.process
     total = diffusion.num_timesteps
     pool = noise_pool(6, diffusion)
     pool.levels = th.tensor([0, 1, 2, total, 0, 5])
     pool.x = th.full_like(pool.x, 7.0)
-    batch = pool.advance(th.arange(6), model, diffusion)
+    batch = pool.advance(th.arange(6), teacher)
     assert batch.t.tolist() == [total - 1, 0, 1, total - 1, total - 1, 4]
     assert th.equal(pool.levels, batch.t)
     for restarted in (0, 4):
@@ -86,46 +86,45 @@ def test_levels_go_down_by_one_and_restart_from_pure_noise(teacher):
 
 
 def test_no_noise_is_added_at_the_last_step(teacher):
-    model, diffusion = teacher
     x = th.randn(2, 3, 8, 8)
-    step = teacher_step(model, diffusion, x, th.tensor([0, 3]))
+    step = teacher.step(x, th.tensor([0, 3]))
     assert th.equal(step.x_prev[0], step.mean[0])
     assert not th.equal(step.x_prev[1], step.mean[1])
 
 
 def test_every_entry_is_visited_and_levels_stay_in_range(teacher):
-    model, diffusion = teacher
+    diffusion = teacher.process
     pool = noise_pool(24, diffusion)
     seen, levels = set(), set()
     for _ in range(60):
         index = pool.draw(8)
         assert len(set(index.tolist())) == 8
         seen |= set(index.tolist())
-        levels |= set(pool.advance(index, model, diffusion).t.tolist())
+        levels |= set(pool.advance(index, teacher).t.tolist())
         assert pool.levels.min() >= 0 and pool.levels.max() <= diffusion.num_timesteps
     assert seen == set(range(24))
     assert levels == set(range(diffusion.num_timesteps))
 
 
 def test_the_three_policies_are_one_mechanism(teacher):
-    model, diffusion = teacher
+    diffusion = teacher.process
     total = diffusion.num_timesteps
     assert pool_size("dynamic_iterative_distillation", 0.4, 1000, 128) == 51200
     assert pool_size("shuffled_iterative_distillation", 0.4, 1000, 128) == 128
     assert pool_size("iterative_distillation", 0.4, 1000, 128) == 128
     pool = noise_pool(5, diffusion)
-    walked = [pool.next_batch(5, model, diffusion).t.unique().tolist() for _ in range(total + 1)]
+    walked = [pool.next_batch(5, teacher).t.unique().tolist() for _ in range(total + 1)]
     assert walked == [[t] for t in reversed(range(total))] + [[total - 1]]  # lockstep, then restart
 
 
 def test_prob_only_advances_the_same_samples(teacher):
-    model, diffusion = teacher
+    diffusion = teacher.process
     th.manual_seed(0)
     pool = noise_pool(4, diffusion)
-    steps = [int(pool.next_batch(4, model, diffusion, prob=0.3).t[0]) for _ in range(5)]
+    steps = [int(pool.next_batch(4, teacher, prob=0.3).t[0]) for _ in range(5)]
     assert steps != list(reversed(range(diffusion.num_timesteps)))[:5]
     pool = noise_pool(50, diffusion)
-    pool.next_batch(2, model, diffusion, prob=0.05)
+    pool.next_batch(2, teacher, prob=0.05)
     assert int((pool.levels < diffusion.num_timesteps).sum()) == 2
 
 
@@ -138,17 +137,28 @@ def test_a_pool_that_cannot_be_is_refused():
 
 @pytest.mark.parametrize("dtype", [th.float32, th.float16])
 def test_a_pool_may_be_kept_elsewhere_and_in_16_bits(teacher, dtype):
-    model, diffusion = teacher
+    diffusion = teacher.process
     th.manual_seed(0)
-    pool = noise_pool(6, diffusion).store("cpu", dtype)
-    other = pool.store("cpu", dtype, device="meta")  # batches elsewhere than the pool
+    pool = noise_pool(6, diffusion).stored_on("cpu", dtype)
+    other = pool.stored_on("cpu", dtype, device="meta")  # batches elsewhere than the pool
     x, level, _ = other.take(th.arange(2))
     assert x.device.type == level.device.type == "meta" and x.dtype == th.float32
-    batch = pool.advance(th.arange(4), model, diffusion)
+    batch = pool.advance(th.arange(4), teacher)
     assert batch.x_t.dtype == batch.eps.dtype == th.float32
     assert pool.x.dtype == dtype
     again, _, _ = pool.take(th.arange(4))
     th.manual_seed(1)
-    step = teacher_step(model, diffusion, batch.x_t, batch.t)
+    step = teacher.step(batch.x_t, batch.t)
     assert (again - step.mean).abs().max() < 6  # one step further, within its noise
-    assert list(prepare(pool.store("cpu", dtype), model, diffusion, rows_per_call=6, stride=5))
+    assert list(prepare(pool.stored_on("cpu", dtype), teacher, rows_per_call=6, stride=5))
+
+
+def test_a_pool_whose_header_begins_like_a_pickle_is_read(tmp_path):
+    """safetensors puts the header's length first: of 128, 384, ... bytes it looks like a pickle's first byte."""
+    pool = DynamicBatch(th.randn(2, 3, 4, 4), th.tensor([3, 7]), 10)
+    first = set()
+    for length in range(0, 256, 8):
+        write_pool(tmp_path / "pool.cache", [pool], {"T": 10, "name": "x" * length})
+        first.add((tmp_path / "pool.cache").read_bytes()[0])
+        assert th.equal(read_pool(tmp_path / "pool.cache", 10, (3, 4, 4)).x, pool.x)
+    assert 0x80 in first

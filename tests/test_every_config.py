@@ -1,20 +1,19 @@
 """Every experiment under yaml/: the network its name says, and one real iteration at a small size."""
 
-import dataclasses
 import functools
 import re
 
 import numpy as np
 import pytest
 import torch as th
-from tiny import ROOT, T, make_teacher, randomise
+from tiny import ROOT, T, denoiser, make_teacher, randomise
 
 from guided_diffusion.config.loading import load_experiment
-from guided_diffusion.config.settings import Network
+from guided_diffusion.config.settings import DistillationExperiment, flat
 from guided_diffusion.distill.dynamic_batch import DynamicBatch, pool_size
 from guided_diffusion.distill.pool_file import read_pool, write_pool
 from guided_diffusion.logger import RunLog, read_progress
-from guided_diffusion.script_util import build_network
+from guided_diffusion.script_util import build_network, build_space
 from guided_diffusion.setups.distillation import distillation_loop, pool_identity
 from guided_diffusion.setups.image_training import training_loop
 
@@ -46,7 +45,7 @@ def teachers(tmp_path_factory):
     folder = tmp_path_factory.mktemp("teachers")
 
     def teacher(settings):
-        path = folder / f"{settings.image_size}.pt"
+        path = folder / f"{settings.architecture.image_size}.pt"
         if not path.exists():
             make_teacher(settings, path)
         return path
@@ -58,15 +57,15 @@ def teachers(tmp_path_factory):
     "path", [p for p in EXPERIMENTS if not p.stem.startswith("digits")], ids=lambda p: p.stem
 )
 def test_the_name_tells_the_students_size(path):
-    student = dataclasses.asdict(load_experiment(path).student)
-    network = tuple((field.name, student[field.name]) for field in dataclasses.fields(Network))
-    assert millions_of_parameters(network) == int(re.search(r"-(\d+)M-", path.stem)[1])
+    student = load_experiment(path).student
+    keys = tuple((flat(student.architecture) | flat(student.process)).items())
+    assert millions_of_parameters(keys) == int(re.search(r"-(\d+)M-", path.stem)[1])
 
 
 @functools.cache
-def millions_of_parameters(network):
+def millions_of_parameters(keys):
     with th.device("meta"):
-        model, _ = build_network(Network(**dict(network)))
+        model, _ = build_network(denoiser(**dict(keys)))
     return sum(parameter.numel() for parameter in model.parameters()) // 10**6
 
 
@@ -74,7 +73,8 @@ def millions_of_parameters(network):
 def test_one_iteration(path, teachers, tmp_path):
     plain = load_experiment(path)
     th.manual_seed(0)
-    if plain.teacher is None:
+    distils = isinstance(plain, DistillationExperiment)
+    if not distils:
         loop = baseline(path, tmp_path)
         terms = {"mse", "vb"}
     else:
@@ -84,11 +84,12 @@ def test_one_iteration(path, teachers, tmp_path):
         terms |= {"stage1_align"} if stage1 else set()
         terms |= {"stage2_mse", "stage2_vb"} if stage2 else set()
         assert (stage1, stage2) == stages_of(path.stem)
-    size = plain.student.image_size
-    assert loop.model.image_size == size == image_size_of(path)
-    randomise(loop.model)
+    size = plain.student.architecture.image_size
+    assert loop.network.shape == (3, size, size)
+    assert size == image_size_of(path)
+    randomise(loop.network)
     before = [parameter.detach().clone() for parameter in loop.parameters]
-    levels = loop.source.pool.levels.clone() if plain.teacher else None
+    levels = loop.source.pool.levels.clone() if distils else None
     loop.run()
 
     (row,) = read_progress(tmp_path / "run" / "progress.csv")
@@ -98,10 +99,10 @@ def test_one_iteration(path, teachers, tmp_path):
     assert row["step"] == loop.step == 1 and row["skipped"] == 0
     assert not any(th.equal(a, b) for a, b in zip(before, loop.parameters, strict=True))
     assert (tmp_path / "run" / "model000001.pt").exists()
-    if plain.teacher:
+    if distils:
         steps = levels - loop.source.pool.levels
         assert sorted(steps.tolist()) == [0] * (len(levels) - BATCH) + [1] * BATCH
-        saved = read_pool(tmp_path / "run" / "teacher-state-000001.cache", T, size)
+        saved = read_pool(tmp_path / "run" / "teacher-state-000001.cache", T, (3, size, size))
         assert th.equal(saved.levels, loop.source.pool.levels)
 
 
@@ -112,7 +113,7 @@ def distillation(path, teachers, folder):
     weights = teachers(settings)
     size = pool_size(settings.iter_choice, settings.BATCH, T, BATCH)
     if settings.iter_choice != "iterative_distillation":
-        pool = DynamicBatch.of_noise(size, settings.image_size, T)
+        pool = DynamicBatch.of_noise(size, build_space(settings).shape, T)
         pool.levels = th.randint(1, T, (size,))
         write_pool(folder / "pool.cache", [pool], pool_identity(experiment, weights, size))
     return distillation_loop(
@@ -126,7 +127,7 @@ def distillation(path, teachers, folder):
 
 def baseline(path, folder):
     experiment = load_experiment(path, SMALL + TRAINING + RUN)
-    size = experiment.student.image_size
+    size = experiment.student.architecture.image_size
     images = np.random.default_rng(0).integers(0, 256, (2 * BATCH, size, size, 3), dtype=np.uint8)
     np.savez(folder / "images.npz", images)
     return training_loop(

@@ -7,10 +7,9 @@ import pytest
 import torch as th
 from golden_data import arrays, assert_close, assert_close_to_largest, fill, manifest
 
-from guided_diffusion.gaussian_diffusion import LossType, ModelMeanType, ModelVarType
+from guided_diffusion.gaussian_diffusion import LossType, ModelMeanType, ModelVarType, get_named_beta_schedule
 from guided_diffusion.losses import discretized_gaussian_log_likelihood, normal_kl
 from guided_diffusion.respace import SpacedDiffusion, space_timesteps
-from guided_diffusion.schedule import get_named_beta_schedule
 from guided_diffusion.script_util import create_model
 
 FILES = manifest("g3_diffusion.json")["files"]

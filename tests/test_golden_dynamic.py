@@ -2,13 +2,12 @@
 
 import pytest
 import torch as th
-from golden_data import GOLDEN, arrays, assert_close, fill, manifest
-from test_golden_tccd import build_diffusion
+from golden_data import GOLDEN, arrays, as_the_scripts_build, assert_close, manifest
+from tiny import teacher_of
 
 from guided_diffusion.distill import dynamic_batch
 from guided_diffusion.distill.dynamic_batch import DynamicBatch, pool_size, prepare
 from guided_diffusion.distill.pool_file import read_pool
-from guided_diffusion.script_util import create_model
 
 CASES = manifest("g5_dynamic.json")["cases"]
 
@@ -16,19 +15,19 @@ CASES = manifest("g5_dynamic.json")["cases"]
 @pytest.fixture(params=CASES)
 def case(request):
     info = CASES[request.param]
-    teacher = fill(create_model(**info["teacher_arch"], learn_sigma=info["diffusion"]["learn_sigma"]))
-    return info, arrays(info["file"]), teacher, build_diffusion(info["diffusion"])
+    teacher = teacher_of(*as_the_scripts_build(info["teacher_arch"], info["diffusion"]))
+    return info, arrays(info["file"]), teacher
 
 
 def test_reading_the_originals_file(case):
-    info, a, _, _ = case
-    pool = read_pool(GOLDEN / info["cache_file"], info["num_timesteps"], info["teacher_arch"]["image_size"])
+    info, a, _ = case
+    pool = read_pool(GOLDEN / info["cache_file"], info["num_timesteps"], (3, 32, 32))
     assert th.equal(pool.levels, a["total_t"])
     assert th.equal(pool.x, a["total_x_t_1"])
 
 
 def test_preparing(case, monkeypatch):
-    info, a, teacher, diffusion = case
+    info, a, teacher = case
     total, loader = info["num_timesteps"], info["loader"]
     size = pool_size("dynamic_iterative_distillation", loader["BATCH"], total, loader["batch"])
     assert size == info["total_samples"]
@@ -36,7 +35,7 @@ def test_preparing(case, monkeypatch):
     noise = iter(a["step_noise_concatenated"].split(a["step_rows_per_call"].tolist()))
     monkeypatch.setattr(th, "randint", lambda *args, **kwargs: a["t_end"])
     monkeypatch.setattr(th, "randn_like", lambda x: next(noise))
-    arrived = list(prepare(pool, teacher, diffusion, loader["teacher_batch"]))
+    arrived = list(prepare(pool, teacher, loader["teacher_batch"]))
     assert len(arrived) == len(a["step_rows_per_call"])
     assert sum(arrived) == size
     assert th.equal(pool.levels, a["total_t"])
@@ -50,7 +49,7 @@ def test_preparing(case, monkeypatch):
 
 
 def test_twelve_iterations(case, monkeypatch):
-    info, a, teacher, diffusion = case
+    info, a, teacher = case
     pool = DynamicBatch(a["total_x_t_1"].clone(), a["total_t"].clone(), info["num_timesteps"])
     fresh = iter(a["iter/fresh_noise_concatenated"])
     for k, index in enumerate(a["iter/random_index"]):
@@ -59,7 +58,7 @@ def test_twelve_iterations(case, monkeypatch):
         start = th.stack([next(fresh) if r else th.zeros(3, 32, 32) for r in restart])
         draws = iter([start, a["iter/step_noise"][k]])
         monkeypatch.setattr(dynamic_batch.th, "randn_like", lambda x, d=draws: next(d))
-        batch = pool.advance(index, teacher, diffusion)
+        batch = pool.advance(index, teacher)
         assert th.equal(batch.t, a["iter/t"][k])
         if f"iter/yield_{k}/x_t" in a:
             assert_close(batch.x_t, a[f"iter/yield_{k}/x_t"], atol=1e-4, rtol=0)

@@ -4,30 +4,25 @@ import pytest
 import torch as th
 from golden_data import (
     arrays,
+    as_the_scripts_build,
     assert_close,
     assert_close_to_largest,
     assert_gradient_norms,
     fill,
     manifest,
 )
+from tiny import teacher_of
 
 from guided_diffusion.config.settings import Distill
-from guided_diffusion.distill.dynamic_batch import DistillationBatch, teacher_step
+from guided_diffusion.distill.dynamic_batch import DistillationBatch
 from guided_diffusion.distill.objectives import Distillation
 from guided_diffusion.losses import contrastive_loss
-from guided_diffusion.script_util import create_gaussian_diffusion, create_model
 
 CASES = manifest("g4_tccd.json")["cases"]
 
 
-def build_diffusion(options):
-    options = dict(options)
-    return create_gaussian_diffusion(steps=options.pop("diffusion_steps"), **options)
-
-
 def build(info):
-    diffusion = build_diffusion(info["diffusion"])
-    model = fill(create_model(**info["student_arch"], learn_sigma=info["diffusion"]["learn_sigma"]))
+    model, diffusion = as_the_scripts_build(info["student_arch"], info["diffusion"])
     objective = Distillation(model, diffusion, Distill()).eval()
     fill(objective.noise_encoder, prefix="out_embed.")
     return diffusion, model, objective
@@ -62,10 +57,9 @@ def test_plain_forward(case):
     timesteps = diffusion.model_timesteps(a["t"])
     assert th.equal(timesteps, a["model_timesteps"])
     with th.no_grad():
-        emb = model.embed_timesteps(timesteps)
-        h = model.features(a["x_t"], emb)
-        z = objective.noise_encoder(h)
-        assert_close(model.predict(h), a["student/output"])
+        out = model.evaluate(a["x_t"], timesteps)
+        z, emb = objective.noise_encoder(out.features), out.emb
+        assert_close(out.output, a["student/output"])
         assert_close(model(a["x_t"], timesteps), a["student/output"])
         assert_close(emb, a["student/emb"])
         assert_close(z, a["student/h_emb"])
@@ -77,8 +71,7 @@ def test_teacher_step(case, monkeypatch):
     info, a = case
     if "step_noise" not in a:
         return  # the teacher's values of this case are inputs only
-    teacher = fill(create_model(**info["teacher_arch"], learn_sigma=info["diffusion"]["learn_sigma"]))
-    diffusion = build_diffusion(info["diffusion"])
+    teacher, diffusion = as_the_scripts_build(info["teacher_arch"], info["diffusion"])
     with th.no_grad():
         output = teacher(a["x_t"], diffusion.model_timesteps(a["t"]))
     assert_close(output[:, :3], a["teacher/model_output"])
@@ -86,7 +79,7 @@ def test_teacher_step(case, monkeypatch):
     # it what two processors differ by in the network's last digits.
     output[:, :3] = a["teacher/model_output"]
     monkeypatch.setattr(th, "randn_like", lambda x: a["step_noise"])
-    step = teacher_step(lambda x, t: output, diffusion, a["x_t"], a["t"])
+    step = teacher_of(lambda x, t, y: output, diffusion).step(a["x_t"], a["t"])
     assert_close(step.mean, a["teacher/mean"])
     assert_close(step.log_variance, a["teacher/log_variance"])
     assert_close(step.x_prev, a["x_t_minus_1"])

@@ -2,13 +2,12 @@
 
 import pytest
 import torch as th
-from golden_data import arrays, assert_close, fill, manifest
-from test_golden_tccd import batch_of, build_diffusion, parameters_of
+from golden_data import arrays, as_the_scripts_build, assert_close, fill, manifest
+from test_golden_tccd import batch_of, parameters_of
 
-from guided_diffusion.config.settings import Distill, Run, Student
+from guided_diffusion.config.settings import Distill, Run, Training
 from guided_diffusion.distill.objectives import Distillation
 from guided_diffusion.logger import RunLog
-from guided_diffusion.script_util import create_model
 from guided_diffusion.train_util import TrainLoop
 
 CASES = manifest("g4_trainstep.json")["cases"]
@@ -26,17 +25,16 @@ def is_noise(name, measured):
 @pytest.mark.parametrize("case", CASES)
 def test_two_steps(case, tmp_path):
     info, a = CASES[case], arrays(f"g4_trainstep_{case}.npz")
-    diffusion = build_diffusion(info["diffusion"])
-    model = fill(create_model(**info["student_arch"], learn_sigma=info["diffusion"]["learn_sigma"]))
+    model, diffusion = as_the_scripts_build(info["student_arch"], info["diffusion"])
     objective = Distillation(model, diffusion, Distill())
     fill(objective.noise_encoder, prefix="out_embed.")
     initial = {name: p.detach().clone() for name, p in parameters_of(model, objective).items()}
     loop = TrainLoop(
-        model=model,
+        network=model,
         objective=objective,
         source=None,
-        diffusion=diffusion,
-        student=Student(
+        process=diffusion,
+        training=Training(
             lr=info["lr"],
             weight_decay=info["weight_decay"],
             lr_anneal_steps=info["lr_anneal_steps"],

@@ -21,6 +21,7 @@ from guided_diffusion.image_datasets import (
     sample_batches,
 )
 from guided_diffusion.io.npz_writer import create_npz
+from guided_diffusion.spaces import PixelSpace
 
 
 def numbered(count: int, size: int = 4, start: int = 0) -> np.ndarray:
@@ -32,8 +33,8 @@ def numbered(count: int, size: int = 4, start: int = 0) -> np.ndarray:
 
 
 def numbers_of(x: th.Tensor) -> list[int]:
-    """The numbers of a batch of such images, from values in [-1, 1]."""
-    pixels = ((x[:, :, 0, 0] + 1) * 127.5).round().long()
+    """The numbers of a batch of such images, uint8 [B, H, W, 3]."""
+    pixels = x[:, 0, 0].long()
     return (pixels[:, 0] * 256 + pixels[:, 1]).tolist()
 
 
@@ -250,8 +251,12 @@ def steps(dataset, batch_size, count, **options) -> list[list[int]]:
 
 
 def test_values_shapes_and_range(dataset):
-    x, y = next(sample_batches(dataset, 5, seed=0))
+    images, y = next(sample_batches(dataset, 5, seed=0))
+    assert images.shape == (5, 4, 4, 3) and images.dtype == th.uint8
+    x = PixelSpace(4).encode(images)
     assert x.shape == (5, 3, 4, 4) and x.dtype == th.float32 and x.is_contiguous()
+    back = PixelSpace(4).decode(x)  # cut off, not rounded: a level may come back as the one below
+    assert back.dtype == np.uint8 and 0 <= (images.numpy().astype(int) - back).max() <= 1
     assert y.shape == (5,) and y.dtype == th.int64
     assert x.min() == -1 and x.max() <= 1  # blue is 0 everywhere
     np.testing.assert_allclose(x[:, 1, 2, 3].numpy(), y.numpy() / 127.5 - 1, atol=1e-6)
@@ -292,6 +297,32 @@ def test_workers_change_nothing(dataset):
     loaded = steps(dataset, 4, 9, num_workers=2, **options)
     assert th.equal(th.get_rng_state(), state)  # the loop's own random numbers stay what they were
     assert loaded == steps(dataset, 4, 9, **options)
+
+
+def mirrored(dataset, batch_size, count, **options):
+    """Of each image in turn, whether it was mirrored."""
+    flags = []
+    batches = sample_batches(dataset, batch_size, seed=3, random_flip=True, **options)
+    for images, y in itertools.islice(batches, count):
+        plain, _ = dataset.batch(y.numpy())
+        for image, original in zip(images.numpy(), plain, strict=True):
+            flags.append(bool((image == original[:, ::-1]).all()))
+            assert flags[-1] != bool((image == original).all())
+    return flags
+
+
+def test_half_of_the_images_are_mirrored_by_seed_and_place_alone(tmp_path):
+    images = np.random.default_rng(0).integers(0, 256, (23, 4, 4, 3), dtype=np.uint8)
+    write_npz(tmp_path / "set.npz", images, np.arange(23))
+    dataset = open_dataset(tmp_path / "set.npz", 4, class_cond=True)
+    alone = mirrored(dataset, 12, 200)
+    assert 0.45 < np.mean(alone) < 0.55
+    shares = [mirrored(dataset, 6, 200, rank=rank, world_size=2) for rank in range(2)]
+    steps = [[share[6 * k : 6 * k + 6] for share in shares] for k in range(200)]
+    assert [flag for both in steps for part in both for flag in part] == alone
+    assert mirrored(dataset, 12, 20, start_step=180) == alone[-240:]
+    assert mirrored(dataset, 12, 20, num_workers=2) == alone[:240]
+    assert np.array_equal(dataset.batch(np.arange(23))[0], images)  # what is stored stays as it is
 
 
 @pytest.mark.parametrize("num_workers", [0, 1])

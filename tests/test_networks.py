@@ -2,9 +2,8 @@
 
 import pytest
 import torch as th
-from tiny import network, randomise
+from tiny import denoiser, network, randomise
 
-from guided_diffusion.config.settings import Network
 from guided_diffusion.errors import UserError
 from guided_diffusion.networks.noise_encoder import NoiseEncoder
 from guided_diffusion.nn import GroupNorm32, group_count, timestep_embedding
@@ -26,7 +25,7 @@ def test_every_published_width_has_32_groups():
 
 
 def test_a_narrow_network_runs():
-    model, _ = build_network(Network(**network(16, channels=16)))
+    model, _ = build_network(denoiser(**network(16, channels=16)))
     randomise(model)(th.randn(2, 3, 16, 16), th.tensor([0, 19])).sum().backward()
     assert all(p.grad is not None for p in model.parameters())
 
@@ -36,7 +35,7 @@ def test_recomputation_changes_nothing():
     for use_checkpoint in (False, True):
         th.manual_seed(0)
         model, _ = build_network(
-            Network(**network(8, attention_resolutions="4", use_checkpoint=use_checkpoint))
+            denoiser(**network(8, attention_resolutions="4", use_checkpoint=use_checkpoint))
         )
         randomise(model)
         output = model(th.linspace(-1, 1, 384).reshape(2, 3, 8, 8), th.tensor([3, 7]))
@@ -48,7 +47,7 @@ def test_recomputation_changes_nothing():
 
 @pytest.mark.parametrize("dtype", [th.bfloat16, th.float16])
 def test_sixteen_bits_stay_close_and_parameters_stay_float32(dtype):
-    model, _ = build_network(Network(**network(16)))
+    model, _ = build_network(denoiser(**network(16)))
     randomise(model)
     x, t = th.randn(2, 3, 16, 16), th.tensor([3, 7])
     exact = model(x, t).detach()
@@ -61,8 +60,8 @@ def test_sixteen_bits_stay_close_and_parameters_stay_float32(dtype):
 
 
 def test_labels_are_given_if_and_only_if_wanted():
-    plain, _ = build_network(Network(**network(16)))
-    conditional, _ = build_network(Network(**network(16, class_cond=True, num_classes=3)))
+    plain, _ = build_network(denoiser(**network(16)))
+    conditional, _ = build_network(denoiser(**network(16, class_cond=True, num_classes=3)))
     x, t, y = th.randn(2, 3, 16, 16), th.tensor([3, 7]), th.tensor([0, 2])
     with pytest.raises(ValueError, match="class labels"):
         plain(x, t, y)
@@ -85,7 +84,7 @@ def test_labels_are_given_if_and_only_if_wanted():
 )
 def test_sizes_that_do_not_fit_are_told(keys, told):
     with pytest.raises(UserError) as error:
-        build_network(Network(**network(16, **keys)), "student.")
+        build_network(denoiser(**network(16, **keys)), "student.")
     assert told in str(error.value)
     assert "student" in str(error.value)
 
@@ -99,7 +98,7 @@ def test_the_timestep_embedding_puts_cosines_first():
 
 @pytest.mark.parametrize("size", [16, 32, 64])
 def test_the_noise_encoder_has_16_patches_at_every_size(size):
-    encoder = NoiseEncoder(channels=8, dim=24, image_size=size)
+    encoder = NoiseEncoder((8, size, size), dim=24)
     flatten = encoder.to_patch_embedding[0]
     h = th.arange(8 * size * size, dtype=th.float32).reshape(1, 8, size, size)
     patches = flatten(h)
@@ -108,13 +107,13 @@ def test_the_noise_encoder_has_16_patches_at_every_size(size):
     assert th.equal(patches[0, 1, :8], h[0, :, 0, p])  # the second patch is to the right; channels innermost
     assert encoder(h).shape == (1, 24)
     with pytest.raises(UserError, match="divisible by 4"):
-        NoiseEncoder(8, 24, 18)
+        NoiseEncoder((8, 18, 18), 24)
 
 
 @pytest.mark.slow
 def test_compiled_blocks_give_the_same():
     keys = network(16, channel_mult="1", attention_resolutions="16")
-    plain, compiled = (randomise(build_network(Network(**keys))[0]) for _ in range(2))
+    plain, compiled = (randomise(build_network(denoiser(**keys))[0]) for _ in range(2))
     compiled.load_state_dict(plain.state_dict())
     compiled.compile_blocks(backend="aot_eager")  # all of compiling but the minutes of the code generator
     assert list(plain.state_dict()) == list(compiled.state_dict())

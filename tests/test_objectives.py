@@ -5,35 +5,36 @@ import math
 
 import pytest
 import torch as th
-from tiny import network, randomise
+from tiny import denoiser, network, randomise, teacher_of
 
-from guided_diffusion.config.settings import Distill, Network, Run, Student
+from guided_diffusion.config.settings import Distill, Run, Training
 from guided_diffusion.distill.dynamic_batch import DistillationBatch, DynamicBatch
-from guided_diffusion.distill.objectives import DiffusionTraining, Distillation, ImageBatch
+from guided_diffusion.distill.objectives import Distillation
 from guided_diffusion.logger import RunLog
 from guided_diffusion.losses import contrastive_loss
 from guided_diffusion.resample import LossSecondMomentResampler, UniformSampler
 from guided_diffusion.script_util import build_network
 from guided_diffusion.train_util import TrainLoop
+from guided_diffusion.training.objective import DiffusionTraining, ImageBatch
 
 DKDM = Distill(stage1_weight=0, stage2_weight=0)
 
 
 def build(settings=None, image_size=16, **options):
     th.manual_seed(0)
-    model, diffusion = build_network(Network(**network(image_size)))
+    model, diffusion = build_network(denoiser(**network(image_size)))
     objective = Distillation(randomise(model), diffusion, settings or Distill(), **options)
     return model, diffusion, objective
 
 
 def make_batch(diffusion, size=8, image_size=16):
-    pool = DynamicBatch.of_noise(size, image_size, diffusion.num_timesteps)
+    pool = DynamicBatch.of_noise(size, (3, image_size, image_size), diffusion.num_timesteps)
     pool.levels = th.arange(size) % diffusion.num_timesteps + 1
 
-    def teacher(x, timesteps):
+    def teacher(x, timesteps, y):
         return th.cat([0.9 * x, x.clamp(-1, 1)], dim=1)
 
-    return pool.advance(th.arange(size), teacher, diffusion)
+    return pool.advance(th.arange(size), teacher_of(teacher, diffusion))
 
 
 def gradients(objective, model, batch):
@@ -125,7 +126,7 @@ class TestStages:
         model, diffusion, objective = build(DKDM)
         batch = make_batch(diffusion)
         output = model(batch.x_t, batch.t).detach().requires_grad_()
-        objective.distillation_terms(output, batch)["vb"].sum().backward()
+        objective.distillation_terms(output, batch, x_in=batch.x_t, x_t=batch.x_t)["vb"].sum().backward()
         assert output.grad[:, :3].abs().max() == 0
         assert output.grad[:, 3:].abs().max() > 0
 
@@ -136,7 +137,7 @@ class TestStages:
         output = th.cat([x * diffusion.at("sqrt_one_minus_alphas_cumprod", t), th.rand_like(x)], dim=1)
         out = diffusion.p_distribution(output, x, t, clip_denoised=False)
         batch = DistillationBatch(x, t, output[:, :3], out["mean"], out["log_variance"])
-        terms = objective.distillation_terms(output, batch)
+        terms = objective.distillation_terms(output, batch, x_in=x, x_t=x)
         assert terms["mse"].abs().max() == 0
         assert terms["vb"].abs().max() < 1e-6
 
@@ -149,28 +150,40 @@ class TestStages:
         assert wild_vb[-1] > 100 * tame_vb[-1]
         assert th.equal(wild_vb[:-1], tame_vb[:-1])
 
-    def test_input_perturbation_reaches_the_students_input_only(self):
-        model, diffusion, plain = build(DKDM)
-        _, _, perturbed = build(DKDM, input_perturb=0.5)
+    def test_input_perturbation(self, monkeypatch):
+        """The network and the KL see the perturbed x_t; in stage 2 the KL alone, by new noise."""
+        gamma = 0.5
+        model, diffusion, objective = build(Distill(stage1_weight=0), input_perturb=gamma)
         batch = make_batch(diffusion)
-        seen = []
-        features = model.features
-        model.features = lambda x, *rest: (seen.append(x), features(x, *rest))[1]
-        plain.stage1(model, batch)
-        perturbed.stage1(model, batch)
-        assert th.equal(seen[0], batch.x_t)
-        added = (seen[1] - batch.x_t).flatten(1).std(dim=1)
-        expected = 0.5 * diffusion.at("sqrt_one_minus_alphas_cumprod", batch.t).flatten()
-        th.testing.assert_close(added, expected, rtol=0.15, atol=0)
+        noises = [th.randn(batch.x_t.shape, generator=th.Generator().manual_seed(i)) for i in range(2)]
+        drawn = iter(noises)
+        monkeypatch.setattr(th, "randn_like", lambda x: next(drawn))
+        losses = list(objective.passes(model, batch))
+        assert next(drawn, None) is None
+
+        scale = gamma * diffusion.at("sqrt_one_minus_alphas_cumprod", batch.t)
+        seen = [batch.x_t + scale * noise for noise in noises]
+        for x_in, x_t, loss in zip([seen[0], batch.eps], seen, losses, strict=True):
+            eps, values = model(x_in, batch.t).chunk(2, dim=1)
+            mse = ((eps - batch.eps) ** 2).mean(dim=(1, 2, 3))
+            coefficient = diffusion.at("posterior_mean_coef1", batch.t)
+            x_0 = diffusion.predict_xstart_from_eps(x_t, batch.t, eps)
+            mean = coefficient * x_0 + diffusion.at("posterior_mean_coef2", batch.t) * x_t
+            log_variance = diffusion.p_distribution(th.cat([eps, values], 1), x_t, batch.t)["log_variance"]
+            kl = th.distributions.kl_divergence(
+                th.distributions.Normal(batch.mean, (0.5 * batch.log_variance).exp()),
+                th.distributions.Normal(mean, (0.5 * log_variance).exp()),
+            ).mean(dim=(1, 2, 3)) / math.log(2)
+            th.testing.assert_close(loss.loss, mse + kl, rtol=1e-3, atol=1e-4)
 
 
-def loop_for(model, diffusion, objective, tmp_path, **student):
+def loop_for(model, diffusion, objective, tmp_path, **training):
     return TrainLoop(
-        model=model,
+        network=model,
         objective=objective,
         source=None,
-        diffusion=diffusion,
-        student=Student(ema_rate="0.9", **student),
+        process=diffusion,
+        training=Training(ema_rate="0.9", **training),
         run=Run(),
         log=RunLog(tmp_path, active=False),
     )
@@ -226,7 +239,7 @@ def test_second_moment_sampling_follows_the_losses():
 @pytest.mark.parametrize("sampler", [UniformSampler, LossSecondMomentResampler])
 def test_plain_training_learns(sampler, tmp_path):
     th.manual_seed(0)
-    model, diffusion = build_network(Network(**network(8, attention_resolutions="4")))
+    model, diffusion = build_network(denoiser(**network(8, attention_resolutions="4")))
     loop = loop_for(model, diffusion, DiffusionTraining(diffusion, sampler(20)), tmp_path, lr=2e-3)
     losses = []
     for _ in range(40):

@@ -19,7 +19,7 @@ def test_prepare_distil_sample(tmp_path, ranks):
     elsewhere.mkdir()
     done = script("scripts/dynamic_prepare.py", "--config", config, ranks=ranks, cwd=elsewhere)
     assert "wrote" in done.stdout
-    pool = read_pool(tmp_path / "pool.cache", T, 16)
+    pool = read_pool(tmp_path / "pool.cache", T, (3, 16, 16))
     assert len(pool) == 8 * 4  # round(0.4 x 20) batches of 4
     assert pool.levels.min() >= 1 and pool.levels.max() <= T - 1
     again = script("scripts/dynamic_prepare.py", "--config", config, ranks=ranks)
@@ -42,7 +42,7 @@ def test_prepare_distil_sample(tmp_path, ranks):
     rows = list(csv.DictReader((run / "progress.csv").open()))
     assert [row["step"] for row in rows] == ["2", "4", "6"]
     assert {"stage1_mse", "stage1_vb", "stage1_align", "stage2_mse", "stage2_vb", "grad_norm"} <= set(rows[0])
-    assert len(read_pool(run / "teacher-state-000006.cache", T, 16)) == 32
+    assert len(read_pool(run / "teacher-state-000006.cache", T, (3, 16, 16))) == 32
     assert not any(k.startswith("out_embed") for k in th.load(run / "model000006.pt", weights_only=True))
 
     sampled = script(
@@ -70,7 +70,7 @@ def test_a_run_resumes_exactly(tmp_path):
     for name in ("model", "ema_0.9_", "ema_0.99_", "opt", "head"):
         a, b = (th.load(run / f"{name}000006.pt", weights_only=True) for run in (straight, halves))
         assert_same(a, b)
-    a, b = (read_pool(run / "teacher-state-000006.cache", T, 16) for run in (straight, halves))
+    a, b = (read_pool(run / "teacher-state-000006.cache", T, (3, 16, 16)) for run in (straight, halves))
     assert th.equal(a.x, b.x) and th.equal(a.levels, b.levels)
     rows = [read_progress(run / "progress.csv") for run in (straight, halves)]
     for row in [*rows[0], *rows[1]]:

@@ -123,7 +123,10 @@ def test_every_command(name, student, teacher, builder, ranks, tmp_path):
 
     # TCCD: preparation (one process in the README), training.
     mini.run("scripts/dynamic_prepare.py", *distillation, ranks=1)
-    assert len(read_pool(tmp_path / "pool.cache", T, mini.image_size)) == round(0.1 * T) * 4
+    assert (
+        len(read_pool(tmp_path / "pool.cache", T, (3, mini.image_size, mini.image_size)))
+        == round(0.1 * T) * 4
+    )
     done = mini.run("scripts/image_kd.py", *distillation, "--exp_dir", tmp_path / "kd")
     assert f"{ranks or 1} rank(s)" in done.stdout and "objective: TCCD" in done.stdout
     assert_a_run_of_two_iterations(tmp_path / "kd")

@@ -11,15 +11,23 @@ from in_process import script_here
 from tiny import ROOT, network, one_line_error, randomise, script
 
 from guided_diffusion.config.loading import load_experiment
-from guided_diffusion.config.settings import SAMPLERS, SOLVERS
+from guided_diffusion.config.registry import SAMPLERS, look_up
 from guided_diffusion.respace import space_timesteps
 from guided_diffusion.runs.checkpoint import load_network
-from guided_diffusion.sampling.samplers import sampling_loop, steps_respacing
 from guided_diffusion.sampling.solvers import make_scheduler
 from guided_diffusion.script_util import build_network, create_gaussian_diffusion, create_model_and_diffusion
 
+SOLVERS = ("dpmpp_2m", "unipc")
 MEAN, STD = 0.2, 0.3
 START = th.randn(2, 3, 4, 4, generator=th.Generator().manual_seed(0))
+
+
+def sampling_loop(name):
+    return look_up(SAMPLERS, name, "--sampler").loop
+
+
+def steps_respacing(name, steps):
+    return look_up(SAMPLERS, name, "--sampler").respacing(steps)
 
 
 class GaussianDenoiser:
@@ -167,7 +175,9 @@ def test_trailing_steps():
 @pytest.mark.parametrize("solver", SOLVERS)
 def test_the_scheduler_has_our_noise_levels(solver):
     process = create_gaussian_diffusion(noise_schedule="cosine", timestep_respacing="trailing250")
-    sigmas = make_scheduler(solver, process).sigmas.double().numpy()
+    sigmas = (
+        make_scheduler(sampling_loop(solver).keywords["scheduler_class"], process).sigmas.double().numpy()
+    )
     ours = np.sqrt(1 / process.alphas_cumprod - 1)[::-1]
     np.testing.assert_allclose(sigmas, [*ours, 0], rtol=1e-6)
 
@@ -263,7 +273,8 @@ def test_mistakes_get_one_line(tiny, tmp_path, monkeypatch):
             "unipc",
         ],
         "--sampler ddim contradicts --use_ddim False": ["--sampler", "ddim", "--use_ddim", "False"],
-        "invalid choice: 'heun'": ["--sampler", "heun"],
+        "--sampler: 'heun' is none of ancestral, ddim, dpmpp_2m, unipc": ["--sampler", "heun"],
+        "--sampler: 'nowhere:HEUN' cannot be imported": ["--sampler", "nowhere:HEUN"],
         "timestep_respacing 'trailing30': cannot keep 30 of 20 steps": [
             *("--sampler", "unipc", "--timestep_respacing", "30"),
         ],
@@ -272,8 +283,9 @@ def test_mistakes_get_one_line(tiny, tmp_path, monkeypatch):
         done = script_here(*sample_flags(tiny, tmp_path, *flags), check=False)
         assert expected in one_line_error(done)
     monkeypatch.setitem(sys.modules, "diffusers.schedulers.scheduling_unipc_multistep", None)
+    monkeypatch.delitem(sys.modules, "guided_diffusion.sampling.solvers")
     done = script_here(*sample_flags(tiny, tmp_path / "new", "--sampler", "unipc"), check=False)
-    assert "sampler unipc: needs pip install 'diffusers" in one_line_error(done)
+    assert "--sampler: 'unipc' cannot be imported: it needs pip install 'diffusers" in one_line_error(done)
     assert not (tmp_path / "new").exists()
 
 

@@ -5,12 +5,12 @@ import torch as th
 from test_objectives import build, loop_for, make_batch
 from tiny import distillation, one_line_error, script
 
-from guided_diffusion.distill.objectives import PassLoss
-from guided_diffusion.processes.precision import compute_dtype
+from guided_diffusion.networks.precision import compute_dtype
 from guided_diffusion.runs.checkpoint import complete_checkpoints
 from guided_diffusion.train_util import reseed
 from guided_diffusion.training.ema import Ema
 from guided_diffusion.training.metrics import Metrics
+from guided_diffusion.training.objective import PassLoss
 
 
 def test_quartiles_are_those_of_the_batchs_own_timesteps():
@@ -30,7 +30,7 @@ def test_learning_rate(tmp_path):
         loop._set_lr()
         rates.append(loop.optimizer.param_groups[0]["lr"])
     assert rates == pytest.approx([1.0, 1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1, 0.0])
-    loop.student.lr_anneal_steps, loop.run_settings.warmup_steps = 0, 4
+    loop.training.lr_anneal_steps, loop.run_settings.warmup_steps = 0, 4
     rates = []
     for loop.step in range(6):
         loop._set_lr()

@@ -23,11 +23,11 @@ def tiny(folder, **more):
 
 
 def pool_of(folder, **more):
-    return read_pool(folder / "pool.cache", T, SIZE, **more)
+    return read_pool(folder / "pool.cache", T, (3, SIZE, SIZE), **more)
 
 
 def state_of(run, step):
-    return read_pool(run / f"teacher-state-{step:06d}.cache", T, SIZE)
+    return read_pool(run / f"teacher-state-{step:06d}.cache", T, (3, SIZE, SIZE))
 
 
 def rows(pool):

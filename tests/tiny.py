@@ -9,7 +9,10 @@ import torch as th
 import yaml
 
 from guided_diffusion.config.loading import load_experiment
+from guided_diffusion.config.settings import AdmArchitecture, Denoiser, Process
+from guided_diffusion.distill.teacher import Teacher
 from guided_diffusion.script_util import build_network
+from guided_diffusion.spaces import PixelSpace
 
 ROOT = Path(__file__).resolve().parent.parent
 T = 20
@@ -30,6 +33,17 @@ def network(image_size=16, channels=32, **more):
         "noise_schedule": "cosine",
     }
     return keys | more
+
+
+def denoiser(**keys):
+    """The settings of a network and its process, from flat keys."""
+    process = {field: keys.pop(field) for field in vars(Process()) if field in keys}
+    return Denoiser(AdmArchitecture(**keys), Process(**process))
+
+
+def teacher_of(model, diffusion, shape=(3, 32, 32)):
+    """A teacher made of any function of (x, timesteps, y) and a process."""
+    return Teacher(model, diffusion, PixelSpace(shape[1]))
 
 
 def distillation(folder, image_size=16, **more):

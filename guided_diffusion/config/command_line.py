@@ -6,8 +6,8 @@ from pathlib import Path
 
 from ..errors import UserError
 from ..io.remote import fetch, is_url, local_path
-from .loading import SECTIONS, load_experiment, project_root
-from .settings import Experiment, describe_keys
+from .loading import load_distillation, load_experiment, project_root
+from .settings import SECTIONS, DistillationExperiment, Experiment, describe_keys
 
 
 class _Parser(argparse.ArgumentParser):
@@ -24,7 +24,7 @@ def make_parser(description: str, sections: Iterable[str]) -> argparse.ArgumentP
     """
     lines = ["configuration keys (override any with section.key=value):"]
     for name in sections:
-        for key, default, meaning in describe_keys(SECTIONS[name]):
+        for key, default, meaning in describe_keys(SECTIONS[name], name):
             lines.append(f"  {name}.{key} = {default!r}: {meaning}")
     parser = _Parser(
         description=description,
@@ -45,6 +45,16 @@ def parse(parser: argparse.ArgumentParser) -> tuple[argparse.Namespace, Experime
     """
     args = parser.parse_intermixed_args()
     return args, load_experiment(args.config, args.overrides)
+
+
+def parse_distillation(parser: argparse.ArgumentParser) -> tuple[argparse.Namespace, DistillationExperiment]:
+    """`parse` a configuration that has a teacher.
+
+    Raises:
+        UserError: any mistake, or it has none.
+    """
+    args = parser.parse_intermixed_args()
+    return args, load_distillation(args.config, args.overrides)
 
 
 def boolean(text: str) -> bool:

@@ -7,7 +7,6 @@ win over theirs. `base:` names one file or several that the whole configuration 
 paths are looked for from the file's own folder and each one above it, then from the working directory.
 """
 
-import dataclasses
 import difflib
 import os
 import re
@@ -28,15 +27,26 @@ from yaml import (  # type: ignore[attr-defined]
 from yaml import parse as parse_yaml  # type: ignore[attr-defined]
 
 from ..errors import UserError
-from .settings import Distill, Experiment, Run, Student, Teacher
+from .registry import ARCHITECTURES, OBJECTIVES, settings_of
+from .settings import (
+    SECTIONS,
+    Architecture,
+    Denoiser,
+    Distill,
+    DistillationExperiment,
+    Experiment,
+    Run,
+    Student,
+    Teacher,
+    flat,
+    keys_of,
+)
 
-SECTIONS: dict[str, type] = {"teacher": Teacher, "student": Student, "distill": Distill, "run": Run}
 _INCLUDES = ("model", "diffusion", "training")
 # Keys of the originals' diffusion files that are no choice in a configuration here: the value that
 # describes what is done, and where the choice lies.
 _SETTLED = {
     "use_ddim": (False, "the teacher's chain is ancestral; image_sample.py takes --use_ddim"),
-    "clip_denoised": (True, "the teacher's x_0 is clipped; image_sample.py takes --clip_denoised"),
     "clip_first": (False, "only clip_last is known"),
 }
 _T = TypeVar("_T")
@@ -69,29 +79,48 @@ def load_experiment(path: str | os.PathLike, overrides: Sequence[str] = ()) -> E
     for name, section in sections.items():
         if not isinstance(section, dict):
             raise UserError(f"{path}: '{name}' must be a section of keys, not {section!r}")
+    distilled = "teacher" in sections
     if "student" in sections and content:
         raise _unknown_key(path, next(iter(content)), [f"student.{k}" for k in _keys(Student)] + [*SECTIONS])
     if "student" not in sections:
-        if "teacher" in sections:
+        if distilled:
             raise UserError(f"{path}: has a 'teacher' section but no 'student' section")
         sections["student"] = content
+    if "distill" in sections and not distilled:
+        raise UserError(f"{path}: 'distill' needs a 'teacher' section")
     for name in ("teacher", "student"):
         if name in sections:
             sections[name] = _include(sections[name], path)
-            _drop_settled(sections[name], path, "" if "teacher" not in sections else f"{name}.")
-    sections.get("teacher", {}).pop("clip_last", None)  # its x_0 is clipped at every step anyway
+            _drop_settled(sections[name], path, f"{name}." if distilled else "")
+    _refuse_idle(overrides, distilled)
 
-    top_level = "teacher" not in sections
-    experiment = Experiment(
-        name=path.stem,
-        teacher=None if top_level else _build(Teacher, sections["teacher"], path, "teacher."),
-        student=_build(Student, sections["student"], path, "" if top_level else "student."),
-        distill=_build(Distill, sections.get("distill", {}), path, "distill."),
-        run=_build(Run, sections.get("run", {}), path, "run."),
-    )
-    if top_level and "distill" in sections:
-        raise UserError(f"{path}: 'distill' needs a 'teacher' section")
+    run = _build(Run, sections.get("run", {}), path, "run.")
+    if not distilled:
+        student = _build(Student, sections["student"], path, "")
+        experiment = Experiment(name=path.stem, student=student, run=run)
+    else:
+        sections["teacher"].pop("clip_last", None)  # its x_0 is clipped at every step anyway
+        teacher = _build(Teacher, sections["teacher"], path, "teacher.")
+        experiment = DistillationExperiment(
+            name=path.stem,
+            teacher=teacher,
+            student=_build(Student, flat(teacher.process) | sections["student"], path, "student."),
+            distill=_build(Distill, sections.get("distill", {}), path, "distill."),
+            run=run,
+        )
     experiment.check()
+    return experiment
+
+
+def load_distillation(path: str | os.PathLike, overrides: Sequence[str] = ()) -> DistillationExperiment:
+    """`load_experiment` of a configuration that has a teacher.
+
+    Raises:
+        UserError: as there, or it has none.
+    """
+    experiment = load_experiment(path, overrides)
+    if not isinstance(experiment, DistillationExperiment):
+        raise UserError(f"{path}: distilling needs a 'teacher' section (image_train.py trains without)")
     return experiment
 
 
@@ -132,14 +161,10 @@ def project_root(config: Path) -> Path:
 
 def experiment_text(experiment: Experiment) -> str:
     """The resolved configuration as YAML; loading it gives the same experiment."""
-    sections = {
-        name: dataclasses.asdict(value)
-        for name in SECTIONS
-        if (value := getattr(experiment, name)) is not None
-    }
-    if experiment.teacher is None:
-        sections.update(sections.pop("student"))
-        del sections["distill"]
+    if isinstance(experiment, DistillationExperiment):
+        sections = {name: flat(getattr(experiment, name)) for name in SECTIONS}
+    else:
+        sections = flat(experiment.student) | {"run": flat(experiment.run)}
     return OmegaConf.to_yaml(OmegaConf.create(sections))
 
 
@@ -242,27 +267,47 @@ def _find_include(name: str, path: Path) -> Path:
     return resolve_path(name, path)
 
 
+def _refuse_idle(overrides: Sequence[str], distilled: bool) -> None:
+    """Refuse an override of a key that does nothing where it stands; files may describe a network by it."""
+    for override in overrides:
+        section, _, name = override.partition("=")[0].rpartition(".")
+        kind = Student if not section and not distilled else SECTIONS.get(section)
+        for _, key in keys_of(kind) if kind else ():
+            if key.name == name and section in key.metadata["idle_in"]:
+                raise UserError(
+                    f"{override}: {name} does nothing there ({key.metadata['help']}); leave it out"
+                )
+
+
 def _build(section: type[_T], values: dict[str, Any], path: Path, where: str) -> _T:
-    known = _keys(section)
-    for name in values:
-        if name not in known:
-            raise _unknown_key(path, where + str(name), [where + key for key in known])
-    plain = {
-        name: ",".join(map(str, value)) if isinstance(value, list) else value
-        for name, value in values.items()
-        if value is not None
-    }
+    """Sort a section's flat keys into its parts, and check their types."""
+    given: Any = section
+    if issubclass(section, Denoiser):
+        name = str(values.get("architecture", Architecture.architecture))
+        given = section(architecture=settings_of(ARCHITECTURES, name, f"{where}architecture")())
+    elif issubclass(section, Distill):
+        name = str(values.get("objective", Distill.objective))
+        section = given = settings_of(OBJECTIVES, name, f"{where}objective")
+    parts = {key.name: part for part, key in keys_of(given)}
+    nested: dict[str, Any] = {}
+    for name, value in values.items():
+        if name not in parts:
+            raise _unknown_key(path, where + str(name), [where + key for key in parts])
+        if value is None:
+            continue
+        plain = ",".join(map(str, value)) if isinstance(value, list) else value
+        (nested.setdefault(parts[name], {}) if parts[name] else nested)[name] = plain
     try:
-        built = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(section), plain))
+        built = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(given), nested))
     except OmegaConfBaseException as error:
-        name = error.key if getattr(error, "key", None) else ""
+        name = str(getattr(error, "key", None) or "")
         raise UserError(f"{path}: {where}{name}: {_first_line(error)}") from None
     assert isinstance(built, section)
     return built
 
 
 def _keys(section: type) -> list[str]:
-    return [field.name for field in dataclasses.fields(section)]
+    return [key.name for _, key in keys_of(section)]
 
 
 def _unknown_key(path: Path, name: str, known: list[str]) -> UserError:

@@ -1,23 +1,34 @@
 """Every configuration key: its name, type, default, meaning, and the values it may take.
 
-The names and defaults of `Network`, `Teacher` and `Student` are those of the configurations that users of
-guided-diffusion, DKDM and TCCD already have; what this project adds lives in `Distill` and `Run`.
+A section of a configuration is flat; inside it is made of parts. A teacher is an architecture, a process and
+how its pool is made; a student is an architecture, a process and how it is trained. Names and defaults of
+`Architecture`, `Process`, `Teacher` and `Training` are those of the configurations that users of
+guided-diffusion, DKDM and TCCD already have; what this project adds lies in `Distill` and `Run`.
 Nothing here imports torch, so that a mistyped key is answered at once.
 """
 
 import dataclasses
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 from ..errors import UserError
 
-SOLVERS = ("dpmpp_2m", "unipc")
-SAMPLERS = ("ancestral", "ddim", *SOLVERS)
+NOISE_SCHEDULES = ("linear", "cosine", "scaled_linear")
+PREDICTION_TYPES = ("epsilon", "sample", "v_prediction")
 
 
-def key(default: Any, help: str) -> Any:
-    """A configuration key with its default and its one line of documentation."""
-    return dataclasses.field(default=default, metadata={"help": help})
+def key(default: Any, help: str, *, idle_in: tuple[str, ...] = ()) -> Any:
+    """A configuration key.
+
+    Args:
+        default: its default.
+        help: its one line of documentation.
+        idle_in: sections ("" for the top level of a baseline) in which it describes the network or the
+            run of somebody else and changes nothing. There it is accepted from a file and refused as an
+            override.
+    """
+    return dataclasses.field(default=default, metadata={"help": help, "idle_in": idle_in})
 
 
 def _require(condition: bool, message: str) -> None:
@@ -25,11 +36,30 @@ def _require(condition: bool, message: str) -> None:
         raise UserError(message)
 
 
-@dataclass
-class Network:
-    """A U-Net and the diffusion process it belongs to (the keys of ADM)."""
+def _require_one_of(value: str, choices: tuple[str, ...], where: str) -> None:
+    _require(value in choices, f"{where} must be {', '.join(choices[:-1])} or {choices[-1]}, not '{value}'")
 
+
+@dataclass
+class Architecture:
+    """What every network has."""
+
+    architecture: str = key("adm", "adm, or package.module:Class of your own")
     image_size: int = key(64, "height and width of the images")
+    class_cond: bool = key(False, "condition on class labels")
+    num_classes: int = key(1000, "number of classes, if class_cond")
+    use_fp16: bool = key(False, "16-bit arithmetic, as run.precision says")
+
+    def check(self, where: str) -> None:
+        """Raise `UserError` for values that cannot be right."""
+        for name in ("image_size", "num_classes"):
+            _require(getattr(self, name) > 0, f"{where}{name} must be positive, not {getattr(self, name)}")
+
+
+@dataclass
+class AdmArchitecture(Architecture):
+    """ADM's U-Net."""
+
     num_channels: int = key(128, "base width of the U-Net")
     num_res_blocks: int = key(2, "residual blocks per level")
     num_heads: int = key(4, "attention heads, unless num_head_channels gives their width")
@@ -37,32 +67,20 @@ class Network:
     num_head_channels: int = key(-1, "width of an attention head (-1: by num_heads)")
     attention_resolutions: str = key("16,8", "feature map sizes with attention")
     channel_mult: str = key("", "width multiplier of each level ('': ADM's for the image size)")
-    dropout: float = key(0.0, "dropout probability in training")
-    class_cond: bool = key(False, "condition on class labels")
-    num_classes: int = key(1000, "number of classes, if class_cond")
-    use_checkpoint: bool = key(False, "recompute blocks in backward: less memory, more time")
+    dropout: float = key(0.0, "dropout probability in training", idle_in=("teacher",))
+    use_checkpoint: bool = key(
+        False, "recompute blocks in backward: less memory, more time", idle_in=("teacher",)
+    )
     use_scale_shift_norm: bool = key(True, "condition by scale and shift instead of addition")
     resblock_updown: bool = key(False, "resample inside residual blocks")
-    use_fp16: bool = key(False, "16-bit arithmetic, as run.precision says")
     use_new_attention_order: bool = key(False, "packing of q, k and v in the checkpoint")
-    learn_sigma: bool = key(False, "learned variance: the network has 6 output channels")
-    diffusion_steps: int = key(1000, "steps T of the process")
-    noise_schedule: str = key("linear", "linear or cosine")
-    timestep_respacing: str = key("", "steps to keep: '50', 'ddim50', 'trailing50', '10,15,20' ('': all)")
-    use_kl: bool = key(False, "train the variational bound alone")
-    predict_xstart: bool = key(False, "the network predicts x_0 instead of the noise")
-    rescale_timesteps: bool = key(False, "feed the network timesteps scaled to 0..1000")
-    rescale_learned_sigmas: bool = key(False, "multiply the bound beside the MSE by T/1000")
 
     def check(self, where: str) -> None:
         """Raise `UserError` for values that cannot be right."""
-        for name in ("image_size", "num_channels", "num_res_blocks", "diffusion_steps", "num_classes"):
+        super().check(where)
+        for name in ("num_channels", "num_res_blocks"):
             _require(getattr(self, name) > 0, f"{where}{name} must be positive, not {getattr(self, name)}")
         _require(0 <= self.dropout < 1, f"{where}dropout must be in [0, 1), not {self.dropout}")
-        _require(
-            self.noise_schedule in ("linear", "cosine"),
-            f"{where}noise_schedule must be linear or cosine, not '{self.noise_schedule}'",
-        )
         for name in ("attention_resolutions", "channel_mult"):
             try:
                 [float(part) for part in getattr(self, name).split(",") if part]
@@ -72,12 +90,73 @@ class Network:
 
 
 @dataclass
-class Teacher(Network):
+class Process:
+    """The diffusion process."""
+
+    diffusion_steps: int = key(1000, "steps T of the process")
+    noise_schedule: str = key("linear", "linear, cosine or scaled_linear")
+    beta_start: float = key(0.0, "first beta of a linear or scaled_linear schedule (0: the schedule's own)")
+    beta_end: float = key(0.0, "last beta of a linear or scaled_linear schedule (0: the schedule's own)")
+    prediction_type: str = key("epsilon", "what the network predicts: epsilon, sample (x_0) or v_prediction")
+    predict_xstart: bool = key(False, "ADM's name for prediction_type: sample")
+    learn_sigma: bool = key(False, "learned variance: the network has twice the output channels")
+    sigma_small: bool = key(False, "if not learn_sigma: the posterior's variance instead of beta")
+    clip_denoised: bool = key(True, "clip the predicted x_0 to the sample space's bounds while sampling")
+    timestep_respacing: str = key("", "steps to keep: '50', 'ddim50', 'trailing50', '10,15,20' ('': all)")
+    rescale_timesteps: bool = key(False, "feed the network timesteps scaled to 0..1000")
+    use_kl: bool = key(False, "train the variational bound alone")
+    rescale_learned_sigmas: bool = key(
+        False, "multiply the bound beside the MSE by T/1000", idle_in=("teacher",)
+    )
+
+    def __post_init__(self) -> None:
+        """Give `predict_xstart` its one meaning."""
+        if self.predict_xstart and self.prediction_type == "epsilon":
+            self.prediction_type = "sample"
+
+    def check(self, where: str) -> None:
+        """Raise `UserError` for values that cannot be right."""
+        _require(
+            self.diffusion_steps > 0, f"{where}diffusion_steps must be positive, not {self.diffusion_steps}"
+        )
+        _require_one_of(self.noise_schedule, NOISE_SCHEDULES, f"{where}noise_schedule")
+        _require_one_of(self.prediction_type, PREDICTION_TYPES, f"{where}prediction_type")
+        _require(
+            not self.predict_xstart or self.prediction_type == "sample",
+            f"{where}predict_xstart contradicts {where}prediction_type: {self.prediction_type}",
+        )
+        for name in ("beta_start", "beta_end"):
+            beta = getattr(self, name)
+            _require(0 <= beta <= 1, f"{where}{name} must be in [0, 1], not {beta}")
+            _require(
+                not beta or self.noise_schedule != "cosine", f"{where}{name}: the cosine schedule has none"
+            )
+        _require(
+            not (self.learn_sigma and self.sigma_small),
+            f"{where}sigma_small: does nothing with learn_sigma; set one of the two to false",
+        )
+
+
+@dataclass
+class Denoiser:
+    """A network and the process it denoises."""
+
+    architecture: Architecture = dataclasses.field(default_factory=AdmArchitecture)
+    process: Process = dataclasses.field(default_factory=Process)
+
+    def check(self, where: str) -> None:
+        """Raise `UserError` for values that cannot be right."""
+        self.architecture.check(where)
+        self.process.check(where)
+
+
+@dataclass
+class Teacher(Denoiser):
     """The teacher and the dynamic batch (the keys of DKDM)."""
 
     prob: float = key(1.0, "probability of training on a drawn batch instead of only advancing it")
     BATCH: float = key(0.4, "rho: the pool holds round(rho T) batches")
-    input_perturb: float = key(0.0, "gamma: noise added to the student's input, in units of its own")
+    input_perturb: float = key(0.0, "gamma: noise added to the student's x_t, in units of its own")
     batch_size: int = key(128, "rows per teacher call and rank while preparing the pool")
     model_path: str = key("", "the teacher's checkpoint")
     iter_choice: str = key(
@@ -98,19 +177,23 @@ class Teacher(Network):
         _require(self.BATCH > 0, f"{where}BATCH must be positive, not {self.BATCH}")
         _require(self.input_perturb >= 0, f"{where}input_perturb must not be negative")
         _require(self.batch_size > 0, f"{where}batch_size must be positive, not {self.batch_size}")
-        choices = ("dynamic_iterative", "shuffled_iterative", "iterative")
+        choices = [
+            f"{name}_distillation" for name in ("dynamic_iterative", "shuffled_iterative", "iterative")
+        ]
         _require(
-            self.iter_choice in [f"{choice}_distillation" for choice in choices],
-            f"{where}iter_choice '{self.iter_choice}' is none of "
-            + ", ".join(f"{choice}_distillation" for choice in choices),
+            self.iter_choice in choices,
+            f"{where}iter_choice '{self.iter_choice}' is none of {', '.join(choices)}",
         )
 
 
 @dataclass
-class Student(Network):
-    """The network being trained and how (the keys of ADM's training scripts)."""
+class Training:
+    """How a network is optimised (the keys of ADM's training scripts)."""
 
     schedule_sampler: str = key("uniform", "timesteps of plain training: uniform or loss-second-moment")
+    random_flip: bool = key(
+        True, "plain training: mirror each image with probability 1/2", idle_in=("student",)
+    )
     lr: float = key(1e-4, "learning rate of AdamW")
     weight_decay: float = key(0.0, "weight decay of AdamW")
     lr_anneal_steps: int = key(0, "lower lr linearly to 0 over so many iterations (0: constant)")
@@ -123,13 +206,14 @@ class Student(Network):
     log_interval: int = key(100, "iterations between log lines")
     save_interval: int = key(10000, "iterations between checkpoints")
     cache_save_interval: int = key(
-        -1, "keep the pool of every so many iterations (-1: of the newest two checkpoints only)"
+        -1,
+        "keep the pool of every so many iterations (-1: of the newest two checkpoints only)",
+        idle_in=("",),
     )
-    clip_last: bool = key(False, "clip the student's x_0 to [-1, 1] inside the KL at t = T-1")
+    clip_last: bool = key(False, "clip the student's predicted x_0 inside the KL at t = T-1")
 
     def check(self, where: str) -> None:
         """Raise `UserError` for values that cannot be right."""
-        super().check(where)
         for name in ("batch_size", "log_interval", "save_interval"):
             _require(getattr(self, name) > 0, f"{where}{name} must be positive, not {getattr(self, name)}")
         _require(self.lr > 0, f"{where}lr must be positive, not {self.lr}")
@@ -143,10 +227,7 @@ class Student(Network):
             self.cache_save_interval == -1 or self.cache_save_interval > 0,
             f"{where}cache_save_interval must be -1 or positive, not {self.cache_save_interval}",
         )
-        _require(
-            self.schedule_sampler in ("uniform", "loss-second-moment"),
-            f"{where}schedule_sampler must be uniform or loss-second-moment, not '{self.schedule_sampler}'",
-        )
+        _require_one_of(self.schedule_sampler, ("uniform", "loss-second-moment"), f"{where}schedule_sampler")
         try:
             rates = self.ema_rates
         except ValueError:
@@ -160,9 +241,22 @@ class Student(Network):
 
 
 @dataclass
+class Student(Denoiser):
+    """The network being trained, its process, and how it is trained."""
+
+    training: Training = dataclasses.field(default_factory=Training)
+
+    def check(self, where: str) -> None:
+        """Raise `UserError` for values that cannot be right."""
+        super().check(where)
+        self.training.check(where)
+
+
+@dataclass
 class Distill:
     """What TCCD adds, and our options on it. The defaults are the published method."""
 
+    objective: str = key("tccd", "tccd (DKDM with both stages off), or package.module:Class of your own")
     stage1_weight: float = key(1.0, "weight of the timestep-noise alignment (0: off)")
     stage2_weight: float = key(1.0, "weight of the interactive self-supervision pass (0: off)")
     stage2_align: bool = key(False, "use the alignment in stage 2 too (the paper's figure, not its code)")
@@ -172,6 +266,7 @@ class Distill:
     gather_negatives: bool = key(False, "contrast with the negatives of all ranks, not the rank's own")
     role_vector: bool = key(False, "mark stage 2's input by a learned vector added to its timestep embedding")
     stride: int = key(1, "timesteps per teacher jump while preparing the pool (1: every step)")
+    pool_seed: int = key(-1, "seed of the pool (-1: run.seed); each has a file of its own beside tempfile")
     pool_dtype: str = key("float32", "how the pool is kept, in memory and in its file: float32 or float16")
     pool_device: str = key("auto", "where the pool is kept: auto (beside the networks) or cpu")
 
@@ -181,14 +276,15 @@ class Distill:
             _require(getattr(self, name) >= 0, f"{where}{name} must not be negative")
         _require(self.temperature > 0, f"{where}temperature must be positive, not {self.temperature}")
         _require(self.stride >= 1, f"{where}stride must be at least 1, not {self.stride}")
-        _require(
-            self.pool_dtype in ("float32", "float16"),
-            f"{where}pool_dtype must be float32 or float16, not '{self.pool_dtype}'",
-        )
-        _require(
-            self.pool_device in ("auto", "cpu"),
-            f"{where}pool_device must be auto or cpu, not '{self.pool_device}'",
-        )
+        _require(self.pool_seed >= -1, f"{where}pool_seed must be -1 or more, not {self.pool_seed}")
+        _require_one_of(self.pool_dtype, ("float32", "float16"), f"{where}pool_dtype")
+        _require_one_of(self.pool_device, ("auto", "cpu"), f"{where}pool_device")
+        if self.stage2_align:
+            _require(
+                self.stage1_weight > 0 and self.stage2_weight > 0,
+                f"{where}stage2_align: the alignment, weighted by stage1_weight, is added to stage 2: "
+                "both weights must be positive",
+            )
 
 
 @dataclass
@@ -213,10 +309,7 @@ class Run:
         """Raise `UserError` for values that cannot be right."""
         for name in ("iterations", "warmup_steps", "seed", "grad_clip", "keep_last", "keep_every"):
             _require(getattr(self, name) >= 0, f"{where}{name} must not be negative")
-        _require(
-            self.precision in ("auto", "fp32", "bf16", "fp16"),
-            f"{where}precision must be auto, fp32, bf16 or fp16, not '{self.precision}'",
-        )
+        _require_one_of(self.precision, ("auto", "fp32", "bf16", "fp16"), f"{where}precision")
         _require(self.max_bad_steps > 0, f"{where}max_bad_steps must be positive, not {self.max_bad_steps}")
         _require(self.sample_interval >= -1, f"{where}sample_interval must be -1 or more")
         _require(self.num_samples > 0, f"{where}num_samples must be positive")
@@ -224,55 +317,93 @@ class Run:
 
 @dataclass
 class Experiment:
-    """A whole configuration, validated. `teacher` is None for baselines and plain networks."""
+    """A whole configuration, validated: a network to train on images, or to sample from."""
 
     name: str
-    teacher: Teacher | None
     student: Student
-    distill: Distill
     run: Run
 
     def check(self) -> None:
         """Raise `UserError` for values that cannot be right, alone or together."""
-        self.student.check("student." if self.teacher else "")
+        self.student.check("")
         self.run.check("run.")
-        if self.teacher is None:
-            return
+
+
+@dataclass
+class DistillationExperiment(Experiment):
+    """A configuration with a teacher."""
+
+    teacher: Teacher
+    distill: Distill
+
+    def check(self) -> None:
+        """Raise `UserError` for values that cannot be right, alone or together."""
+        self.student.check("student.")
+        self.run.check("run.")
         self.teacher.check("teacher.")
         self.distill.check("distill.")
-        for name in (
-            *("image_size", "diffusion_steps", "noise_schedule", "timestep_respacing"),
-            *("rescale_timesteps", "class_cond", "num_classes"),
-        ):
-            ours, theirs = getattr(self.student, name), getattr(self.teacher, name)
+        ours, theirs = flat(self.student), flat(self.teacher)
+        for name in SHARED_KEYS:
             _require(
-                ours == theirs,
-                f"student.{name} is {ours!r} but teacher.{name} is {theirs!r}: both must be the same",
+                ours[name] == theirs[name],
+                f"student.{name} is {ours[name]!r} but teacher.{name} is {theirs[name]!r}: "
+                "both must be the same",
             )
-        for where, network in (("teacher", self.teacher), ("student", self.student)):
-            for name in ("predict_xstart", "use_kl"):
-                _require(
-                    not getattr(network, name),
-                    f"{where}.{name}: distillation matches noise predictions by MSE, so it must be false",
-                )
+        for where, keys in (("teacher", theirs), ("student", ours)):
+            _require(
+                not keys["use_kl"],
+                f"{where}.use_kl: distillation matches noise predictions by MSE, so it must be false",
+            )
         _require(
-            self.student.schedule_sampler == "uniform",
+            self.student.training.schedule_sampler == "uniform",
             "student.schedule_sampler must be uniform: in distillation the pool gives the timesteps",
         )
-        if self.distill.stage2_align:
-            _require(
-                self.distill.stage1_weight > 0 and self.distill.stage2_weight > 0,
-                "distill.stage2_align: the alignment, weighted by stage1_weight, is added to stage 2: "
-                "both weights must be positive",
-            )
-        if self.distill.stage1_weight > 0:
-            _require(
-                self.student.image_size % 4 == 0,
-                f"stage 1 cuts images into 4x4 patches: image_size {self.student.image_size} "
-                "must be divisible by 4",
-            )
 
 
-def describe_keys(section: type) -> list[tuple[str, Any, str]]:
-    """(name, default, meaning) of each key of a section, in order."""
-    return [(f.name, f.default, f.metadata["help"]) for f in dataclasses.fields(section)]
+# What a student must have in common with its teacher: the samples, and the process that they run through.
+SHARED_KEYS = (
+    *("image_size", "class_cond", "num_classes"),
+    *("diffusion_steps", "noise_schedule", "beta_start", "beta_end"),
+    *("timestep_respacing", "rescale_timesteps"),
+)
+BUILT_IN: dict[str, type] = {"adm": AdmArchitecture, "tccd": Distill}  # keys of what config.registry names
+SECTIONS: dict[str, type] = {"teacher": Teacher, "student": Student, "distill": Distill, "run": Run}
+
+
+def free_to_differ(name: str, part: Any) -> bool:
+    """Whether a key may have another value when a trained network is used than when it was trained."""
+    if name == "num_classes":
+        return not part.class_cond
+    return name in (
+        *("dropout", "use_checkpoint", "use_fp16"),
+        *("timestep_respacing", "clip_denoised", "sigma_small"),
+        *("use_kl", "rescale_learned_sigmas", "predict_xstart"),  # prediction_type says the last one
+    )
+
+
+def keys_of(section: Any) -> Iterator[tuple[str, dataclasses.Field]]:
+    """(part, key) of the keys of a section, a type or an instance, in order; part is "" for its own."""
+    for field in dataclasses.fields(section):
+        if field.default_factory is dataclasses.MISSING:
+            yield "", field
+        else:
+            inner = field.default_factory if isinstance(section, type) else getattr(section, field.name)
+            yield from ((field.name, key) for _, key in keys_of(inner))
+
+
+def flat(section: Any) -> dict[str, Any]:
+    """The keys of a section, or of a part of one, and their values, without the parts."""
+    values: dict[str, Any] = {}
+    for field in dataclasses.fields(section):
+        value = getattr(section, field.name)
+        values |= flat(value) if dataclasses.is_dataclass(value) else {field.name: value}
+    return values
+
+
+def describe_keys(section: type, name: str = "") -> list[tuple[str, Any, str]]:
+    """(name, default, meaning) of each key that does something in a section, in order."""
+    return [
+        (field.name, field.default, field.metadata["help"])
+        for _, field in keys_of(section)
+        if name not in field.metadata["idle_in"]
+    ]

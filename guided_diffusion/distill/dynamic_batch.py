@@ -11,23 +11,7 @@ from dataclasses import dataclass
 import torch as th
 
 from ..errors import UserError
-from ..gaussian_diffusion import GaussianDiffusion, Model
-
-
-@dataclass(frozen=True)
-class TeacherStep:
-    """One teacher evaluation at (x_t, t).
-
-    Attributes:
-        eps: the noise prediction, float32 [B, 3, H, W].
-        mean, log_variance: of the reverse step p(x_{t-1} | x_t), float32 [B, 3, H, W].
-        x_prev: x_{t-1} drawn from it, float32 [B, 3, H, W].
-    """
-
-    eps: th.Tensor
-    mean: th.Tensor
-    log_variance: th.Tensor
-    x_prev: th.Tensor
+from .teacher import Teacher
 
 
 @dataclass(frozen=True)
@@ -35,10 +19,11 @@ class DistillationBatch:
     """What the student trains on.
 
     Attributes:
-        x_t: float32 [B, 3, H, W].
+        x_t: float32 [B, C, H, W].
         t: int64 [B], steps of the process.
         eps, mean, log_variance: the teacher's outputs at (x_t, t); see `TeacherStep`.
         y: int64 [B] class labels, or None.
+        features: the teacher's features, float32 [B, C', H', W'], or None where nobody asked for them.
     """
 
     x_t: th.Tensor
@@ -47,6 +32,7 @@ class DistillationBatch:
     mean: th.Tensor
     log_variance: th.Tensor
     y: th.Tensor | None = None
+    features: th.Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.t)
@@ -58,21 +44,6 @@ class DistillationBatch:
             yield DistillationBatch(**piece)  # type: ignore[arg-type]
 
 
-@th.no_grad()
-def teacher_step(
-    teacher: Model, diffusion: GaussianDiffusion, x_t: th.Tensor, t: th.Tensor, y: th.Tensor | None = None
-) -> TeacherStep:
-    """Evaluate the teacher once: the student's target and the sample's own next state together.
-
-    The predicted x_0 is clipped to [-1, 1]; no noise is added at t = 0 (DDPM algorithm 2).
-    """
-    output = teacher(x_t, diffusion.model_timesteps(t), **({} if y is None else {"y": y}))
-    out = diffusion.p_distribution(output, x_t, t, clip_denoised=True)
-    nonzero = (t != 0).float().reshape(-1, 1, 1, 1)
-    x_prev = out["mean"] + nonzero * th.exp(0.5 * out["log_variance"]) * th.randn_like(x_t)
-    return TeacherStep(output[:, : x_t.shape[1]], out["mean"], out["log_variance"], x_prev)
-
-
 class DynamicBatch:
     """A pool of samples on their way from noise to image, and the rule by which they advance.
 
@@ -81,7 +52,7 @@ class DynamicBatch:
     batch that starts together at level T.
 
     Args:
-        x: float32 or float16 [N, 3, H, W]; batches are float32 whatever the pool is kept in.
+        x: float32 or float16 [N, C, H, W]; batches are float32 whatever the pool is kept in.
         levels: int64 [N] in {0..T}.
         num_timesteps: T.
         y: int64 [N] class labels, or None.
@@ -101,7 +72,7 @@ class DynamicBatch:
     ):
         if x.ndim != 4 or levels.shape != x.shape[:1] or (y is not None and y.shape != levels.shape):
             raise UserError(
-                f"a pool needs x [N, 3, H, W] and levels [N], not {tuple(x.shape)}, {tuple(levels.shape)}"
+                f"a pool needs x [N, C, H, W] and levels [N], not {tuple(x.shape)}, {tuple(levels.shape)}"
             )
         if len(levels) and not (int(levels.min()) >= 0 and int(levels.max()) <= num_timesteps):
             raise UserError(
@@ -118,21 +89,21 @@ class DynamicBatch:
     def of_noise(
         cls,
         size: int,
-        image_size: int,
+        shape: tuple[int, int, int],
         num_timesteps: int,
         num_classes: int | None = None,
         device: th.device | str = "cpu",
     ) -> "DynamicBatch":
-        """A pool of pure noise at level T, with random labels if there are classes."""
-        x = th.randn(size, 3, image_size, image_size, device=device)
+        """A pool of pure noise (C, H, W) at level T, with random labels if there are classes."""
+        x = th.randn(size, *shape, device=device)
         levels = th.full((size,), num_timesteps, device=device)
         y = None if num_classes is None else th.randint(num_classes, (size,), device=device)
         return cls(x, levels, num_timesteps, y)
 
-    def store(
+    def stored_on(
         self, storage: th.device | str, dtype: th.dtype, device: th.device | str | None = None
     ) -> "DynamicBatch":
-        """The same pool kept on `storage` in `dtype`, with its batches on `device` (default: there too)."""
+        """The same pool, moved to `storage` as `dtype`, with its batches on `device` (default: there too)."""
         y = None if self.y is None else self.y.to(storage)
         x = self.x.to(storage, dtype)
         return DynamicBatch(x, self.levels.to(storage), self.num_timesteps, y, device)
@@ -141,22 +112,27 @@ class DynamicBatch:
         """Indices of a batch, int64 [B], at random without replacement."""
         return th.randperm(len(self))[:batch_size].to(self.levels.device)
 
-    def advance(self, index: th.Tensor, teacher: Model, diffusion: GaussianDiffusion) -> DistillationBatch:
+    def advance(self, index: th.Tensor, teacher: Teacher, *, features: bool = False) -> DistillationBatch:
         """Take some entries one teacher step further and return what the student learns from it.
 
         Entries at level 0 are restarted from fresh noise at level T first. The pool holds x_{t-1}
         and level t as soon as this returns.
+
+        Args:
+            index: int64 [B], which entries.
+            teacher: the teacher.
+            features: the batch carries the teacher's features too.
         """
         x_t, level, y = self.take(index)
         restart = level == 0
         x_t = th.where(restart.reshape(-1, 1, 1, 1), th.randn_like(x_t), x_t)
         t = th.where(restart, self.num_timesteps, level) - 1
-        step = teacher_step(teacher, diffusion, x_t, t, y)
+        step = teacher.step(x_t, t, y, features=features)
         self.put(index, step.x_prev, t)
-        return DistillationBatch(x_t, t, step.eps, step.mean, step.log_variance, y)
+        return DistillationBatch(x_t, t, step.eps, step.mean, step.log_variance, y, step.features)
 
     def take(self, index: th.Tensor) -> tuple[th.Tensor, th.Tensor, th.Tensor | None]:
-        """Entries x float32 [B, 3, H, W], levels [B] and labels [B] or None, on the batches' device."""
+        """Entries x float32 [B, C, H, W], levels [B] and labels [B] or None, on the batches' device."""
         y = None if self.y is None else self.y[index].to(self.device)
         return self.x[index].to(self.device, th.float32), self.levels[index].to(self.device), y
 
@@ -166,13 +142,13 @@ class DynamicBatch:
         self.levels[index] = levels.to(self.levels)
 
     def next_batch(
-        self, batch_size: int, teacher: Model, diffusion: GaussianDiffusion, prob: float = 1.0
+        self, batch_size: int, teacher: Teacher, prob: float = 1.0, *, features: bool = False
     ) -> DistillationBatch:
         """One iteration's batch; with `prob` < 1 the same samples first advance a random while longer."""
         index = self.draw(batch_size)
-        batch = self.advance(index, teacher, diffusion)
+        batch = self.advance(index, teacher, features=features)
         while prob < 1 and float(th.rand(())) >= prob:
-            batch = self.advance(index, teacher, diffusion)
+            batch = self.advance(index, teacher, features=features)
         return batch
 
 
@@ -183,14 +159,7 @@ def pool_size(iter_choice: str, rho: float, num_timesteps: int, batch_size: int)
     return batch_size
 
 
-@th.no_grad()
-def prepare(
-    pool: DynamicBatch,
-    teacher: Model,
-    diffusion: GaussianDiffusion,
-    rows_per_call: int,
-    stride: int = 1,
-) -> Iterator[int]:
+def prepare(pool: DynamicBatch, teacher: Teacher, rows_per_call: int, stride: int = 1) -> Iterator[int]:
     """Denoise a pool of noise in place until every entry is at its own random level in {1..T-1}.
 
     Every teacher call takes the first `rows_per_call` entries that are not there yet, so that its
@@ -198,11 +167,10 @@ def prepare(
 
     Args:
         pool: entries at level T.
-        teacher: the model.
-        diffusion: its process.
+        teacher: the teacher.
         rows_per_call: rows of a teacher call.
         stride: steps per jump. With more than 1 each entry jumps by about so many steps at once
-            (`ReverseProcess.p_jump`), the jumps of an entry being as equal as can be and the last one
+            (`Teacher.jump`), the jumps of an entry being as equal as can be and the last one
             landing exactly on its level, so the pool still covers every level.
 
     Yields:
@@ -216,7 +184,5 @@ def prepare(
         hop = remaining.add(jumps - 1).div(jumps, rounding_mode="floor")
         t = level - 1
         s = t - hop
-        output = teacher(x_t, diffusion.model_timesteps(t), **({} if y is None else {"y": y}))
-        mean, log_variance = diffusion.p_jump(output, x_t, t, s)
-        pool.put(index, mean + th.exp(0.5 * log_variance) * th.randn_like(x_t), s + 1)
+        pool.put(index, teacher.jump(x_t, t, s, y), s + 1)
         yield int((hop == remaining).sum())

@@ -1,13 +1,14 @@
 """The pool's file: safetensors under the ecosystem's name `.cache`, and the original's pickles read safely.
 
-`total_x_t_1` [N, 3, H, W] and `total_t` int64 [N] keep the original's names; `total_y` int64 [N] carries
+`total_x_t_1` [N, C, H, W] and `total_t` int64 [N] keep the original's names; `total_y` int64 [N] carries
 class labels. The header records what the pool belongs to, so that a wrong one is refused.
 """
 
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +43,7 @@ def write_pool(path: str | os.PathLike, pools: list[DynamicBatch], belongs_to: M
 def read_pool(
     path: str | os.PathLike,
     num_timesteps: int,
-    image_size: int,
+    shape: tuple[int, int, int],
     *,
     expected: Mapping[str, Any] | None = None,
     rank: int = 0,
@@ -53,7 +54,7 @@ def read_pool(
     Args:
         path: our file, or a pickle of the original's.
         num_timesteps: T of the process.
-        image_size: H = W.
+        shape: (C, H, W) of a sample.
         expected: what the pool must belong to; compared with what the file says where it says it. An
             original's file says nothing, and may hold more than `expected["size"]` samples.
         rank, world_size: which share.
@@ -67,15 +68,14 @@ def read_pool(
     path = Path(path)
     if not path.is_file():
         raise UserError(f"no such pool: {path} (scripts/dynamic_prepare.py makes it)")
-    with open(path, "rb") as file:
-        is_pickle = file.read(1) == b"\x80"
+    is_pickle = _is_pickle(path)
     arrays, belongs_to = _read_pickle(path) if is_pickle else _read_safetensors(path)
     for key, value in (expected or {}).items():
         if key in belongs_to and belongs_to[key] != value:
             raise UserError(f"{path}: was made for {key} {belongs_to[key]!r}, this run has {value!r}")
     x, levels, y = arrays["total_x_t_1"], arrays["total_t"], arrays.get("total_y")
-    if x.ndim != 4 or x.shape[1:] != (3, image_size, image_size) or not x.is_floating_point():
-        wanted = f"float [N, 3, {image_size}, {image_size}]"
+    if x.ndim != 4 or x.shape[1:] != shape or not x.is_floating_point():
+        wanted = f"float [N, {', '.join(map(str, shape))}]"
         raise UserError(f"{path}: holds samples {list(x.shape)} of {x.dtype}, this run needs {wanted}")
     for name, numbers in (("total_t", levels), ("total_y", y)):
         if numbers is not None and (numbers.dtype != th.int64 or numbers.shape != x.shape[:1]):
@@ -102,16 +102,29 @@ def read_pool(
         raise UserError(f"{path}: {error}") from None
 
 
+def read_pool_header(path: str | os.PathLike) -> dict[str, Any]:
+    """What a pool's file says it belongs to; {} for an original's, which says nothing.
+
+    Raises:
+        UserError: a damaged file.
+    """
+    path = Path(path)
+    if _is_pickle(path):
+        return {}
+    with _readable(path), safe_open(path, framework="pt") as file:
+        return _belongs_to(file)
+
+
 def join_parts(
     path: Path,
     num_timesteps: int,
-    image_size: int,
+    shape: tuple[int, int, int],
     belongs_to: Mapping[str, Any],
     ranks: int,
 ) -> None:
     """Join the ranks' parts in rank order as `path`, and remove them."""
     parts = [part_path(path, rank) for rank in range(ranks)]
-    write_pool(path, [read_pool(part, num_timesteps, image_size) for part in parts], belongs_to)
+    write_pool(path, [read_pool(part, num_timesteps, shape) for part in parts], belongs_to)
     for part in parts:
         part.unlink()
 
@@ -121,23 +134,40 @@ def part_path(path: str | os.PathLike, rank: int) -> Path:
     return Path(f"{path}.rank{rank}{_SUFFIX_OF_PART}")
 
 
-def _read_safetensors(path: Path) -> tuple[dict[str, th.Tensor], dict[str, Any]]:
+def _is_pickle(path: Path) -> bool:
+    with open(path, "rb") as file:
+        start = file.read(9)
+    # A safetensors file begins with its header's length, whose first byte can be a pickle's too.
+    return start[:1] == b"\x80" and start[8:] != b"{"
+
+
+@contextmanager
+def _readable(path: Path) -> Iterator[None]:
+    """Tell what safetensors raises on a damaged file in one line."""
     try:
-        with safe_open(path, framework="pt") as file:
-            missing = {"total_t", "total_x_t_1"} - set(file.keys())
-            if missing:
-                raise UserError(f"{path}: is no pool, it has no {', '.join(sorted(missing))}")
-            header = file.metadata() or {}
-            belongs_to = json.loads(header.get("pool", "{}"))
-            if not isinstance(belongs_to, dict):
-                raise ValueError("its header does not say what it belongs to")
-            arrays = {name: file.get_tensor(name) for name in _ARRAYS if name in file.keys()}  # noqa: SIM118
-            if "sha256" in header and header["sha256"] != _sha256(arrays):
-                raise ValueError("its contents do not have their checksum")
-            return arrays, belongs_to
+        yield
     except (SafetensorError, ValueError, OSError, RecursionError, TypeError, LookupError) as error:
         told = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(f"{path}: not a readable pool ({told})") from None
+
+
+def _belongs_to(file: Any) -> dict[str, Any]:
+    belongs_to = json.loads((file.metadata() or {}).get("pool", "{}"))
+    if not isinstance(belongs_to, dict):
+        raise ValueError("its header does not say what it belongs to")
+    return belongs_to
+
+
+def _read_safetensors(path: Path) -> tuple[dict[str, th.Tensor], dict[str, Any]]:
+    with _readable(path), safe_open(path, framework="pt") as file:
+        missing = {"total_t", "total_x_t_1"} - set(file.keys())
+        if missing:
+            raise UserError(f"{path}: is no pool, it has no {', '.join(sorted(missing))}")
+        arrays = {name: file.get_tensor(name) for name in _ARRAYS if name in file.keys()}  # noqa: SIM118
+        checksum = (file.metadata() or {}).get("sha256")
+        if checksum is not None and checksum != _sha256(arrays):
+            raise ValueError("its contents do not have their checksum")
+        return arrays, _belongs_to(file)
 
 
 def _sha256(arrays: Mapping[str, th.Tensor]) -> str:

@@ -52,7 +52,7 @@ class NpzWriter:
 
 
 @contextmanager
-def create_npz(path: str | os.PathLike, count: int) -> Iterator[NpzWriter]:
+def create_npz(path: str | os.PathLike, count: int, provenance: str = "") -> Iterator[NpzWriter]:
     """Give a writer whose batches go straight into the uncompressed `arr_0` of a new archive.
 
     Labels become `arr_1`, int64 [count]. The file appears under its name only when the block ends without
@@ -61,6 +61,7 @@ def create_npz(path: str | os.PathLike, count: int) -> Iterator[NpzWriter]:
     Args:
         path: the archive.
         count: how many rows will be written.
+        provenance: a text that says where the rows come from, kept as `provenance`, a string of numpy's.
 
     Raises:
         ValueError: another number of rows was written.
@@ -74,3 +75,6 @@ def create_npz(path: str | os.PathLike, count: int) -> Iterator[NpzWriter]:
         if writer.labels:
             with archive.open(zipfile.ZipInfo("arr_1.npy"), "w") as member:
                 npy_format.write_array(member, np.concatenate(writer.labels), allow_pickle=False)
+        if provenance:
+            with archive.open(zipfile.ZipInfo("provenance.npy"), "w") as member:
+                npy_format.write_array(member, np.array(provenance), allow_pickle=False)

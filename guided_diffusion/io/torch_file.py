@@ -34,6 +34,20 @@ _STORAGES = {
     "BoolStorage": th.bool,
 }
 _CHUNK = 1 << 20
+
+
+class StateDict(dict[Any, Any]):
+    """An OrderedDict as it was saved.
+
+    Attributes:
+        metadata: what `torch.nn.Module.state_dict` stores beside the tensors, by module.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.metadata: Any = None
+
+
 # What zipfile raises besides on damaged contents.
 _ZIP_DAMAGE = (*DAMAGE, zipfile.BadZipFile, zlib.error, struct.error, RuntimeError, LookupError)
 
@@ -43,7 +57,7 @@ def read_torch_file(path: str | os.PathLike) -> Any:
 
     Returns:
         What was saved, out of dict, list, tuple, str, int, float, bool, None and dense tensors. An
-        OrderedDict comes back as dict, a parameter as tensor; expanded tensors are refused.
+        OrderedDict comes back as `StateDict`, a parameter as tensor; expanded tensors are refused.
 
     Raises:
         UserError: missing, damaged (every byte read is covered by a checksum), holding anything but
@@ -123,7 +137,9 @@ class _TensorInterpreter(Interpreter):
         if name == "BINPERSID":
             self._stack.append(self._storage(self._pop()))
         elif name == "BUILD" and len(self._stack) > 1 and isinstance(self._stack[-2], dict):
-            self._pop()  # a state dict's `_metadata`
+            state, ordered = self._pop(), self._stack[-1]
+            if isinstance(ordered, StateDict) and isinstance(state, dict):
+                ordered.metadata = state.get("_metadata")
         else:
             super()._step(name, argument)
 
@@ -150,7 +166,7 @@ class _TensorInterpreter(Interpreter):
         role = function.role if isinstance(function, Global) else None
         match role, arguments:
             case "OrderedDict", ():
-                return {}
+                return StateDict()
             case "parameter", (th.Tensor() as tensor, *_):
                 return tensor
             case "size", (tuple() as sizes,) if all(type(n) is int for n in sizes):

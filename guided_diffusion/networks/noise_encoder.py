@@ -102,20 +102,23 @@ class NoiseEncoder(nn.Module):
     """Noise representation z of the feature map h that the student's noise prediction is read from.
 
     Args:
-        channels: channels C of the feature map.
+        feature_shape: (C, H, W) of the feature map, H = W a multiple of 4. The patch is H/4, so there are
+            always 16 patches; at 32x32 this is the published 8x8.
         dim: size D of the timestep embedding that z is aligned with.
-        image_size: H = W of the feature map. The patch is H/4, so there are always 16 patches; at
-            32x32 this is the published 8x8.
 
     Raises:
-        UserError: the image size is no multiple of 4.
+        UserError: a feature map that cannot be cut so.
     """
 
-    def __init__(self, channels: int, dim: int, image_size: int):
+    def __init__(self, feature_shape: tuple[int, int, int], dim: int):
         super().__init__()
-        if image_size % PATCHES_PER_SIDE:
-            raise UserError(f"the noise encoder needs an image size divisible by 4, not {image_size}")
-        patch = image_size // PATCHES_PER_SIDE
+        channels, height, width = feature_shape
+        if height % PATCHES_PER_SIDE or height != width:
+            raise UserError(
+                f"stage 1 cuts the feature map into 4x4 patches: its size {height}x{width} must be square "
+                "and divisible by 4; distill.stage1_weight=0 does without"
+            )
+        patch = height // PATCHES_PER_SIDE
         self.to_patch_embedding = nn.Sequential(PatchFlatten(patch), nn.Linear(patch * patch * channels, dim))
         self.pos_embedding = nn.Parameter(th.randn(1, PATCHES_PER_SIDE**2 + 1, dim))
         self.cls_token = nn.Parameter(th.randn(1, 1, dim))

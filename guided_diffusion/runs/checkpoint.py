@@ -10,6 +10,7 @@ import json
 import logging
 import os
 import re
+from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,12 +19,13 @@ from typing import Any
 import torch as th
 from torch import nn
 
-from ..config.settings import Run, Student
+from ..config.settings import Denoiser, Run, Training, free_to_differ
 from ..errors import UserError
 from ..io.files import atomic_path, sha256_of
 from ..io.torch_file import read_torch_file
 
 HEAD_PREFIX = "out_embed."  # of the noise encoder inside the original TCCD's checkpoints
+_DESCRIPTION = "guided_diffusion"  # in a state dict's metadata, which other programs pass over
 _MANIFEST = re.compile(r"checkpoint(\d{6,})\.json", re.ASCII)
 _OF_A_SET = re.compile(
     r"(?:model|ema_[^/]*_|opt|head|teacher-state-)(\d{6}|[1-9]\d{6,})\.(?:pt|cache)", re.ASCII
@@ -46,8 +48,66 @@ def load_state_dict(path: str | os.PathLike) -> dict[str, th.Tensor]:
     return dict(state)
 
 
+def read_description(path: str | os.PathLike) -> dict[str, Any]:
+    """What a checkpoint of ours says of itself; {} for one of others.
+
+    Returns:
+        "architecture" and "process" (their configuration keys), "space", "config" (its name), "step",
+        "revision" (of this program), as far as they were known.
+
+    Raises:
+        UserError: as `read_torch_file`, or what it says of itself is damaged.
+    """
+    return _description(read_torch_file(path), path)
+
+
+def _description(state: Any, path: str | os.PathLike) -> dict[str, Any]:
+    metadata = getattr(state, "metadata", None) or {}
+    try:
+        description = json.loads(metadata.get(_DESCRIPTION, {}).get("json", "{}"))
+        if not isinstance(description, dict):
+            raise ValueError("it is no mapping")
+    except (ValueError, AttributeError, TypeError, RecursionError) as error:
+        raise UserError(f"{path}: what it says of itself is damaged ({error})") from None
+    return description
+
+
+def described(
+    state: Mapping[str, th.Tensor], description: Mapping[str, Any]
+) -> "OrderedDict[str, th.Tensor]":
+    """A state dict that carries what `read_description` reads; for other programs it is as before."""
+    ordered = OrderedDict(state)
+    ordered._metadata = {_DESCRIPTION: {"json": json.dumps(description)}}  # type: ignore[attr-defined]
+    return ordered
+
+
+def require_agreement(denoiser: Denoiser, path: str | os.PathLike, where: str = "") -> None:
+    """Refuse a configuration that contradicts what a checkpoint of ours says of itself.
+
+    Args:
+        denoiser: the configured architecture and process.
+        path: the checkpoint.
+        where: the configuration's section in messages, such as "teacher.".
+
+    Raises:
+        UserError: a key on which the two differ, with both values.
+    """
+    description = read_description(path)
+    for part in ("architecture", "process"):
+        told, configured = description.get(part, {}), getattr(denoiser, part)
+        if not isinstance(told, dict):
+            raise UserError(f"{path}: what it says of itself is damaged ({part} is no mapping)")
+        for name, value in told.items():
+            ours = getattr(configured, name, value)
+            if ours != value and not free_to_differ(name, configured):
+                raise UserError(
+                    f"{path}: was trained with {name} {value!r}, but {where}{name} is {ours!r}; "
+                    f"{where}{name}={value} goes with it"
+                )
+
+
 def load_network(module: nn.Module, path: str | os.PathLike) -> dict[str, th.Tensor]:
-    """Load a U-Net checkpoint strictly, fp16 or fp32, of ADM's, DKDM's, TCCD's or our making.
+    """Load a network's checkpoint strictly, fp16 or fp32, of ADM's, DKDM's, TCCD's or our making.
 
     Args:
         module: receives the weights, in its own dtype.
@@ -130,13 +190,16 @@ def file_step(name: str) -> int | None:
     return int(match[1]) if (match := _OF_A_SET.fullmatch(name)) else None
 
 
-def save_checkpoint(directory: Path, step: int, contents: Mapping[str, Any]) -> Checkpoint:
+def save_checkpoint(
+    directory: Path, step: int, contents: Mapping[str, Any], description: Mapping[str, Any] | None = None
+) -> Checkpoint:
     """Write a checkpoint; nothing of it counts before all of it is on disk.
 
     Args:
         directory: where to.
         step: iterations done.
         contents: by name, what `torch.save` takes, or a function that writes the path it is given.
+        description: of the network, written into its files; see `read_description`.
     """
     sums = {}
     for name, content in contents.items():
@@ -145,6 +208,8 @@ def save_checkpoint(directory: Path, step: int, contents: Mapping[str, Any]) -> 
             if isinstance(content, Callable):  # type: ignore[arg-type]
                 content(temporary)
             else:
+                if name == "model" or name.startswith("ema_"):
+                    content = described(content, {**(description or {}), "step": step})
                 th.save(content, temporary)
             sums[path.name] = {"bytes": temporary.stat().st_size, "sha256": sha256_of(temporary)}
     _write_manifest(directory, step, sums)
@@ -218,9 +283,9 @@ class Retention:
     keep_pool_every: int = -1
 
     @classmethod
-    def of(cls, student: Student, run: Run) -> "Retention":
+    def of(cls, training: Training, run: Run) -> "Retention":
         """As a configuration says."""
-        return cls(run.keep_last, run.keep_every, student.cache_save_interval)
+        return cls(run.keep_last, run.keep_every, training.cache_save_interval)
 
     def superfluous(self, steps: Sequence[int]) -> list[int]:
         """Those of some checkpoints, the oldest first, that need not stay."""

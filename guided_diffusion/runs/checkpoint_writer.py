@@ -33,6 +33,7 @@ class CheckpointWriter:
         retention: which of them stay; by default all.
         publish: called in the thread after each save. Its failure is told, and it is called again
             after the next save.
+        description: of the network, see `checkpoint.read_description`.
     """
 
     def __init__(
@@ -41,9 +42,11 @@ class CheckpointWriter:
         report: Callable[[str], None],
         retention: Retention | None = None,
         publish: Callable[[], None] | None = None,
+        description: Mapping[str, Any] | None = None,
     ):
         self.directory, self.report = directory, report
         self.retention, self.publish = retention or Retention(), publish
+        self.description = description
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
         self._pending: Future[str] | None = None
         self._failure = ""
@@ -73,7 +76,7 @@ class CheckpointWriter:
 
     def _save(self, step: int, contents: Mapping[str, Any]) -> str:
         try:
-            save_checkpoint(self.directory, step, contents)
+            save_checkpoint(self.directory, step, contents, self.description)
         except (OSError, RuntimeError, SafetensorError) as error:  # torch tells a full disk by RuntimeError
             reason = f"{_first_line(error)}; {_free_space(self.directory)}"
             self.report(

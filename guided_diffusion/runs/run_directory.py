@@ -65,7 +65,7 @@ def start_run(
 
 def _mirror(experiment: Experiment, args: argparse.Namespace) -> Mirror | None:
     """The copy that the run's directory has, if `--exp_dir`, or else `--resume_checkpoint`, is a URL."""
-    wanted = args.resume_checkpoint or experiment.student.resume_checkpoint
+    wanted = args.resume_checkpoint or experiment.student.training.resume_checkpoint
     if args.exp_dir is None and is_url(wanted):
         url = run_url(wanted)
     elif args.exp_dir is not None and is_url(args.exp_dir):
@@ -73,7 +73,7 @@ def _mirror(experiment: Experiment, args: argparse.Namespace) -> Mirror | None:
     else:
         return None
     return Mirror(
-        url, command_line.remote_path(args.config), Retention.of(experiment.student, experiment.run)
+        url, command_line.remote_path(args.config), Retention.of(experiment.student.training, experiment.run)
     )
 
 
@@ -165,7 +165,7 @@ def _choose(
 ) -> tuple[Path, Checkpoint | None]:
     """The run's directory, which `lock` holds from here on, and what to continue from."""
     own = mirror.directory if mirror else Path(args.exp_dir) if args.exp_dir else None
-    wanted = args.resume_checkpoint or experiment.student.resume_checkpoint
+    wanted = args.resume_checkpoint or experiment.student.training.resume_checkpoint
     if wanted and not (mirror and is_url(wanted) and normalised(wanted) == mirror.url):
         named = _open_named(wanted, args.config)
         directory = _hold_first([own or named.directory], lock)

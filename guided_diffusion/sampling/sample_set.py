@@ -4,6 +4,7 @@ import json
 import re
 import shutil
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +16,10 @@ from ..gaussian_diffusion import GaussianDiffusion
 from ..io.files import NpzFile, atomic_path, remove_leftovers, sha256_of
 from ..io.npz_writer import create_npz
 from ..logger import progress_bar
+from ..networks.base import DenoisingNetwork
 from ..runs.figures import save_grid
-from ..unet import UNetModel
-from .samplers import sample_images, sampling_loop
+from ..spaces import SampleSpace
+from .samplers import Sampler, sample_images
 
 _SHARD = re.compile(r"(\d+)-(\d+)\.npz")
 
@@ -31,28 +33,42 @@ class SampleSet:
         directory: holds the shards while drawing, then `samples_NxHxWx3.npz` and `samples.png`.
         num_samples: N.
         seed: of the set.
-        sampler: as in `sampling.sampling_loop`.
-        clip_denoised: clip the predicted x_0 to [-1, 1] in every step.
-
-    Raises:
-        UserError: the sampler needs a package that is not installed.
-        ValueError: no such sampler.
+        sampler: its name and itself.
+        clip_denoised: clip the predicted x_0 to the process's bounds in every step.
     """
 
-    def __init__(self, directory: Path, num_samples: int, *, seed: int, sampler: str, clip_denoised: bool):
-        sampling_loop(sampler)
+    def __init__(
+        self,
+        directory: Path,
+        num_samples: int,
+        *,
+        seed: int,
+        sampler: tuple[str, Sampler],
+        clip_denoised: bool,
+    ):
         self.directory, self.num_samples = directory, num_samples
-        self.seed, self.sampler, self.clip_denoised = seed, sampler, clip_denoised
+        self.seed, self.clip_denoised = seed, clip_denoised
+        self.sampler_name, self.sampler = sampler
         self.shards = directory / "shards"
 
-    def draw(self, model: UNetModel, diffusion: GaussianDiffusion, weights: Path, batch_size: int) -> Path:
+    def draw(
+        self,
+        network: DenoisingNetwork,
+        process: GaussianDiffusion,
+        space: SampleSpace,
+        weights: Path,
+        batch_size: int,
+        provenance: Mapping[str, Any] | None = None,
+    ) -> Path:
         """Draw what is missing and join it. Collective.
 
         Args:
-            model: on this rank's device.
-            diffusion: its (respaced) process.
-            weights: the checkpoint the model was loaded from, recorded beside the samples.
+            network: on this rank's device.
+            process: its (respaced) process.
+            space: what its samples are.
+            weights: the checkpoint the network was loaded from, recorded beside the samples.
             batch_size: images at a time and rank.
+            provenance: where the network comes from, in JSON's types; recorded in sampling.json and the npz.
 
         Returns:
             The npz.
@@ -63,23 +79,31 @@ class SampleSet:
         """
         self.directory.mkdir(parents=True, exist_ok=True)
         with dist_util.held(self.directory):
-            return self._draw(model, diffusion, weights, batch_size)
+            return self._draw(network, process, space, weights, batch_size, provenance or {})
 
-    def _draw(self, model: UNetModel, diffusion: GaussianDiffusion, weights: Path, batch_size: int) -> Path:
-        size = model.image_size
+    def _draw(
+        self,
+        network: DenoisingNetwork,
+        process: GaussianDiffusion,
+        space: SampleSpace,
+        weights: Path,
+        batch_size: int,
+        provenance: Mapping[str, Any],
+    ) -> Path:
+        _, size, _ = network.shape
         final = self.directory / f"samples_{self.num_samples}x{size}x{size}x3.npz"
         settings = {
             "model_sha256": sha256_of(weights),
-            "timesteps": diffusion.timestep_map,
+            "timesteps": process.timestep_map,
             "seed": self.seed,
-            "sampler": self.sampler,
+            "sampler": self.sampler_name,
             "clip_denoised": self.clip_denoised,
             "device": dist_util.dev().type,
-            "dtype": str(model.compute_dtype),
+            "dtype": str(network.compute_dtype),
         }
         with dist_util.rank_zero_first() as first:
             if first:
-                self._check_settings(settings)
+                self._check_settings(settings, provenance)
                 self._tidy(final, size)
         if final.is_file():
             return final
@@ -91,8 +115,9 @@ class SampleSet:
         bar = progress_bar(sum(len(batch) for batch in mine), "sampling", active=rank == 0)
         for number, indices in enumerate(mine):
             images, labels = sample_images(
-                model,
-                diffusion,
+                network,
+                process,
+                space,
                 indices,
                 seed=self.seed,
                 sampler=self.sampler,
@@ -108,10 +133,10 @@ class SampleSet:
         dist_util.barrier()
         with dist_util.rank_zero_first() as first:
             if first:
-                self._join(final)
+                self._join(final, json.dumps({**provenance, **settings}))
         return final
 
-    def _check_settings(self, settings: dict[str, Any]) -> None:
+    def _check_settings(self, settings: dict[str, Any], provenance: Mapping[str, Any]) -> None:
         path = self.directory / "sampling.json"
         if path.is_file():
             try:
@@ -125,7 +150,7 @@ class SampleSet:
                     "choose another --name, or remove it"
                 )
         with atomic_path(path) as temporary:
-            temporary.write_text(json.dumps(settings))
+            temporary.write_text(json.dumps({**provenance, **settings}))
 
     def _tidy(self, final: Path, size: int) -> None:
         """Clear away what a killed run left: halves of files, damaged shards, shards already joined."""
@@ -162,8 +187,8 @@ class SampleSet:
                     batches.append(range(int(part[0]), int(part[-1]) + 1))
         return batches
 
-    def _join(self, final: Path) -> None:
-        with create_npz(final, self.num_samples) as writer:
+    def _join(self, final: Path, provenance: str) -> None:
+        with create_npz(final, self.num_samples, provenance) as writer:
             done = 0
             for indices, path in self._drawn():
                 shard = NpzFile(path)

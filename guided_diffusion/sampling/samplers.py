@@ -1,15 +1,36 @@
 """Sampling where image i depends on (seed, i) alone, not on batch size or number of ranks."""
 
 from collections.abc import Callable, Sequence
-from functools import partial
+from dataclasses import dataclass
 
 import numpy as np
 import torch as th
 
-from ..config.settings import SOLVERS
 from ..gaussian_diffusion import GaussianDiffusion
-from ..unet import UNetModel
-from .solvers import scheduler_class, solver_sample_loop
+from ..networks.base import DenoisingNetwork
+from ..spaces import SampleSpace
+
+
+@dataclass(frozen=True)
+class Sampler:
+    """A way of going from noise to x_0. `config.registry.SAMPLERS` gives it a name.
+
+    Attributes:
+        loop: called as loop(process, network, shape, noise=, clip_denoised=, model_kwargs=, noise_fn=), whose
+            options mean what they do in `GaussianDiffusion.p_sample_loop_progressive`; returns x_0.
+        spacing: what a plain number N of steps is short for is this before N, see `respace.space_timesteps`.
+    """
+
+    loop: Callable[..., th.Tensor]
+    spacing: str = ""
+
+    def respacing(self, steps: str) -> str:
+        """What `--timestep_respacing` stands for."""
+        return f"{self.spacing}{steps}" if steps.isdigit() else steps
+
+
+ANCESTRAL = Sampler(GaussianDiffusion.p_sample_loop)  # every reverse step drawn at random
+DDIM = Sampler(GaussianDiffusion.ddim_sample_loop)  # deterministic
 
 
 class SeededNoise:
@@ -43,70 +64,44 @@ class SeededNoise:
         return th.cat(draws)
 
 
-def sampling_loop(sampler: str) -> Callable[..., th.Tensor]:
-    """The loop of one of `settings.SAMPLERS`, to be called as loop(diffusion, model, shape, **options).
-
-    "ancestral" draws every reverse step at random; "ddim" and the solvers follow the deterministic ODE.
-
-    Raises:
-        UserError: the sampler needs a package that is not installed.
-        ValueError: no such sampler.
-    """
-    if sampler == "ancestral":
-        return GaussianDiffusion.p_sample_loop
-    if sampler == "ddim":
-        return GaussianDiffusion.ddim_sample_loop
-    scheduler_class(sampler)  # so that what is missing is told before anything expensive starts
-    return partial(solver_sample_loop, solver=sampler)
-
-
-def steps_respacing(sampler: str, respacing: str) -> str:
-    """What `--timestep_respacing` stands for with a sampler: a solver's plain number N is "trailingN".
-
-    The ancestral and DDIM samplers keep guided-diffusion's meaning of N, whose last step starts at t = 0: a
-    leap for a high-order solver, and an evaluation spent where almost nothing is left to remove.
-    """
-    return f"trailing{respacing}" if sampler in SOLVERS and respacing.isdigit() else respacing
-
-
 def sample_images(
-    model: UNetModel,
-    diffusion: GaussianDiffusion,
+    network: DenoisingNetwork,
+    process: GaussianDiffusion,
+    space: SampleSpace,
     indices: Sequence[int],
     *,
     seed: int = 0,
-    sampler: str = "ancestral",
+    sampler: Sampler = ANCESTRAL,
     clip_denoised: bool = True,
 ) -> tuple[np.ndarray, np.ndarray | None]:
-    """Sample a batch of images with the model on its device, in eval mode.
+    """Sample a batch of images with the network on its device, in eval mode.
 
     Args:
-        model: the network.
-        diffusion: its (respaced) process.
+        network: the network.
+        process: its (respaced) process.
+        space: what its samples are.
         indices: the samples' numbers within their set; one image each.
         seed: the set's seed.
-        sampler: as in `sampling_loop`.
-        clip_denoised: clip the predicted x_0 to [-1, 1] in every step.
+        sampler: how.
+        clip_denoised: clip the predicted x_0 to the process's bounds in every step.
 
     Returns:
-        Images uint8 [B, H, W, 3], and labels int64 [B] if the model is class-conditional, else None.
+        Images uint8 [B, H, W, 3], and labels int64 [B] if the network is class-conditional, else None.
     """
-    device = next(model.parameters()).device
+    device = next(network.parameters()).device
     noise = SeededNoise(seed, indices, device)
-    y = None if model.num_classes is None else noise.labels(model.num_classes)
-    loop = sampling_loop(sampler)
-    was_training = model.training
-    model.eval()
+    y = None if network.num_classes is None else noise.labels(network.num_classes)
+    was_training = network.training
+    network.eval()
     try:
-        x = loop(
-            diffusion,
-            model,
-            (len(indices), 3, model.image_size, model.image_size),
+        x = sampler.loop(
+            process,
+            network,
+            (len(indices), *network.shape),
             clip_denoised=clip_denoised,
             model_kwargs={} if y is None else {"y": y},
             noise_fn=noise,
         )
     finally:
-        model.train(was_training)
-    images = ((x + 1) * 127.5).clamp(0, 255).to(th.uint8).permute(0, 2, 3, 1)
-    return images.cpu().numpy(), None if y is None else y.cpu().numpy()
+        network.train(was_training)
+    return space.decode(x), None if y is None else y.cpu().numpy()

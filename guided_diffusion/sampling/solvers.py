@@ -6,48 +6,30 @@ network is called with, and the predicted, clipped x_0, whatever the network pre
 """
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch as th
 
-from ..errors import UserError
 from ..gaussian_diffusion import GaussianDiffusion, Model, NoiseFn, Sample
+from .samplers import Sampler
+
+try:
+    from diffusers.schedulers.scheduling_dpmsolver_multistep import DPMSolverMultistepScheduler
+    from diffusers.schedulers.scheduling_unipc_multistep import UniPCMultistepScheduler
+except ImportError as error:
+    raise ImportError(f"it needs pip install 'diffusers>=0.42' ({' '.join(str(error).split())})") from error
 
 
-def scheduler_class(solver: str) -> Any:
-    """The diffusers scheduler of a solver.
-
-    "dpmpp_2m": DPM-Solver++ 2M (Lu et al., 2022, algorithm 2). "unipc": UniPC-2 with B(h) = e^h - 1 (Zhao
-    et al., 2023). Both are multistep and call the network once per step.
-
-    Raises:
-        UserError: diffusers is not installed, or cannot be imported.
-        ValueError: no such solver.
-    """
-    try:
-        if solver == "dpmpp_2m":
-            from diffusers.schedulers.scheduling_dpmsolver_multistep import DPMSolverMultistepScheduler
-
-            return DPMSolverMultistepScheduler
-        if solver == "unipc":
-            from diffusers.schedulers.scheduling_unipc_multistep import UniPCMultistepScheduler
-
-            return UniPCMultistepScheduler
-    except ImportError as error:
-        reason = " ".join(str(error).split())
-        raise UserError(f"sampler {solver}: needs pip install 'diffusers>=0.42' ({reason})") from None
-    raise ValueError(f"unknown solver '{solver}', expected 'dpmpp_2m' or 'unipc'")
-
-
-def make_scheduler(solver: str, diffusion: GaussianDiffusion) -> Any:
+def make_scheduler(scheduler_class: Any, diffusion: GaussianDiffusion) -> Any:
     """A scheduler at the start of one trajectory through all the process's steps, T-1 to 0.
 
     To the scheduler the (respaced) process is a trained one whose every step is visited, so nothing of
     diffusers' own choice of timesteps enters. A scheduler remembers its trajectory: make one for each.
     """
     steps = diffusion.num_timesteps
-    scheduler = scheduler_class(solver)(
+    scheduler = scheduler_class(
         num_train_timesteps=steps,
         trained_betas=diffusion.betas,
         prediction_type="sample",
@@ -67,24 +49,21 @@ def solver_sample_loop(
     model: Model,
     shape: Sequence[int],
     *,
-    solver: str,
+    scheduler_class: Any,
     noise: th.Tensor | None = None,
     clip_denoised: bool = True,
     model_kwargs: dict[str, Any] | None = None,
     noise_fn: NoiseFn | None = None,
 ) -> th.Tensor:
-    """Samples [B, 3, H, W] from noise, deterministic as DDIM's; the model is called T times.
+    """Samples [B, C, H, W] from noise, deterministic as DDIM's; the model is called T times.
 
     Args:
         diffusion: the (respaced) process whose T steps are taken.
         model, shape, noise, clip_denoised, model_kwargs, noise_fn: as in
             `GaussianDiffusion.p_sample_loop_progressive`; noise is drawn for the start alone.
-        solver: as in `scheduler_class`.
-
-    Raises:
-        UserError, ValueError: as in `scheduler_class`.
+        scheduler_class: a multistep scheduler of diffusers'.
     """
-    scheduler = make_scheduler(solver, diffusion)
+    scheduler = make_scheduler(scheduler_class, diffusion)
 
     def step(x: th.Tensor, t: th.Tensor) -> Sample:
         pred_xstart = diffusion.p_mean_variance(model, x, t, clip_denoised, None, model_kwargs)["pred_xstart"]
@@ -93,3 +72,10 @@ def solver_sample_loop(
     for out in diffusion.chain(step, model, shape, noise=noise, noise_fn=noise_fn):
         final = out["sample"]
     return final
+
+
+# DPM-Solver++ 2M (Lu et al., 2022, algorithm 2), and UniPC-2 with B(h) = e^h - 1 (Zhao et al., 2023). Both
+# are multistep and call the network once per step. A plain number of steps ends a stride before the clean
+# image: guided-diffusion's last step starts at t = 0, a leap for them where little is left to remove.
+DPMPP_2M = Sampler(partial(solver_sample_loop, scheduler_class=DPMSolverMultistepScheduler), "trailing")
+UNIPC = Sampler(partial(solver_sample_loop, scheduler_class=UniPCMultistepScheduler), "trailing")

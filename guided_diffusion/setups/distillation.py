@@ -6,103 +6,149 @@ from typing import Any
 import torch as th
 
 from .. import dist_util
-from ..config.settings import Experiment
+from ..config.registry import OBJECTIVES, look_up
+from ..config.settings import DistillationExperiment
 from ..distill.dynamic_batch import DynamicBatch, pool_size
 from ..distill.objectives import Distillation
-from ..distill.pool_file import read_pool
+from ..distill.pool_file import read_pool, read_pool_header
+from ..distill.source import TeacherSource
+from ..distill.teacher import Teacher
 from ..errors import UserError
-from ..gaussian_diffusion import GaussianDiffusion
 from ..io.files import sha256_of
 from ..logger import RunLog
-from ..processes.precision import place
-from ..runs.checkpoint import Checkpoint, load_network, load_strictly
-from ..script_util import build_network
-from ..train_util import TrainLoop, reseed, sample_process
-from ..training.sources import TeacherSource
-from ..unet import UNetModel
+from ..networks.precision import place
+from ..runs.checkpoint import Checkpoint, load_network, require_agreement
+from ..script_util import build_network, build_space
+from ..train_util import TrainLoop, grid_process, reseed
 
 
-def load_teacher(experiment: Experiment, weights: Path) -> tuple[UNetModel, GaussianDiffusion]:
-    """The teacher in eval mode on this rank's device, and its process. Its noise encoder, if any, is left."""
+def load_teacher(experiment: DistillationExperiment, weights: Path) -> Teacher:
+    """The teacher in eval mode on this rank's device. Its noise encoder, if any, is left."""
     settings = experiment.teacher
-    assert settings is not None
-    teacher, diffusion = build_network(settings, "teacher.")
-    load_network(teacher, weights)
-    teacher.eval().requires_grad_(False)
-    place(teacher, settings, experiment.run, frozen=True)
-    return teacher, diffusion
+    network, process = build_network(settings, "teacher.")
+    require_agreement(settings, weights, "teacher.")
+    load_network(network, weights)
+    network.eval().requires_grad_(False)
+    place(network, settings.architecture.use_fp16, experiment.run, frozen=True)
+    return Teacher(network, process, build_space(settings))
 
 
-def pool_identity(experiment: Experiment, weights: Path, size: int) -> dict[str, Any]:
+def pool_seed(experiment: DistillationExperiment) -> int:
+    """The seed that the pool is prepared with."""
+    return experiment.run.seed if experiment.distill.pool_seed == -1 else experiment.distill.pool_seed
+
+
+def pool_file(experiment: DistillationExperiment, tempfile: Path) -> Path:
+    """The file of this seed's pool: `tempfile` itself for seed 0, NAME-seedN.cache beside it for others.
+
+    A pool that does not say its seed (an original's) serves every seed.
+
+    Args:
+        experiment: the configuration.
+        tempfile: where `teacher.tempfile` lies.
+    """
+    seed = pool_seed(experiment)
+    own = tempfile.with_name(f"{tempfile.stem}-seed{seed}{tempfile.suffix}") if seed else tempfile
+    if not own.is_file() and tempfile.is_file() and "seed" not in read_pool_header(tempfile):
+        return tempfile
+    return own
+
+
+def pool_identity(experiment: DistillationExperiment, weights: Path, size: int) -> dict[str, Any]:
     """What a pool belongs to: written into its file, and compared when it is read."""
-    settings = experiment.teacher
-    assert settings is not None
-    return {
-        "T": settings.diffusion_steps,
-        "noise_schedule": settings.noise_schedule,
-        "timestep_respacing": settings.timestep_respacing,
-        "image_size": settings.image_size,
-        "class_cond": settings.class_cond,
-        "iter_choice": settings.iter_choice,
-        "rho": settings.BATCH,
-        "batch_size": experiment.student.batch_size,
+    teacher = experiment.teacher
+    identity = {
+        "T": teacher.process.diffusion_steps,
+        "noise_schedule": teacher.process.noise_schedule,
+        "timestep_respacing": teacher.process.timestep_respacing,
+        "image_size": teacher.architecture.image_size,
+        "class_cond": teacher.architecture.class_cond,
+        "iter_choice": teacher.iter_choice,
+        "rho": teacher.BATCH,
+        "batch_size": experiment.student.training.batch_size,
         "size": size,
         "stride": experiment.distill.stride,
+        "seed": pool_seed(experiment),
         "teacher_sha256": sha256_of(weights),
     }
+    for name in ("beta_start", "beta_end"):
+        if beta := getattr(teacher.process, name):
+            identity[name] = beta
+    return identity
 
 
-def fresh_pool(experiment: Experiment, teacher: UNetModel, total: int, size: int) -> DynamicBatch:
-    """A pool of `size` samples of noise at level T, in float32: preparing rounds it once, at the end."""
-    pool = DynamicBatch.of_noise(size, teacher.image_size, total, teacher.num_classes, dist_util.dev())
-    return kept(pool, experiment, th.float32)
+def noise_pool(teacher: Teacher, size: int) -> DynamicBatch:
+    """A pool of `size` samples of noise at level T on this rank's device, in float32."""
+    total, classes = teacher.process.num_timesteps, teacher.network.num_classes
+    return DynamicBatch.of_noise(size, teacher.space.shape, total, classes, dist_util.dev())
 
 
-def kept(pool: DynamicBatch, experiment: Experiment, dtype: th.dtype | None = None) -> DynamicBatch:
-    """The pool kept where the configuration says, and as it says unless a dtype is given."""
+def stored(pool: DynamicBatch, experiment: DistillationExperiment) -> DynamicBatch:
+    """The pool moved to `distill.pool_device` as `distill.pool_dtype`."""
     storage = dist_util.dev() if experiment.distill.pool_device == "auto" else th.device("cpu")
-    return pool.store(storage, dtype or getattr(th, experiment.distill.pool_dtype), dist_util.dev())
+    return pool.stored_on(storage, getattr(th, experiment.distill.pool_dtype), dist_util.dev())
 
 
 def open_pool(
-    experiment: Experiment, weights: Path, pool_path: Path, teacher: UNetModel, total: int, batch_size: int
+    experiment: DistillationExperiment, weights: Path, pool_path: Path, teacher: Teacher, batch_size: int
 ) -> DynamicBatch:
-    """This rank's pool at the start of a distillation, on its device.
+    """This rank's pool at the start of a distillation.
 
     Args:
         experiment: the configuration.
         weights: the teacher's checkpoint.
         pool_path: the prepared pool; not needed where all samples start from noise.
         teacher: the teacher.
-        total: T.
         batch_size: of this rank.
 
     Raises:
         UserError: the pool is missing, damaged, or of something else.
     """
-    settings = experiment.teacher
-    assert settings is not None
+    settings, total = experiment.teacher, teacher.process.num_timesteps
     rank, world = dist_util.rank(), dist_util.world_size()
     if settings.iter_choice == "iterative_distillation":
-        reseed(experiment.run.seed, rank, -1 % 2**32)
-        return kept(fresh_pool(experiment, teacher, total, batch_size), experiment)
+        reseed(pool_seed(experiment), rank, -1 % 2**32)
+        return noise_pool(teacher, batch_size)
     size = pool_size(settings.iter_choice, settings.BATCH, total, batch_size)
     pool = read_pool(
         pool_path,
         total,
-        settings.image_size,
+        teacher.space.shape,
         expected=pool_identity(experiment, weights, size * world),
         rank=rank,
         world_size=world,
     )
-    if (pool.y is not None) != settings.class_cond:
-        has = "has no" if settings.class_cond else "has"
-        raise UserError(f"{pool_path}: {has} class labels, teacher.class_cond is {settings.class_cond}")
-    return kept(pool, experiment)
+    class_cond = settings.architecture.class_cond
+    if (pool.y is not None) != class_cond:
+        has = "has no" if class_cond else "has"
+        raise UserError(f"{pool_path}: {has} class labels, teacher.class_cond is {class_cond}")
+    return pool
+
+
+def build_objective(
+    experiment: DistillationExperiment, teacher: Teacher, network: Any, process: Any
+) -> Distillation:
+    """The objective that `distill.objective` names, with the heads it trains beside the student.
+
+    Raises:
+        UserError: no such objective.
+    """
+    name = experiment.distill.objective
+    kind = look_up(OBJECTIVES, name, "distill.objective")
+    if not (isinstance(kind, type) and issubclass(kind, Distillation)):
+        raise UserError(f"distill.objective: '{name}' is no subclass of distill.objectives.Distillation")
+    return kind(
+        network,
+        process,
+        experiment.distill,
+        clip_last=experiment.student.training.clip_last,
+        input_perturb=experiment.teacher.input_perturb,
+        teacher=teacher,
+    )
 
 
 def distillation_loop(
-    experiment: Experiment,
+    experiment: DistillationExperiment,
     *,
     weights: Path,
     pool_path: Path,
@@ -110,6 +156,7 @@ def distillation_loop(
     log: RunLog,
     initial: Path | None = None,
     resume: Checkpoint | None = None,
+    description: dict[str, Any] | None = None,
 ) -> TrainLoop:
     """Build everything a distillation needs, ready to run.
 
@@ -121,56 +168,49 @@ def distillation_loop(
         log: the record.
         initial: the student's initial weights, if not random.
         resume: continue from this checkpoint, with the pool it holds.
+        description: what checkpoints say of the student.
     """
-    settings, student, device = experiment.teacher, experiment.student, dist_util.dev()
-    assert settings is not None
-    teacher, teacher_diffusion = load_teacher(experiment, weights)
-    reseed(experiment.run.seed, 0, 2**32 - 2)  # the same initial weights on every rank
-    model, diffusion = build_network(student, "student.")
-    objective = Distillation(
-        model,
-        diffusion,
-        experiment.distill,
-        clip_last=student.clip_last,
-        input_perturb=settings.input_perturb,
-    )
+    student, run, device = experiment.student, experiment.run, dist_util.dev()
+    teacher = load_teacher(experiment, weights)
+    reseed(run.seed, 0, 2**32 - 2)  # the same initial weights on every rank
+    network, process = build_network(student, "student.")
+    objective = build_objective(experiment, teacher, network, process)
+    if resume is not None:
+        require_agreement(student, resume.path("model"), "student.")
     if initial is not None:
-        head = load_network(model, initial)
-        if head and objective.noise_encoder is not None:
-            load_strictly(objective.noise_encoder, head, initial)
-    place(model, student, experiment.run)
+        require_agreement(student, initial, "student.")
+        if head := load_network(network, initial):
+            objective.load_foreign_head(head, initial)
+    place(network, student.architecture.use_fp16, run)
     objective.to(device)
 
-    total = teacher_diffusion.num_timesteps
     if resume is not None and resume.has("pool"):
         rank, world = dist_util.rank(), dist_util.world_size()
-        pool = read_pool(resume.path("pool"), total, settings.image_size, rank=rank, world_size=world)
-        pool = kept(pool, experiment)
+        total = teacher.process.num_timesteps
+        pool = read_pool(resume.path("pool"), total, teacher.space.shape, rank=rank, world_size=world)
     else:
-        pool = open_pool(experiment, weights, pool_path, teacher, total, batch_size)
+        pool = open_pool(experiment, weights, pool_path, teacher, batch_size)
+    pool = stored(pool, experiment)
     if len(pool) < batch_size:
         raise UserError(f"the pool's {len(pool)} samples per rank are fewer than the batch's {batch_size}")
 
-    distill = experiment.distill
-    objective_name = "DKDM (both stages off)"
-    if distill.stage1_weight or distill.stage2_weight:
-        role = ", role vector" if objective.role is not None else ""
-        objective_name = (
-            f"TCCD (stage 1 x {distill.stage1_weight:g}, stage 2 x {distill.stage2_weight:g}{role})"
-        )
-    count = sum(p.numel() for p in model.parameters())
+    count = sum(p.numel() for p in network.parameters())
     log.info(
-        f"objective: {objective_name}; student {count / 1e6:.2f}M parameters; "
-        f"pool of {len(pool)} samples per rank; {model.compute_dtype} arithmetic on {device}"
+        f"objective: {objective.describe()}; student {count / 1e6:.2f}M parameters; pool of {len(pool)} "
+        f"samples per rank (seed {pool_seed(experiment)}); {network.compute_dtype} arithmetic on {device}"
     )
     return TrainLoop(
-        model=model,
+        network=network,
         objective=objective,
-        source=TeacherSource(pool, teacher, teacher_diffusion, batch_size, settings.prob),
-        diffusion=diffusion,
-        sample_diffusion=sample_process(student, experiment.run),
-        student=student,
-        run=experiment.run,
+        source=TeacherSource(
+            pool, teacher, batch_size, experiment.teacher.prob, objective.needs_teacher_features
+        ),
+        process=process,
+        training=student.training,
+        run=run,
         log=log,
+        space=teacher.space,
+        grid_process=grid_process(student, run),
         resume=resume,
+        description=description,
     )

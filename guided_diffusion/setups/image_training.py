@@ -1,18 +1,19 @@
 """Putting plain training together: images, network, objective."""
 
 from pathlib import Path
+from typing import Any
 
 from .. import dist_util
 from ..config.settings import Experiment
-from ..distill.objectives import DiffusionTraining
 from ..errors import UserError
 from ..image_datasets import open_dataset, sample_batches
 from ..logger import RunLog
-from ..processes.precision import place
+from ..networks.precision import place
 from ..resample import create_named_schedule_sampler
-from ..runs.checkpoint import Checkpoint, load_network
-from ..script_util import build_network
-from ..train_util import TrainLoop, reseed, sample_process
+from ..runs.checkpoint import Checkpoint, load_network, require_agreement
+from ..script_util import build_network, build_space
+from ..train_util import TrainLoop, grid_process, reseed
+from ..training.objective import DiffusionTraining
 from ..training.sources import ImageSource
 
 
@@ -25,6 +26,7 @@ def training_loop(
     log: RunLog,
     initial: Path | None = None,
     resume: Checkpoint | None = None,
+    description: dict[str, Any] | None = None,
 ) -> TrainLoop:
     """Build everything that training on images needs, ready to run.
 
@@ -36,23 +38,29 @@ def training_loop(
         log: the record.
         initial: initial weights, if not random.
         resume: continue from this checkpoint.
+        description: what checkpoints say of the network.
 
     Raises:
         UserError: unreadable data, images or labels that do not fit the network.
     """
     student, run, device = experiment.student, experiment.run, dist_util.dev()
-    dataset = open_dataset(data_dir, student.image_size, student.class_cond)
-    if student.class_cond and dataset.num_classes > student.num_classes:
+    architecture, training = student.architecture, student.training
+    dataset = open_dataset(data_dir, architecture.image_size, architecture.class_cond)
+    if architecture.class_cond and dataset.num_classes > architecture.num_classes:
         raise UserError(
-            f"{data_dir}: has {dataset.num_classes} classes, num_classes is {student.num_classes}"
+            f"{data_dir}: has {dataset.num_classes} classes, num_classes is {architecture.num_classes}"
         )
     reseed(run.seed, 0, 2**32 - 2)  # the same initial weights on every rank
-    model, diffusion = build_network(student)
+    network, process = build_network(student)
+    space = build_space(student)
+    if resume is not None:
+        require_agreement(student, resume.path("model"))
     if initial is not None:
-        load_network(model, initial)
-    place(model, student, run)
-    sampler = create_named_schedule_sampler(student.schedule_sampler, diffusion.num_timesteps)
-    objective = DiffusionTraining(diffusion, sampler).to(device)
+        require_agreement(student, initial)
+        load_network(network, initial)
+    place(network, architecture.use_fp16, run)
+    sampler = create_named_schedule_sampler(training.schedule_sampler, process.num_timesteps)
+    objective = DiffusionTraining(process, sampler, clip_last=training.clip_last).to(device)
     batches = sample_batches(
         dataset,
         batch_size,
@@ -61,17 +69,23 @@ def training_loop(
         world_size=dist_util.world_size(),
         start_step=resume.step if resume else 0,
         num_workers=num_workers,
+        random_flip=training.random_flip,
     )
-    count = sum(p.numel() for p in model.parameters())
-    log.info(f"objective: {diffusion.loss_type.name}; {count / 1e6:.2f}M parameters; {len(dataset)} images")
+    count = sum(p.numel() for p in network.parameters())
+    log.info(
+        f"objective: {objective.describe()}; {count / 1e6:.2f}M parameters; {len(dataset)} images"
+        f"{', mirrored at random' if training.random_flip else ''}"
+    )
     return TrainLoop(
-        model=model,
+        network=network,
         objective=objective,
-        source=ImageSource(batches, student.class_cond),
-        diffusion=diffusion,
-        sample_diffusion=sample_process(student, run),
-        student=student,
+        source=ImageSource(batches, space, architecture.class_cond),
+        process=process,
+        training=training,
         run=run,
         log=log,
+        space=space,
+        grid_process=grid_process(student, run),
         resume=resume,
+        description=description,
     )

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 import torch as th
 
 from .. import dist_util
-from ..distill.objectives import PassLoss
+from .objective import PassLoss
 
 
 class Metrics:

@@ -167,7 +167,7 @@ def assert_same_end(first, second, step):
     assert len(ends[0].files) >= 5
     for name in ends[0].files:
         if name.endswith(".cache"):
-            a, b = (read_pool(end.directory / name, T, 16) for end in ends)
+            a, b = (read_pool(end.directory / name, T, (3, 16, 16)) for end in ends)
             assert th.equal(a.x, b.x) and th.equal(a.levels, b.levels)
         else:
             a, b = (read_torch_file(end.directory / name) for end in ends)
@@ -236,7 +236,7 @@ def assert_readable(folder):
     for one in found:
         for name in one.files:
             if name.endswith(".cache"):
-                read_pool(folder / name, T, 16)
+                read_pool(folder / name, T, (3, 16, 16))
             else:
                 read_torch_file(folder / name)
     newest = newest_checkpoint(folder) if folder.is_dir() else None

@@ -46,7 +46,7 @@ def pool():
 
 
 def read_our_pool(path):
-    found = read_pool(path, T, SIZE)
+    found = read_pool(path, T, (3, SIZE, SIZE))
     return {"x": found.x, "levels": found.levels}
 
 
@@ -406,7 +406,7 @@ def test_harm_is_refused_before_it_is_allocated(tmp_path, case):
 def test_a_pool_that_was_read_no_longer_needs_its_file(tmp_path):
     path = tmp_path / "pool.cache"
     write_pool(path, [pool()], {"T": T})
-    found = read_pool(path, T, SIZE)
+    found = read_pool(path, T, (3, SIZE, SIZE))
     before = found.x.clone()
     path.write_bytes(bytes(path.stat().st_size))
     assert th.equal(found.x, before)

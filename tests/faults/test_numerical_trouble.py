@@ -26,7 +26,7 @@ def build(command, folder, *overrides):
         experiment,
         weights=teacher.model_path,
         pool_path=teacher.tempfile,
-        batch_size=experiment.student.batch_size,
+        batch_size=experiment.student.training.batch_size,
         log=RunLog(folder),
     )
 
@@ -99,7 +99,7 @@ def test_few_bad_steps_now_and_then_do_not(command, tmp_path):
 def test_float16_lowers_the_scale_to_a_floor(command, tmp_path):
     loop = build(command, tmp_path, "run.precision=fp16", "run.iterations=6")
     assert loop.scaler.get_scale() == 2.0**20
-    loop.model.use_dtype(th.float32)  # the scaler is what is looked at; on a CPU float16 is slow
+    loop.network.use_dtype(th.float32)  # the scaler is what is looked at; on a CPU float16 is slow
     loop.scaler.scale(th.ones(()))  # which makes its tensors
     loop.scaler.update(8.0)
     spoil(loop, range(6))

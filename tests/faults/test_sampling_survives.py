@@ -58,11 +58,11 @@ def test_memory_does_not_grow_with_the_number_of_samples(tmp_path, monkeypatch):
     """The images of the larger set take 75 MB more; drawing them is left out."""
     from guided_diffusion.sampling import sample_set
 
-    def black(model, diffusion, indices, **_):
+    def black(network, process, space, indices, **_):
         return np.zeros((len(indices), 64, 64, 3), np.uint8), None
 
     class Model:
-        image_size = 64
+        shape = (3, 64, 64)
         compute_dtype = "none"
 
     class Process:
@@ -74,9 +74,9 @@ def test_memory_does_not_grow_with_the_number_of_samples(tmp_path, monkeypatch):
     def draw(number):
         (tmp_path / "weights.pt").write_bytes(b"")
         samples = sample_set.SampleSet(
-            tmp_path / str(number), number, seed=0, sampler="ancestral", clip_denoised=True
+            tmp_path / str(number), number, seed=0, sampler=("ancestral", None), clip_denoised=True
         )
-        samples.draw(Model(), Process(), tmp_path / "weights.pt", 256)
+        samples.draw(Model(), Process(), None, tmp_path / "weights.pt", 256)
         answers.put(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
 
     peaks = []

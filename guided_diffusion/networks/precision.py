@@ -3,24 +3,24 @@
 import torch as th
 
 from .. import dist_util
-from ..config.settings import Network, Run
-from ..unet import UNetModel
+from ..config.settings import Run
+from .base import DenoisingNetwork
 
 
-def place(model: UNetModel, network: Network, run: Run, *, frozen: bool = False) -> None:
+def place(network: DenoisingNetwork, use_fp16: bool, run: Run, *, frozen: bool = False) -> None:
     """Move a network to this rank's device and choose its arithmetic there.
 
     Args:
-        model: the network.
-        network: its configuration.
-        run: the run's.
+        network: the network.
+        use_fp16: of its configuration.
+        run: the run's configuration.
         frozen: it is only evaluated from here on.
     """
     device = dist_util.dev()
-    model.to(device)
-    model.use_dtype(compute_dtype(run.precision, network.use_fp16, device), frozen=frozen)
+    network.to(device)
+    network.use_dtype(compute_dtype(run.precision, use_fp16, device), frozen=frozen)
     if run.compile:
-        model.compile_blocks()
+        network.compile_blocks()
 
 
 def compute_dtype(precision: str, use_fp16: bool, device: th.device) -> th.dtype:

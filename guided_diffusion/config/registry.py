@@ -1,0 +1,71 @@
+"""What a name in a configuration or on a command line stands for.
+
+Each table maps the built-in names to `package.module:Name`; in their place users may give such a path of
+their own, whose module is then imported. Adding an architecture, an objective or a sampler is one line here.
+"""
+
+import importlib
+from collections.abc import Mapping
+from typing import Any
+
+from ..errors import UserError
+from .settings import BUILT_IN
+
+# Subclasses of networks.base.DenoisingNetwork.
+ARCHITECTURES = {"adm": "guided_diffusion.unet:UNetModel"}
+# Subclasses of training.objective.Objective with a `Settings`, built by `from_settings`.
+OBJECTIVES = {"tccd": "guided_diffusion.distill.objectives:Distillation"}
+# Instances of sampling.samplers.Sampler.
+SAMPLERS = {
+    "ancestral": "guided_diffusion.sampling.samplers:ANCESTRAL",
+    "ddim": "guided_diffusion.sampling.samplers:DDIM",
+    "dpmpp_2m": "guided_diffusion.sampling.solvers:DPMPP_2M",
+    "unipc": "guided_diffusion.sampling.solvers:UNIPC",
+}
+
+
+def require_known(table: Mapping[str, str], name: str, where: str) -> str:
+    """The path of a built-in name, or the path itself.
+
+    Args:
+        table: one of this module's.
+        name: what the user gave.
+        where: the key or flag, for the message.
+
+    Raises:
+        UserError: it is neither.
+    """
+    path = table.get(name, name)
+    module, _, attribute = path.partition(":")
+    if not attribute.isidentifier() or not all(part.isidentifier() for part in module.split(".")):
+        raise UserError(f"{where}: '{name}' is none of {', '.join(table)}, and no package.module:Name")
+    return path
+
+
+def look_up(table: Mapping[str, str], name: str, where: str) -> Any:
+    """What a name stands for, imported; see `require_known`.
+
+    Raises:
+        UserError: nothing is called so, or what its module imports is not installed.
+    """
+    module, _, attribute = require_known(table, name, where).partition(":")
+    try:
+        return getattr(importlib.import_module(module), attribute)
+    except ImportError as error:
+        raise UserError(f"{where}: '{name}' cannot be imported: {error}") from None
+    except AttributeError:
+        raise UserError(f"{where}: {module} has no {attribute}") from None
+
+
+def settings_of(table: Mapping[str, str], name: str, where: str) -> type:
+    """The dataclass of an architecture's or objective's configuration keys.
+
+    Raises:
+        UserError: as `look_up`, or it has no `Settings`.
+    """
+    if name in BUILT_IN:  # without importing torch
+        return BUILT_IN[name]
+    settings = getattr(look_up(table, name, where), "Settings", None)
+    if not isinstance(settings, type):
+        raise UserError(f"{where}: '{name}' has no Settings, the dataclass of its configuration keys")
+    return settings

@@ -1,0 +1,74 @@
+"""The teacher: a network, its process, and the space its samples live in."""
+
+from dataclasses import dataclass
+
+import torch as th
+
+from ..gaussian_diffusion import GaussianDiffusion
+from ..networks.base import DenoisingNetwork
+from ..spaces import SampleSpace
+
+
+@dataclass(frozen=True)
+class TeacherStep:
+    """One teacher evaluation at (x_t, t).
+
+    Attributes:
+        eps: the noise prediction, float32 [B, C, H, W].
+        mean, log_variance: of the reverse step p(x_{t-1} | x_t), float32 [B, C, H, W].
+        x_prev: x_{t-1} drawn from it, float32 [B, C, H, W].
+        features: the network's last feature map, float32 [B, C', H', W'], if asked for.
+    """
+
+    eps: th.Tensor
+    mean: th.Tensor
+    log_variance: th.Tensor
+    x_prev: th.Tensor
+    features: th.Tensor | None = None
+
+
+class Teacher:
+    """A trained network that is only evaluated.
+
+    Args:
+        network: in eval mode, on the device.
+        process: its process.
+        space: what its samples are.
+    """
+
+    def __init__(self, network: DenoisingNetwork, process: GaussianDiffusion, space: SampleSpace):
+        self.network, self.process, self.space = network, process, space
+
+    @th.no_grad()
+    def step(
+        self, x_t: th.Tensor, t: th.Tensor, y: th.Tensor | None = None, *, features: bool = False
+    ) -> TeacherStep:
+        """Evaluate once: the student's target and the sample's own next state together.
+
+        The predicted x_0 is clipped to the process's bounds; no noise is added at t = 0 (DDPM algorithm 2).
+
+        Args:
+            x_t: float32 [B, C, H, W].
+            t: int64 [B], steps of the process.
+            y: int64 [B] class labels if and only if the network is class-conditional.
+            features: hand out the network's features too.
+        """
+        timesteps = self.process.model_timesteps(t)
+        if features:
+            evaluation = self.network.evaluate(x_t, timesteps, y)
+            output, feature_map = evaluation.output, evaluation.features
+        else:
+            output, feature_map = self.network(x_t, timesteps, y), None
+        out = self.process.p_distribution(output, x_t, t)
+        nonzero = (t != 0).float().reshape(-1, 1, 1, 1)
+        x_prev = out["mean"] + nonzero * th.exp(0.5 * out["log_variance"]) * th.randn_like(x_t)
+        prediction, _ = self.process.split(output, x_t.shape[1])
+        eps = self.process.predict_eps(x_t, t, prediction)
+        return TeacherStep(eps, out["mean"], out["log_variance"], x_prev, feature_map)
+
+    @th.no_grad()
+    def jump(self, x_t: th.Tensor, t: th.Tensor, s: th.Tensor, y: th.Tensor | None = None) -> th.Tensor:
+        """Evaluate once, and draw x_s for any earlier steps 0 <= s < t; arguments as `step`."""
+        output = self.network(x_t, self.process.model_timesteps(t), y)
+        out = self.process.p_distribution(output, x_t, t, s=s)
+        return out["mean"] + th.exp(0.5 * out["log_variance"]) * th.randn_like(x_t)

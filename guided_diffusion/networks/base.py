@@ -1,0 +1,130 @@
+"""The contract of a denoising network: what the process, the method and the training loop may ask of it."""
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch as th
+from torch import nn
+
+from ..config.settings import Architecture
+from ..errors import UserError
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """One evaluation of a network.
+
+    Attributes:
+        output: the prediction, float32 [B, C, H, W], or [B, 2C, H, W] when the variance is learned.
+        features: the map that the output layers read, float32 [B, *feature_shape].
+        emb: the timestep embedding, float32 [B, emb_dim], without what `emb_shift` added.
+    """
+
+    output: th.Tensor
+    features: th.Tensor
+    emb: th.Tensor
+
+
+class DenoisingNetwork(nn.Module, ABC):
+    """A network that predicts the noise (or x_0, or v) in x_t; it knows nothing of noise schedules.
+
+    A subclass sets the attributes, and defines `from_settings` and `evaluate`.
+
+    Attributes:
+        Settings: the dataclass of its configuration keys, a subclass of `config.settings.Architecture`.
+        block_types: the submodules that `compile_blocks` compiles, one by one.
+        num_classes: number of classes if it is class-conditional, else None.
+        shape: (C, H, W) of the samples it denoises.
+        emb_dim: size D of its timestep embedding.
+        feature_shape: (C', H', W') of the feature map that a training-time head may read.
+        compute_dtype: dtype of the heavy arithmetic; parameters stay float32 unless frozen.
+    """
+
+    Settings: ClassVar[type[Architecture]]
+    block_types: ClassVar[tuple[type[nn.Module], ...]] = ()
+    num_classes: int | None
+    shape: tuple[int, int, int]
+    emb_dim: int
+    feature_shape: tuple[int, int, int]
+    compute_dtype: th.dtype = th.float32
+
+    @classmethod
+    @abstractmethod
+    def from_settings(
+        cls, settings: Any, shape: tuple[int, int, int], out_channels: int
+    ) -> "DenoisingNetwork":
+        """Build the network.
+
+        Args:
+            settings: an instance of `Settings`.
+            shape: (C, H, W) of the samples.
+            out_channels: C, or 2C when the variance is learned.
+
+        Raises:
+            ValueError: sizes that do not fit each other.
+        """
+
+    @abstractmethod
+    def evaluate(
+        self,
+        x: th.Tensor,
+        timesteps: th.Tensor,
+        y: th.Tensor | None = None,
+        *,
+        emb_shift: th.Tensor | None = None,
+    ) -> Evaluation:
+        """Apply the network and hand out what training-time heads read.
+
+        Args:
+            x: [B, C, H, W].
+            timesteps: [B], original (not respaced) timesteps, integer or fractional.
+            y: int64 [B] class labels if and only if the network is class-conditional.
+            emb_shift: [D] or [B, D], added to the timestep embedding inside the network.
+
+        Raises:
+            ValueError: labels given to an unconditional network, or missing from a conditional one.
+        """
+
+    def forward(self, x: th.Tensor, timesteps: th.Tensor, y: th.Tensor | None = None) -> th.Tensor:
+        """The output alone, float32 [B, C or 2C, H, W]; arguments as `evaluate`."""
+        return self.evaluate(x, timesteps, y).output
+
+    def require_labels_fit(self, y: th.Tensor | None) -> None:
+        """Raise ValueError unless there are labels if and only if there are classes."""
+        if (y is not None) != (self.num_classes is not None):
+            raise ValueError("give class labels y if and only if the model is class-conditional")
+
+    def autocast(self, x: th.Tensor) -> th.autocast:
+        """The context in which heavy arithmetic on x's device runs in `compute_dtype`."""
+        enabled = self.compute_dtype != th.float32
+        return th.autocast(x.device.type, dtype=self.compute_dtype if enabled else None, enabled=enabled)
+
+    def use_dtype(self, dtype: th.dtype, *, frozen: bool = False) -> None:
+        """Choose the arithmetic: float32, bfloat16 or float16.
+
+        Args:
+            dtype: of the heavy arithmetic.
+            frozen: the network is only evaluated from here on, so weights may be cast once and for all.
+        """
+        self.compute_dtype = dtype
+
+    def compile_blocks(self, backend: str = "inductor") -> None:
+        """Have torch.compile fuse what lies between the heavy operations of each block, at its first call.
+
+        Block by block: equal blocks compile once, and names and state dicts stay as they are.
+
+        Args:
+            backend: torch.compile's.
+
+        Raises:
+            UserError: the architecture names no blocks.
+        """
+        blocks = [module for module in self.modules() if isinstance(module, self.block_types)]
+        if not blocks:
+            raise UserError(f"run.compile: {type(self).__name__} names no blocks to compile; leave it false")
+        limits = th._dynamo.config  # each shape of a block counts as a recompilation of the class
+        limits.recompile_limit = max(limits.recompile_limit, 512)
+        limits.accumulated_recompile_limit = max(limits.accumulated_recompile_limit, 2048)
+        for block in blocks:
+            block.compile(backend=backend)

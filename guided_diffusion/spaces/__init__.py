@@ -1,0 +1,6 @@
+"""What a diffusion process runs in: the pixels of images, or something that decodes to them."""
+
+from .base import SampleSpace
+from .pixel import PixelSpace
+
+__all__ = ["PixelSpace", "SampleSpace"]
