@@ -154,7 +154,7 @@ def test_a_pool_may_be_kept_elsewhere_and_in_16_bits(teacher, dtype):
 
 
 def test_a_pool_whose_header_begins_like_a_pickle_is_read(tmp_path):
-    """safetensors puts the header's length first: of 128, 384, ... bytes it looks like a pickle's first byte."""
+    """safetensors puts its header's length first, which may look like the first byte of a pickle."""
     pool = DynamicBatch(th.randn(2, 3, 4, 4), th.tensor([3, 7]), 10)
     first = set()
     for length in range(0, 256, 8):

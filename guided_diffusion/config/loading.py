@@ -284,10 +284,10 @@ def _build(section: type[_T], values: dict[str, Any], path: Path, where: str) ->
     given: Any = section
     if issubclass(section, Denoiser):
         name = str(values.get("architecture", Architecture.architecture))
-        given = section(architecture=settings_of(ARCHITECTURES, name, f"{where}architecture")())
+        given = section(architecture=settings_of(ARCHITECTURES, name, f"{where}architecture", Architecture)())
     elif issubclass(section, Distill):
         name = str(values.get("objective", Distill.objective))
-        section = given = settings_of(OBJECTIVES, name, f"{where}objective")
+        section = given = settings_of(OBJECTIVES, name, f"{where}objective", Distill)
     parts = {key.name: part for part, key in keys_of(given)}
     nested: dict[str, Any] = {}
     for name, value in values.items():

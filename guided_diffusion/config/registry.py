@@ -57,15 +57,15 @@ def look_up(table: Mapping[str, str], name: str, where: str) -> Any:
         raise UserError(f"{where}: {module} has no {attribute}") from None
 
 
-def settings_of(table: Mapping[str, str], name: str, where: str) -> type:
-    """The dataclass of an architecture's or objective's configuration keys.
+def settings_of(table: Mapping[str, str], name: str, where: str, base: type) -> type:
+    """The dataclass of an architecture's or objective's configuration keys, a subclass of `base`.
 
     Raises:
-        UserError: as `look_up`, or it has no `Settings`.
+        UserError: as `look_up`, or it has no such `Settings`.
     """
     if name in BUILT_IN:  # without importing torch
         return BUILT_IN[name]
     settings = getattr(look_up(table, name, where), "Settings", None)
-    if not isinstance(settings, type):
-        raise UserError(f"{where}: '{name}' has no Settings, the dataclass of its configuration keys")
+    if not (isinstance(settings, type) and issubclass(settings, base)):
+        raise UserError(f"{where}: '{name}' has no Settings that are config.settings.{base.__name__}'s")
     return settings

@@ -1,0 +1,191 @@
+"""Checkpoints, samples and pools know what they are of: contradictions are refused, wrong scores traced."""
+
+import json
+
+import numpy as np
+import pytest
+import torch as th
+import yaml
+from in_process import script_here
+from tiny import distillation, network, one_line_error
+
+from guided_diffusion.config.loading import load_distillation, load_experiment
+from guided_diffusion.distill.dynamic_batch import DynamicBatch
+from guided_diffusion.distill.pool_file import read_pool_header, write_pool
+from guided_diffusion.io.torch_file import StateDict
+from guided_diffusion.runs.checkpoint import described, read_description
+from guided_diffusion.script_util import build_network
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A folder with a baseline's configuration and two steps of its training."""
+    folder = tmp_path_factory.mktemp("trained")
+    keys = network(8, attention_resolutions="4") | {"batch_size": 4, "ema_rate": "0.9", "save_interval": 2}
+    (folder / "net.yaml").write_text(yaml.safe_dump(keys))
+    images = np.random.default_rng(0).integers(0, 256, (9, 8, 8, 3), dtype=np.uint8)
+    np.savez(folder / "images.npz", images)
+    train(folder, "run")
+    return folder
+
+
+def train(folder, name, *overrides):
+    flags = ["--config", folder / "net.yaml", "--data_dir", folder / "images.npz", "--exp_dir", folder / name]
+    script_here("scripts/image_train.py", *flags, "run.iterations=2", "run.sample_interval=-1", *overrides)
+    return th.load(folder / name / "model000002.pt", weights_only=True)
+
+
+def sample(folder, out, *more, check=True):
+    return script_here(
+        "scripts/image_sample.py", "--config", folder / "net.yaml", "--log_dir", out, "--num_samples", 3,
+        "--model_path", folder / "run/ema_0.9_000002.pt", *more, check=check,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "override, told",
+    [
+        ("noise_schedule=linear", "was trained with noise_schedule 'cosine', but noise_schedule is 'linear'"),
+        ("diffusion_steps=30", "was trained with diffusion_steps 20, but diffusion_steps is 30"),
+        ("rescale_timesteps=true", "was trained with rescale_timesteps False, but rescale_timesteps is True"),
+        ("prediction_type=v_prediction", "was trained with prediction_type 'epsilon'"),
+        (
+            "predict_xstart=true",
+            "was trained with prediction_type 'epsilon', but prediction_type is 'sample'",
+        ),
+        ("num_heads=4", "was trained with num_heads 2, but num_heads is 4"),
+        ("use_new_attention_order=true", "was trained with use_new_attention_order False"),
+    ],
+)
+def test_a_wrong_process_or_architecture_is_refused(trained, tmp_path, override, told):
+    """None of these changes a name or shape, and each samples garbage."""
+    line = one_line_error(sample(trained, tmp_path, override, check=False))
+    assert "ema_0.9_000002.pt" in line and told in line
+    assert not list(tmp_path.glob("*.npz"))
+
+
+def test_a_wrong_process_of_a_teacher_or_of_initial_weights_is_refused(trained, tmp_path):
+    config = distillation(tmp_path, 8)
+    weights = trained / "run/model000002.pt"
+    keys = network(8, attention_resolutions="4") | {"noise_schedule": "linear"}
+    both = [f"{section}.{k}={v}" for section in ("teacher", "student") for k, v in keys.items()]
+    flags = ["scripts/dynamic_prepare.py", "--config", config, *both, f"teacher.model_path={weights}"]
+    line = one_line_error(script_here(*flags, check=False))
+    assert "noise_schedule 'cosine', but teacher.noise_schedule is 'linear'" in line
+    flags = ["--config", trained / "net.yaml", "--data_dir", trained / "images.npz", f"model_path={weights}"]
+    flags += ["--exp_dir", tmp_path / "run", "noise_schedule=linear", "run.iterations=1"]
+    line = one_line_error(script_here("scripts/image_train.py", *flags, check=False))
+    assert "was trained with noise_schedule 'cosine'" in line
+
+
+def test_what_may_differ_between_training_and_use(trained, tmp_path):
+    free = ["dropout=0.5", "use_checkpoint=true", "timestep_respacing=5", "num_classes=7", "use_fp16=true"]
+    sample(trained, tmp_path, *free)
+
+
+def test_samples_carry_where_they_come_from(trained, tmp_path):
+    sample(trained, tmp_path, "--timestep_respacing", "5", "--sampler", "ddim", "run.seed=3")
+    with np.load(tmp_path / "samples_3x8x8x3.npz") as archive:
+        provenance = json.loads(str(archive["provenance"]))
+    assert provenance == json.loads((tmp_path / "sampling.json").read_text())
+    assert (provenance["sampler"], provenance["seed"], len(provenance["timesteps"])) == ("ddim", 3, 5)
+    assert provenance["process"]["noise_schedule"] == "cosine" and provenance["config"] == "net"
+    assert provenance["checkpoint"]["step"] == 2 and provenance["checkpoint"]["config"] == "net"
+    assert provenance["checkpoint"]["space"] == {"kind": "pixels", "shape": [3, 8, 8]}
+    assert {"revision", "model_sha256", "clip_denoised", "dtype"} <= set(provenance)
+
+
+def test_for_other_programs_a_checkpoint_is_a_plain_state_dict(trained):
+    state = th.load(trained / "run/model000002.pt", weights_only=True)
+    model, _ = build_network(load_experiment(trained / "net.yaml").student)
+    model.load_state_dict(state)
+    assert list(state) == list(model.state_dict())
+    assert read_description(trained / "run/model000002.pt")["process"]["diffusion_steps"] == 20
+
+
+def test_a_damaged_description_is_told(trained, tmp_path):
+    th.save(described({"w": th.zeros(1)}, {"process": 3}), tmp_path / "odd.pt")
+    flags = ["--model_path", tmp_path / "odd.pt"]
+    line = one_line_error(
+        script_here("scripts/image_sample.py", "--config", trained / "net.yaml", *flags, check=False)
+    )
+    assert "odd.pt: what it says of itself is damaged" in line
+    state = StateDict()
+    assert state.metadata is None
+
+
+def test_baselines_mirror_images_unless_told_not_to(trained):
+    usual, again, straight = (
+        train(trained, "a"),
+        train(trained, "b"),
+        train(trained, "c", "random_flip=false"),
+    )
+    assert all(th.equal(usual[name], again[name]) for name in usual)
+    assert any(not th.equal(usual[name], straight[name]) for name in usual)
+
+
+def test_clip_last_reaches_the_bound_of_baselines(trained):
+    plain, clipped = train(trained, "d"), train(trained, "e", "clip_last=true")
+    assert any(not th.equal(plain[name], clipped[name]) for name in plain)
+
+
+def test_a_pool_is_of_a_seed(tmp_path):
+    config = distillation(tmp_path, 8)
+    kd = ["scripts/image_kd.py", "--config", config, "run.iterations=1"]
+    script_here("scripts/dynamic_prepare.py", "--config", config)
+    first = (tmp_path / "pool.cache").read_bytes()
+    line = one_line_error(script_here(*kd, "run.seed=1", check=False))
+    assert "no such pool" in line and "pool-seed1.cache" in line
+    done = script_here("scripts/dynamic_prepare.py", "--config", config, "run.seed=1")
+    assert "seed 1" in done.stdout
+    assert (tmp_path / "pool.cache").read_bytes() == first
+    assert (tmp_path / "pool-seed1.cache").read_bytes() != first
+    assert read_pool_header(tmp_path / "pool-seed1.cache")["seed"] == 1
+    done = script_here(*kd, "run.seed=1", "--exp_dir", tmp_path / "one")
+    assert "(seed 1)" in done.stdout
+    done = script_here(*kd, "run.seed=1", "distill.pool_seed=0", "--exp_dir", tmp_path / "zero")
+    assert "(seed 0)" in done.stdout
+
+
+def test_a_pool_that_does_not_say_its_seed_serves_all(tmp_path):
+    config = distillation(tmp_path, 8)
+    pool = DynamicBatch.of_noise(32, (3, 8, 8), 20)
+    pool.levels.fill_(7)
+    write_pool(tmp_path / "pool.cache", [pool], {})
+    script_here(
+        "scripts/image_kd.py", "--config", config, "--exp_dir", tmp_path / "run", "run.seed=5",
+        "run.iterations=1",
+    )  # fmt: skip
+
+
+def test_a_student_without_a_process_has_its_teachers(tmp_path):
+    config = distillation(tmp_path, 8)
+    tree = yaml.safe_load(config.read_text())
+    tree["teacher"] |= {"beta_start": 0.001, "noise_schedule": "scaled_linear", "timestep_respacing": "10"}
+    for name in ("learn_sigma", "diffusion_steps", "noise_schedule"):
+        del tree["student"][name]
+    config.write_text(yaml.safe_dump(tree))
+    experiment = load_distillation(config)
+    assert experiment.student.process == experiment.teacher.process
+
+
+@pytest.mark.parametrize(
+    "override, told",
+    [
+        ("teacher.dropout=0.1", "dropout does nothing there"),
+        ("teacher.use_checkpoint=true", "use_checkpoint does nothing there"),
+        ("student.random_flip=false", "random_flip does nothing there"),
+        ("teacher.sigma_small=true", "sigma_small: does nothing with learn_sigma"),
+        ("teacher.beta_start=0.1", "beta_start: the cosine schedule has none"),
+    ],
+)
+def test_keys_that_would_do_nothing_are_refused(tmp_path, override, told):
+    done = script_here(
+        "scripts/dynamic_prepare.py", "--config", distillation(tmp_path, 8), override, check=False
+    )
+    assert told in one_line_error(done)
+
+
+def test_a_baselines_pool_key_is_refused(trained):
+    done = sample(trained, trained / "none", "cache_save_interval=3", check=False)
+    assert "cache_save_interval does nothing there" in one_line_error(done)
