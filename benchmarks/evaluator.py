@@ -121,12 +121,12 @@ class Projection:
 def file(route: str, n: int, size: int) -> tuple[Seconds, dict]:
     """Time and scores of a file of n images of size x size against a reference of 10,000."""
     from evaluations.features import extract_features
-    from evaluations.image_files import ImageFile, open_images
     from evaluations.neighbours import nearest_distances
     from evaluations.reference import Reference
     from evaluations.results import values
     from evaluations.scoring import score_inception
     from guided_diffusion.io.files import NpzFile
+    from guided_diffusion.io.image_sets import ImageFile, open_images
     from guided_diffusion.io.npz_writer import create_npz
 
     def images(path: Path, count: int) -> ImageFile:

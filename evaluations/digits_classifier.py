@@ -11,9 +11,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from guided_diffusion.errors import UserError
+from guided_diffusion.io.digits import CLASSES, SIZE
 from guided_diffusion.io.files import sha256_of
-
-from .digits import CLASSES, SIZE
 
 FEATURES = 64
 DEFAULT_WEIGHTS = Path(__file__).resolve().parent.parent / "model" / "digits_classifier.pt"

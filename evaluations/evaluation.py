@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 from guided_diffusion.errors import UserError
 from guided_diffusion.io.files import NpzFile, sha256_of
+from guided_diffusion.io.image_sets import ImageFile, open_images
 
-from .image_files import ImageFile, check_same_size, open_images
 from .results import DigitsResult, DigitsScores, InceptionResult, InceptionScores, Result, versions
 from .settings import Settings
 
@@ -38,8 +38,11 @@ def evaluate_files(reference: Path, samples: Sequence[Path], settings: Settings)
         open_images(NpzFile(path), at_least=needed, size=_SIZE[settings.backend]) for path in samples
     ]
     for file in (*([real] if real else []), *generated):
-        if real is not None:
-            check_same_size(real, file)
+        if real is not None and (file.height, file.width) != (real.height, real.width):
+            raise UserError(
+                f"{file.path}: images of {file.height}x{file.width}, but those of the reference "
+                f"{reference} are {real.height}x{real.width}"
+            )
         counted = file is not real or not _has_statistics(real_npz, settings)
         if counted and file.count < _DIMENSION[settings.backend]:
             warnings.warn(

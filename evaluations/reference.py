@@ -14,9 +14,9 @@ import numpy as np
 
 from guided_diffusion.errors import UserError
 from guided_diffusion.io.files import NpzFile, atomic_path, sha256_of
+from guided_diffusion.io.image_sets import ImageFile
 
 from .features import Extractor, choose_device, extract_features
-from .image_files import ImageFile
 from .metrics import Gaussian
 from .neighbours import nearest_distances
 

@@ -5,9 +5,10 @@ from collections.abc import Callable
 
 import numpy as np
 
+from guided_diffusion.io.image_sets import ImageFile
+
 from .digits import is_noise
 from .features import Extractor, FeatureSet, choose_device, extract_features
-from .image_files import ImageFile
 from .metrics import (
     SPLIT_SIZE,
     Gaussian,

@@ -12,7 +12,7 @@ import torch as th
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 
-from evaluations.digits import NOISE_ROUGHNESS, is_noise, load_digit_images, roughness
+from evaluations.digits import NOISE_ROUGHNESS, is_noise, roughness
 from evaluations.digits_classifier import (
     DEFAULT_WEIGHTS,
     DigitsClassifier,
@@ -24,6 +24,7 @@ from evaluations.digits_floor import real_floor
 from evaluations.evaluator import evaluate
 from evaluations.results import DigitsResult, format_table, values
 from guided_diffusion.errors import UserError
+from guided_diffusion.io.digits import load_digit_images
 from guided_diffusion.io.files import NpzFile, sha256_of
 
 ROOT = Path(__file__).parents[1]

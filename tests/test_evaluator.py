@@ -14,13 +14,13 @@ from scipy import special
 
 from evaluations import reference as reference_module
 from evaluations.evaluator import evaluate
-from evaluations.image_files import open_images
 from evaluations.inception_tensorflow import TensorflowExtractor
 from evaluations.metrics import Gaussian, frechet_distance, gaussian_of
 from evaluations.reference import cache_path
 from evaluations.results import format_result, values
 from guided_diffusion.errors import UserError
 from guided_diffusion.io.files import NpzFile, sha256_of
+from guided_diffusion.io.image_sets import open_images
 
 EVALUATOR = Path(__file__).parents[1] / "evaluations" / "evaluator.py"
 EXPECTED = manifest("g6_evaluator.json")["images"]

@@ -18,10 +18,10 @@ from golden_data import GOLDEN
 from inception_graphs import random_inception_state, unpack_golden_graph, write_graph
 
 from evaluations import inception_tensorflow, inception_torch, weight_files
-from evaluations.digits import load_digit_images
 from evaluations.evaluator import evaluate
 from evaluations.results import values
 from guided_diffusion.errors import UserError
+from guided_diffusion.io.digits import load_digit_images
 from guided_diffusion.io.files import NpzFile
 
 EVALUATOR = Path(__file__).parents[1] / "evaluations" / "evaluator.py"
