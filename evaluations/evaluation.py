@@ -39,9 +39,10 @@ def evaluate_files(reference: Path, samples: Sequence[Path], settings: Settings)
     ]
     for file in (*([real] if real else []), *generated):
         if real is not None and (file.height, file.width) != (real.height, real.width):
-            raise UserError(
-                f"{file.path}: images of {file.height}x{file.width}, but those of the reference "
-                f"{reference} are {real.height}x{real.width}"
+            warnings.warn(
+                f"{file.path}: images of {file.height}x{file.width}, those of the reference are "
+                f"{real.height}x{real.width}; the network resizes both to 299x299, which the scores see too",
+                stacklevel=2,
             )
         counted = file is not real or not _has_statistics(real_npz, settings)
         if counted and file.count < _DIMENSION[settings.backend]:

@@ -313,6 +313,28 @@ def test_few_images_are_warned_of(small, graph):
         evaluate(small / "ref.npz", small / "sample.npz", weights=graph)
 
 
+def test_samples_of_another_size_are_scored_with_one_warning_each(small, graph, extractor, images):
+    sizes = [(16, 16), (48, 64)]
+    for height, width in sizes:
+        enlarged = images["sample"][:30].repeat(2, axis=1).repeat(2, axis=2)
+        np.savez(small / f"{height}.npz", enlarged[:, :height, :width])
+    np.savez(small / "reversed.npz", images["sample"][:30][::-1])
+    others = [small / f"{height}.npz" for height, _ in sizes]
+    done = run(small / "ref.npz", *others, small / "reversed.npz", "--inception", graph,
+               "--output", small / "r.json")  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    told = [line for line in done.stderr.splitlines() if "images are fewer than" not in line]
+    for line, path, (height, width) in zip(told, others, sizes, strict=True):
+        assert line.startswith(f"warning: {path}: images of {height}x{width}, ")
+        assert "32x32" in line
+    # As the network itself enlarges them, compared with the reference as it is.
+    real = gaussian_of(extractor.extract(images["ref"][:40])[0])
+    for path, record in zip(others, json.loads((small / "r.json").read_text()), strict=False):
+        features, _ = extractor.extract(NpzFile(path).load("arr_0"))
+        assert record["fid"] == pytest.approx(frechet_distance(real, gaussian_of(features)), rel=1e-6)
+        assert 0 <= record["precision"] <= 1
+
+
 def test_mistakes_in_files_are_told_before_a_network_library_is_imported(small):
     code = (
         "import sys\n"

@@ -110,13 +110,6 @@ def test_bad_references_are_told_in_one_line(files, what):
         evaluate(files / "bad.npz", files / "good.npz", backend="digits")
 
 
-@pytest.mark.filterwarnings("ignore:.*images are fewer than:UserWarning")
-def test_samples_of_another_size_than_the_reference(files):
-    np.savez(files / "large.npz", np.zeros((100, 32, 32, 3), np.uint8))
-    with pytest.raises(UserError, match=r"images of 32x32, but those of the reference .* are 16x16"):
-        evaluate(files / "ref.npz", files / "large.npz")
-
-
 def test_intervals_need_twice_as_many_images(files):
     np.savez(files / "ten.npz", load_digit_images()[0][:10])
     with pytest.raises(UserError, match="holds 10 images, at least 12"):
