@@ -37,6 +37,7 @@ def evaluate_files(reference: Path, samples: Sequence[Path], settings: Settings)
     generated = [
         open_images(NpzFile(path), at_least=needed, size=_SIZE[settings.backend]) for path in samples
     ]
+    provenances = [_provenance(file.npz) for file in generated]
     for file in (*([real] if real else []), *generated):
         if real is not None and (file.height, file.width) != (real.height, real.width):
             warnings.warn(
@@ -64,12 +65,13 @@ def evaluate_files(reference: Path, samples: Sequence[Path], settings: Settings)
         device=settings.device,
         use_cache=settings.use_cache,
     )
-    for file in generated:
+    for file, provenance in zip(generated, provenances, strict=True):
         scores, intervals = score_samples(file, known, extractor, settings)
         yield _RESULTS[type(scores)](
             **vars(scores),
             samples=str(file.path),
             samples_sha256=sha256_of(file.path),
+            samples_provenance=provenance,
             n=file.count,
             reference=str(reference),
             reference_sha256=known.sha256,
@@ -91,6 +93,17 @@ def _reference_images(npz: NpzFile, settings: Settings) -> ImageFile | None:
             raise UserError(f"{npz.path}: holds statistics alone; KID, density and coverage need its images")
         return None
     return open_images(npz, at_least=_AT_LEAST, size=_SIZE[settings.backend])
+
+
+def _provenance(npz: NpzFile) -> dict[str, Any] | None:
+    """What `image_sample.py` recorded in a file; unreadable it is left out, as scores do not need it."""
+    if "provenance" not in npz.headers:
+        return None
+    try:
+        return npz.load_json("provenance")
+    except UserError as error:
+        warnings.warn(f"{error}; it is left out of the record", stacklevel=2)
+        return None
 
 
 def _has_statistics(npz: NpzFile, settings: Settings) -> bool:

@@ -144,7 +144,7 @@ def _read_cache(path: Path, key: dict) -> Reference | None:
         return None
     try:
         npz = NpzFile(path)
-        found = json.loads(str(npz.load("key")))
+        found = npz.load_json("key")
         if found != key:
             _warn_of_stale_cache(path, found, key)
             return None
@@ -153,7 +153,7 @@ def _read_cache(path: Path, key: dict) -> Reference | None:
         return Reference(
             gaussian, spatial, npz.load("features"), npz.load("neighbours"), key["images"], "cached"
         )
-    except (UserError, json.JSONDecodeError) as error:
+    except UserError as error:
         warnings.warn(f"{path}: unusable reference statistics are made anew ({error})", stacklevel=2)
         return None
 

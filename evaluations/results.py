@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 from guided_diffusion.io.files import atomic_path
 
@@ -62,6 +63,7 @@ class Provenance:
     """What a result was computed from.
 
     Attributes:
+        samples_provenance: what the sample file says of its making; None if it says nothing.
         n: number of sample images.
         n_reference: number of reference images, None where only their statistics are stored.
         reference_statistics: "computed", "cached" or "stored" (as an ADM reference batch has them).
@@ -71,6 +73,7 @@ class Provenance:
 
     samples: str
     samples_sha256: str
+    samples_provenance: dict[str, Any] | None
     n: int
     reference: str
     reference_sha256: str
@@ -152,6 +155,7 @@ _TITLES: dict[str, str] = {
     "density": "Density",
     "coverage": "Coverage",
 }
+_PROVENANCE = ("model", "model_sha256", "step", "process", "sampler", "steps", "seed")
 
 
 def format_result(result: Result) -> str:
@@ -165,7 +169,16 @@ def format_result(result: Result) -> str:
         lines.append(f"{_TITLES[name]}: {value:.6g}{interval}")
     if isinstance(result, DigitsResult):
         lines.append("predicted 0-9: " + " ".join(map(str, result.histogram)))
+    if told := _told(result.samples_provenance or {}):
+        lines.append(f"samples made by: {told}")
     return "\n".join(lines)
+
+
+def _told(provenance: dict[str, Any]) -> str:
+    """The gist of a provenance, of whatever it has; one line whatever it holds."""
+    found = ((name, provenance.get(name)) for name in _PROVENANCE)
+    pairs = [(name, str(value)[:60]) for name, value in found if isinstance(value, (str, int, float))]
+    return ", ".join(f"{name} {value if value.isprintable() else ascii(value)}" for name, value in pairs)
 
 
 def format_table(results: Sequence[Result]) -> str:
