@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -26,6 +27,7 @@ from evaluations.results import DigitsResult, format_result, format_table, value
 from guided_diffusion.errors import UserError
 from guided_diffusion.io.digits import load_digit_images
 from guided_diffusion.io.files import NpzFile, sha256_of
+from guided_diffusion.io.torch_file import read_torch_file
 
 ROOT = Path(__file__).parents[1]
 
@@ -127,9 +129,18 @@ def test_the_shipped_classifier_reads_held_out_digits(real):
     np.testing.assert_allclose(probabilities, whole, rtol=1e-5)
 
 
-def test_the_classifier_has_the_size_it_states():
-    count = sum(parameter.numel() for parameter in DigitsClassifier().parameters())
-    assert f"{count:,} parameters" in DigitsClassifier.__doc__
+def test_the_embedded_networks_have_the_sizes_that_are_stated():
+    sizes = {
+        name: sum(tensor.numel() for tensor in read_torch_file(ROOT / f"model/{name}.pt").values())
+        for name in ("digits_teacher", "digits_classifier")
+    }
+    sections = (ROOT / "model/README.md").read_text().split("\n## ")
+    for name, size in sizes.items():
+        (section,) = (text for text in sections if text.startswith(f"`{name}.pt`"))
+        assert re.findall(r"([\d,]+) parameters", section) == [f"{size:,}"]
+    stated = f"{sizes['digits_classifier']:,} parameters"
+    for text in (DigitsClassifier.__doc__, (ROOT / "docs/evaluation.md").read_text()):
+        assert re.findall(r"[\d,]+ parameters", text) == [stated]
 
 
 def test_classifier_weights_that_are_none(tmp_path):
