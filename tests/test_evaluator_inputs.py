@@ -304,6 +304,16 @@ def same_weights(torch_fidelity_network, tmp_path_factory):
     return folder / "inception.pth", write_graph(state, folder / "inception.pb")
 
 
+def test_weights_in_the_format_before_torch_1_6_are_read(same_weights, tmp_path):
+    state = th.load(same_weights[0])
+    th.save(state, tmp_path / "old.pth", _use_new_zipfile_serialization=False)
+    images = np.random.default_rng(0).integers(0, 256, (2, 8, 8, 3), dtype=np.uint8)
+    pools = [
+        inception_torch.TorchExtractor(p).extract(images)[0] for p in (same_weights[0], tmp_path / "old.pth")
+    ]
+    np.testing.assert_array_equal(*pools)
+
+
 def test_both_backends_agree_on_the_same_weights(same_weights, tmp_path):
     for side, rows in (("ref", slice(0, 6)), ("sample", slice(0, 7))):
         np.savez(tmp_path / f"{side}.npz", NpzFile(GOLDEN / f"g6_images_{side}.npz").load("arr_0")[rows])
@@ -351,7 +361,7 @@ class Intruder:
         return (Path.touch, (Path("intruder-was-here"),))
 
 
-@pytest.mark.parametrize("what", ["text", "pickle", "other weights", "empty"])
+@pytest.mark.parametrize("what", ["text", "pickle", "zipped pickle", "other weights", "no mapping", "empty"])
 def test_files_that_are_no_torch_weights(torch_fidelity_network, tmp_path, monkeypatch, what):
     monkeypatch.chdir(tmp_path)
     path = tmp_path / "bad.pth"
@@ -359,12 +369,19 @@ def test_files_that_are_no_torch_weights(torch_fidelity_network, tmp_path, monke
         path.write_text("not weights")
     elif what == "pickle":
         path.write_bytes(pickle.dumps(Intruder(), protocol=2))
+    elif what == "zipped pickle":
+        th.save({"fc.weight": Intruder()}, path)
+    elif what == "no mapping":
+        th.save([1], path)
     elif what == "other weights":
         th.save(th.nn.Linear(2, 2).state_dict(), path)
     else:
         with zipfile.ZipFile(path, "w"):
             pass
-    with pytest.raises(UserError, match=r"bad.pth: not the weights of torch-fidelity's Inception"):
+    told = (
+        "refused, nothing in it was run" if what == "zipped pickle" else "not the weights of torch-fidelity's"
+    )
+    with pytest.raises(UserError, match=rf"bad.pth: {told}"):
         inception_torch.TorchExtractor(path)
     assert not (tmp_path / "intruder-was-here").exists()  # and no code was run
 
