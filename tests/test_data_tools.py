@@ -504,7 +504,8 @@ def test_a_failed_download_is_told(monkeypatch, tmp_path, error):
 
 
 def test_a_missing_torchvision_is_told(monkeypatch, tmp_path):
-    monkeypatch.setitem(sys.modules, "torchvision", None)
+    for name in ("torchvision", "torchvision.datasets"):  # another test may have imported them
+        monkeypatch.setitem(sys.modules, name, None)
     with pytest.raises(UserError, match=r"torchvision cannot be imported .*--archive"):
         call(monkeypatch, download, "--out", tmp_path / "made")
     assert not (tmp_path / "made").exists()
