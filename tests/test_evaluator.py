@@ -79,9 +79,10 @@ def run(*arguments):
 def test_golden_scores(result):
     reference, printed = EXPECTED["float64_reference"], EXPECTED["printed_by_original"]
     assert result.inception_score == pytest.approx(float(printed["Inception Score"]), rel=1e-5)
-    assert result.fid == pytest.approx(reference["fid"], rel=1e-7)
+    # The graph computes in float32, each processor with its own rounding.
+    assert result.fid == pytest.approx(reference["fid"], rel=1e-6)
     assert result.fid == pytest.approx(float(printed["FID"]), rel=1e-4)
-    assert result.sfid == pytest.approx(reference["sfid"], rel=1e-7)
+    assert result.sfid == pytest.approx(reference["sfid"], rel=1e-6)
     assert result.sfid == pytest.approx(float(printed["sFID"]), rel=1e-4)
     assert [result.precision, result.recall] == reference["prec_recall"]
     assert abs(result.precision - float(printed["Precision"])) <= 3 / 500  # the original: float16
