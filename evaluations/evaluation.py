@@ -6,26 +6,26 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from guided_diffusion.errors import UserError
+from guided_diffusion.io.digits import SIZE
 from guided_diffusion.io.files import NpzFile, sha256_of
 from guided_diffusion.io.image_sets import ImageFile, open_images
 
-from .results import DigitsResult, DigitsScores, InceptionResult, InceptionScores, Result, versions
+from .results import DigitsResult, InceptionResult, Result, versions
 from .settings import Settings
 
 if TYPE_CHECKING:
     from .features import Extractor
 
 _DIMENSION = {"tensorflow": 2048, "torch": 2048, "digits": 64}
+_SIZE = {"tensorflow": None, "torch": None, "digits": (SIZE, SIZE)}  # height and width of the images
 _AT_LEAST = 6  # images with five neighbours each
-_RESULTS: dict[type, Any] = {DigitsScores: DigitsResult, InceptionScores: InceptionResult}
-_SIZE = {"tensorflow": None, "torch": None, "digits": (16, 16)}  # height and width of the images
 
 
 def evaluate_files(reference: Path, samples: Sequence[Path], settings: Settings) -> Iterator[Result]:
     """Score sample files against one reference, in order, each given out when it is done.
 
     The files' headers are all checked before the first is scored; a file whose contents turn out
-    to be damaged ends the run at its turn. `evaluator.evaluate` describes the scores.
+    to be damaged ends the run at its turn. `results` describes the scores.
 
     Raises:
         UserError: a mistake in the files, in one line.
@@ -57,17 +57,11 @@ def evaluate_files(reference: Path, samples: Sequence[Path], settings: Settings)
     from .scoring import score_samples
 
     extractor = build_extractor(settings)
-    known = load_reference(
-        real_npz,
-        real,
-        extractor,
-        batch_size=settings.batch_size,
-        device=settings.device,
-        use_cache=settings.use_cache,
-    )
+    known = load_reference(real_npz, real, extractor, settings)
+    result: Any = DigitsResult if settings.backend == "digits" else InceptionResult
     for file, provenance in zip(generated, provenances, strict=True):
         scores, intervals = score_samples(file, known, extractor, settings)
-        yield _RESULTS[type(scores)](
+        yield result(
             **vars(scores),
             samples=str(file.path),
             samples_sha256=sha256_of(file.path),
@@ -117,14 +111,15 @@ def build_extractor(settings: Settings) -> "Extractor":
     Raises:
         UserError: its weights or its library are not there.
     """
+    weights = None if settings.weights is None else Path(settings.weights)
     if settings.backend == "digits":
         from .digits_classifier import DEFAULT_WEIGHTS, DigitsExtractor
 
-        return DigitsExtractor(settings.weights or DEFAULT_WEIGHTS)
+        return DigitsExtractor(weights or DEFAULT_WEIGHTS)
     if settings.backend == "torch":
         from .inception_torch import TorchExtractor, find_weights
 
-        return TorchExtractor(find_weights(settings.weights), settings.device)
+        return TorchExtractor(find_weights(weights), settings.device)
     from .inception_tensorflow import TensorflowExtractor, find_graph
 
-    return TensorflowExtractor(find_graph(settings.weights))
+    return TensorflowExtractor(find_graph(weights))

@@ -164,7 +164,8 @@ def test_golden_inception_score(golden, split):
     p = special.softmax(golden["inception_score/logits"].astype(float), axis=1).astype(np.float32)
     np.testing.assert_allclose(p[:8], golden["inception_score/probabilities_first_8"], rtol=1e-6)
     expected = EXPECTED["inception_score"][f"split_size_{split}"]
-    assert inception_score(p, split) == pytest.approx(expected, rel=1e-5)
+    splits = np.split(p, range(split, len(p), split))
+    assert inception_score(splits) == pytest.approx(expected, rel=1e-5)
 
 
 def test_inception_score_with_a_probability_of_exactly_zero(golden):
@@ -174,13 +175,13 @@ def test_inception_score_with_a_probability_of_exactly_zero(golden):
     almost = p.copy()
     almost[3] = 1e-30
     almost[3, 7] = 1
-    assert inception_score(p) == pytest.approx(inception_score(almost), rel=1e-12)
+    assert inception_score([p]) == pytest.approx(inception_score([almost]), rel=1e-12)
 
 
 def test_inception_score_of_the_extremes():
-    assert inception_score(np.eye(10).repeat(3, axis=0)) == pytest.approx(10)  # sure and balanced
-    assert inception_score(np.full((30, 10), 0.1)) == pytest.approx(1)  # never sure
-    assert inception_score(np.eye(10)[np.zeros(30, dtype=int)]) == pytest.approx(1)  # one class only
+    assert inception_score([np.eye(10).repeat(3, axis=0)]) == pytest.approx(10)  # sure and balanced
+    assert inception_score([np.full((30, 10), 0.1)]) == pytest.approx(1)  # never sure
+    assert inception_score([np.eye(10)[np.zeros(30, dtype=int)]]) == pytest.approx(1)  # one class only
 
 
 def test_class_entropy():
