@@ -121,12 +121,13 @@ class Projection:
 def file(route: str, n: int, size: int) -> tuple[Seconds, dict]:
     """Time and scores of a file of n images of size x size against a reference of 10,000."""
     from evaluations.features import extract_features
-    from evaluations.image_files import ImageFile, open_images
     from evaluations.neighbours import nearest_distances
     from evaluations.reference import Reference
     from evaluations.results import values
     from evaluations.scoring import score_inception
+    from evaluations.settings import Settings
     from guided_diffusion.io.files import NpzFile
+    from guided_diffusion.io.image_sets import ImageFile, open_images
     from guided_diffusion.io.npz_writer import create_npz
 
     def images(path: Path, count: int) -> ImageFile:
@@ -144,7 +145,7 @@ def file(route: str, n: int, size: int) -> tuple[Seconds, dict]:
         fake = extract_features(network, images(Path(folder) / "samples.npz", n), 64)
     near = nearest_distances(real.features)
     reference = Reference(real.gaussian, real.spatial_gaussian, real.features, near, "", "computed")
-    found = values(score_inception(reference, fake, network, seed=0))
+    found = values(score_inception(reference, fake, network, Settings()))
     return clocks.read(), found
 
 

@@ -20,11 +20,11 @@ from short_runs import ROOT, WEIGHTS, ShortRuns, demo
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
 
-from evaluations.digits import load_digit_images
 from evaluations.evaluator import evaluate
 from guided_diffusion import dist_util
 from guided_diffusion.config.settings import DistillationExperiment
 from guided_diffusion.distill.dynamic_batch import DynamicBatch
+from guided_diffusion.io.digits import load_digit_images
 from guided_diffusion.io.npz_writer import create_npz
 from guided_diffusion.networks.precision import compute_dtype
 from guided_diffusion.processes.launch import run_script

@@ -11,11 +11,11 @@ from statistics import mean
 
 import torch as th
 
-from evaluations.digits import load_digit_images
 from evaluations.digits_floor import real_floor
 from evaluations.evaluator import evaluate
 from guided_diffusion.config.loading import load_experiment
 from guided_diffusion.config.registry import SAMPLERS, look_up
+from guided_diffusion.io.digits import load_digit_images
 from guided_diffusion.io.npz_writer import create_npz
 from guided_diffusion.processes.launch import run_script
 from guided_diffusion.runs.checkpoint import load_network

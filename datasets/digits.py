@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from evaluations.digits import load_digit_images
+from guided_diffusion.io.digits import load_digit_images
 from guided_diffusion.io.files import atomic_path
 from guided_diffusion.io.remote import local_path
 from guided_diffusion.processes.launch import run_script

@@ -13,10 +13,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from evaluations.npz import cifar10_images
-from evaluations.official_batches import CIFAR10_CLASSES, CIFAR10_FILES
 from guided_diffusion.errors import UserError
 from guided_diffusion.io.image_folder import require_absent, write_image_folder
+from guided_diffusion.io.official_batches import CIFAR10_CLASSES, CIFAR10_FILES, cifar10_images
 from guided_diffusion.io.remote import local_path
 from guided_diffusion.processes.launch import run_script
 

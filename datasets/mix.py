@@ -18,11 +18,10 @@ from pathlib import Path
 
 import numpy as np
 
-from evaluations.image_files import ImageFile, open_images
-from evaluations.npz import ImageSet, write_npz
 from guided_diffusion.errors import UserError
 from guided_diffusion.io.files import NpzFile
 from guided_diffusion.io.image_folder import write_image_folder
+from guided_diffusion.io.image_sets import ImageFile, ImageSet, open_images, write_npz
 from guided_diffusion.io.remote import local_path
 from guided_diffusion.processes.launch import run_script
 

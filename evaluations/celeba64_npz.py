@@ -7,7 +7,8 @@ FOLDER holds the aligned and cropped faces (img_align_celeba, 178x218). They are
 
 from pathlib import Path
 
-from evaluations.npz import ImageSet, build, folder_images
+from evaluations.npz import build, folder_images
+from guided_diffusion.io.image_sets import ImageSet
 from guided_diffusion.processes.launch import run_script
 
 

@@ -8,7 +8,9 @@ same images and labels, each in its own order.
 
 from pathlib import Path
 
-from evaluations.npz import ImageSet, build, cifar10_images, folder_images
+from evaluations.npz import build, folder_images
+from guided_diffusion.io.image_sets import ImageSet
+from guided_diffusion.io.official_batches import cifar10_images
 from guided_diffusion.processes.launch import run_script
 
 

@@ -1,55 +1,12 @@
-"""The embedded real data: scikit-learn's handwritten digits, and plain pixel statistics of them.
-
-Source of the images: E. Alpaydin and C. Kaynak, "Optical Recognition of Handwritten Digits", UCI
-Machine Learning Repository, 1998; scikit-learn ships its 1,797 test images, so nothing is
-downloaded. The classifier whose features score samples is in `digits_classifier.py`.
-"""
-
-from functools import cache
+"""Pixel statistics that tell noise from digits."""
 
 import numpy as np
-from PIL import Image
-
-from guided_diffusion.errors import UserError
-
-SIZE = 16
-CLASSES = 10
-IMAGES = 1797
 
 # Roughness above which an image counts as noise. Measured on the 1,797 real digits: 99.9 % lie
 # below 0.11, all below 0.14. White noise lies at 0.81 +- 0.02 (207 of the 255 frequencies that are
 # not constant). A real digit crosses the line when noise of standard deviation 0.6 is added to it,
 # on the scale where black is -1 and white is 1.
 NOISE_ROUGHNESS = 0.35
-
-
-@cache
-def load_digit_images() -> tuple[np.ndarray, np.ndarray]:
-    """All real digits as the demo's networks see them.
-
-    The 8x8 values 0..16 are scaled to 0..255, rounded, enlarged to 16x16 with Pillow's bicubic
-    filter (integer arithmetic, so equal on every machine) and repeated over three channels.
-
-    Returns:
-        images uint8 [1797, 16, 16, 3] and labels int64 [1797] (0..9), both read-only.
-
-    Raises:
-        UserError: scikit-learn is not installed.
-    """
-    try:
-        from sklearn.datasets import load_digits
-    except ImportError:
-        raise UserError("the digits need scikit-learn: pip install scikit-learn") from None
-    data = load_digits()
-    small = np.rint(data.images * (255 / 16)).astype(np.uint8)
-    gray = np.stack(
-        [np.asarray(Image.fromarray(image).resize((SIZE, SIZE), Image.Resampling.BICUBIC)) for image in small]
-    )
-    images = np.repeat(gray[..., None], 3, axis=-1)
-    labels = data.target.astype(np.int64)
-    images.setflags(write=False)
-    labels.setflags(write=False)
-    return images, labels
 
 
 def roughness(images: np.ndarray) -> np.ndarray:

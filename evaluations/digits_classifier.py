@@ -11,9 +11,9 @@ from torch import nn
 from torch.nn import functional as F
 
 from guided_diffusion.errors import UserError
+from guided_diffusion.io.digits import CLASSES, SIZE
 from guided_diffusion.io.files import sha256_of
-
-from .digits import CLASSES, SIZE
+from guided_diffusion.io.torch_file import read_torch_file
 
 FEATURES = 64
 DEFAULT_WEIGHTS = Path(__file__).resolve().parent.parent / "model" / "digits_classifier.pt"
@@ -68,10 +68,11 @@ def load_classifier(path: Path = DEFAULT_WEIGHTS) -> DigitsClassifier:
             f"no digits classifier at {path}; "
             "train one with python evaluations/train_digits_classifier.py --out PATH"
         )
+    state = read_torch_file(path)
     model = DigitsClassifier()
     try:
-        model.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
-    except Exception as error:
+        model.load_state_dict(state)
+    except (RuntimeError, TypeError, AttributeError) as error:
         reason = str(error).strip().splitlines()[0]
         raise UserError(f"{path}: not the weights of the digits classifier ({reason})") from None
     return model.eval()

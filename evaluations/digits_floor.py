@@ -7,12 +7,13 @@ from pathlib import Path
 import numpy as np
 
 from guided_diffusion.errors import UserError
+from guided_diffusion.io.digits import SIZE
 from guided_diffusion.io.files import NpzFile
+from guided_diffusion.io.image_sets import open_images
 
-from .digits import SIZE, is_noise
+from .digits import is_noise
 from .digits_classifier import DEFAULT_WEIGHTS, DigitsExtractor
 from .features import extract_features
-from .image_files import open_images
 from .metrics import frechet_distance, gaussian_of
 from .scoring import score_digits
 

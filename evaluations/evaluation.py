@@ -6,26 +6,26 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from guided_diffusion.errors import UserError
+from guided_diffusion.io.digits import SIZE
 from guided_diffusion.io.files import NpzFile, sha256_of
+from guided_diffusion.io.image_sets import ImageFile, open_images
 
-from .image_files import ImageFile, check_same_size, open_images
-from .results import DigitsResult, DigitsScores, InceptionResult, InceptionScores, Result, versions
+from .results import DigitsResult, InceptionResult, Result, versions
 from .settings import Settings
 
 if TYPE_CHECKING:
     from .features import Extractor
 
 _DIMENSION = {"tensorflow": 2048, "torch": 2048, "digits": 64}
+_SIZE = {"tensorflow": None, "torch": None, "digits": (SIZE, SIZE)}  # height and width of the images
 _AT_LEAST = 6  # images with five neighbours each
-_RESULTS: dict[type, Any] = {DigitsScores: DigitsResult, InceptionScores: InceptionResult}
-_SIZE = {"tensorflow": None, "torch": None, "digits": (16, 16)}  # height and width of the images
 
 
 def evaluate_files(reference: Path, samples: Sequence[Path], settings: Settings) -> Iterator[Result]:
     """Score sample files against one reference, in order, each given out when it is done.
 
     The files' headers are all checked before the first is scored; a file whose contents turn out
-    to be damaged ends the run at its turn. `evaluator.evaluate` describes the scores.
+    to be damaged ends the run at its turn. `results` describes the scores.
 
     Raises:
         UserError: a mistake in the files, in one line.
@@ -37,9 +37,14 @@ def evaluate_files(reference: Path, samples: Sequence[Path], settings: Settings)
     generated = [
         open_images(NpzFile(path), at_least=needed, size=_SIZE[settings.backend]) for path in samples
     ]
+    provenances = [_provenance(file.npz) for file in generated]
     for file in (*([real] if real else []), *generated):
-        if real is not None:
-            check_same_size(real, file)
+        if real is not None and (file.height, file.width) != (real.height, real.width):
+            warnings.warn(
+                f"{file.path}: images of {file.height}x{file.width}, those of the reference are "
+                f"{real.height}x{real.width}; the network resizes both to 299x299, which the scores see too",
+                stacklevel=2,
+            )
         counted = file is not real or not _has_statistics(real_npz, settings)
         if counted and file.count < _DIMENSION[settings.backend]:
             warnings.warn(
@@ -52,20 +57,15 @@ def evaluate_files(reference: Path, samples: Sequence[Path], settings: Settings)
     from .scoring import score_samples
 
     extractor = build_extractor(settings)
-    known = load_reference(
-        real_npz,
-        real,
-        extractor,
-        batch_size=settings.batch_size,
-        device=settings.device,
-        use_cache=settings.use_cache,
-    )
-    for file in generated:
+    known = load_reference(real_npz, real, extractor, settings)
+    result: Any = DigitsResult if settings.backend == "digits" else InceptionResult
+    for file, provenance in zip(generated, provenances, strict=True):
         scores, intervals = score_samples(file, known, extractor, settings)
-        yield _RESULTS[type(scores)](
+        yield result(
             **vars(scores),
             samples=str(file.path),
             samples_sha256=sha256_of(file.path),
+            samples_provenance=provenance,
             n=file.count,
             reference=str(reference),
             reference_sha256=known.sha256,
@@ -89,6 +89,17 @@ def _reference_images(npz: NpzFile, settings: Settings) -> ImageFile | None:
     return open_images(npz, at_least=_AT_LEAST, size=_SIZE[settings.backend])
 
 
+def _provenance(npz: NpzFile) -> dict[str, Any] | None:
+    """What `image_sample.py` recorded in a file; unreadable it is left out, as scores do not need it."""
+    if "provenance" not in npz.headers:
+        return None
+    try:
+        return npz.load_json("provenance")
+    except UserError as error:
+        warnings.warn(f"{error}; it is left out of the record", stacklevel=2)
+        return None
+
+
 def _has_statistics(npz: NpzFile, settings: Settings) -> bool:
     """Whether the file stores statistics of these features itself, as ADM reference batches do."""
     return settings.backend != "digits" and "mu" in npz.headers and "sigma" in npz.headers
@@ -100,14 +111,15 @@ def build_extractor(settings: Settings) -> "Extractor":
     Raises:
         UserError: its weights or its library are not there.
     """
+    weights = None if settings.weights is None else Path(settings.weights)
     if settings.backend == "digits":
         from .digits_classifier import DEFAULT_WEIGHTS, DigitsExtractor
 
-        return DigitsExtractor(settings.weights or DEFAULT_WEIGHTS)
+        return DigitsExtractor(weights or DEFAULT_WEIGHTS)
     if settings.backend == "torch":
         from .inception_torch import TorchExtractor, find_weights
 
-        return TorchExtractor(find_weights(settings.weights), settings.device)
+        return TorchExtractor(find_weights(weights), settings.device)
     from .inception_tensorflow import TensorflowExtractor, find_graph
 
-    return TensorflowExtractor(find_graph(settings.weights))
+    return TensorflowExtractor(find_graph(weights))

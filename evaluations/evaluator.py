@@ -11,13 +11,14 @@ import argparse
 import sys
 import warnings
 from collections.abc import Sequence
+from dataclasses import fields
 from os import PathLike
 from pathlib import Path
-from typing import Literal, overload
+from typing import Any, Literal, overload
 
 from evaluations.evaluation import evaluate_files
 from evaluations.results import DigitsResult, InceptionResult, Result, format_result, format_table, write_json
-from evaluations.settings import BACKENDS, Backend, Settings
+from evaluations.settings import BACKENDS, Settings
 from guided_diffusion.errors import UserError
 from guided_diffusion.io.remote import local_path
 from guided_diffusion.processes.launch import run_script
@@ -25,18 +26,7 @@ from guided_diffusion.processes.launch import run_script
 
 @overload
 def evaluate(
-    reference: str | PathLike,
-    samples: str | PathLike,
-    *,
-    backend: Literal["digits"],
-    weights: str | PathLike | None = ...,
-    batch_size: int = ...,
-    seed: int = ...,
-    kid: bool = ...,
-    density_coverage: bool = ...,
-    intervals: int = ...,
-    device: str | None = ...,
-    use_cache: bool = ...,
+    reference: str | PathLike, samples: str | PathLike, *, backend: Literal["digits"], **settings: Any
 ) -> DigitsResult: ...
 
 
@@ -46,67 +36,26 @@ def evaluate(
     samples: str | PathLike,
     *,
     backend: Literal["tensorflow", "torch"] = ...,
-    weights: str | PathLike | None = ...,
-    batch_size: int = ...,
-    seed: int = ...,
-    kid: bool = ...,
-    density_coverage: bool = ...,
-    intervals: int = ...,
-    device: str | None = ...,
-    use_cache: bool = ...,
+    **settings: Any,
 ) -> InceptionResult: ...
 
 
-def evaluate(
-    reference: str | PathLike,
-    samples: str | PathLike,
-    *,
-    backend: Backend = "tensorflow",
-    weights: str | PathLike | None = None,
-    batch_size: int = 64,
-    seed: int = 0,
-    kid: bool = False,
-    density_coverage: bool = False,
-    intervals: int = 0,
-    device: str | None = None,
-    use_cache: bool = True,
-) -> Result:
+def evaluate(reference: str | PathLike, samples: str | PathLike, **settings: Any) -> Result:
     """Score one sample file against a reference file.
 
     Args:
         reference: npz with `arr_0` uint8 [M, H, W, 3], or with ADM statistics, or both.
-        samples: npz with `arr_0` uint8 [N, H, W, 3] of the same size.
-        backend: the feature network: "tensorflow" (the ADM suite's graph), "torch" (the same
-            network through torch-fidelity) or "digits" (the demo's classifier).
-        weights: its weight file; by default the shipped, cached or downloaded one.
-        batch_size: images at a time; no influence on the scores beyond rounding.
-        seed: of KID's subsets and of the intervals' half-samples.
-        kid: also the kernel Inception distance (Inception backends).
-        density_coverage: also density and coverage (Inception backends).
-        intervals: number of half-samples for 95 % intervals; 0 for none, else at least 2.
-        device: torch device of the torch network and of the nearest neighbours; by default a GPU if
-            there is one (Inception backends).
-        use_cache: keep the reference's statistics beside its file and reuse them.
+        samples: npz with `arr_0` uint8 [N, H, W, 3]; another size than the reference's is warned of.
+        settings: fields of `Settings` by name, such as `backend="digits"` or `intervals=20`.
 
     Returns:
         the scores and what they came from. Call again for further files: the reference's
         statistics come from the cache.
 
     Raises:
-        UserError: a mistake in the arguments or files, in one line.
+        UserError: a mistake in the settings or files, in one line.
     """
-    settings = Settings(
-        backend=backend,
-        weights=None if weights is None else Path(weights),
-        batch_size=batch_size,
-        seed=seed,
-        kid=kid,
-        density_coverage=density_coverage,
-        intervals=intervals,
-        device=device,
-        use_cache=use_cache,
-    )
-    return next(evaluate_files(Path(reference), [Path(samples)], settings))
+    return next(evaluate_files(Path(reference), [Path(samples)], Settings(**settings)))
 
 
 def main() -> None:
@@ -141,22 +90,15 @@ def main() -> None:
         "--device", help="torch device (default: a GPU if there is one); TensorFlow chooses its own"
     )
     parser.add_argument(
-        "--no_cache", action="store_true", help="neither read nor write statistics beside the reference"
+        "--no_cache",
+        dest="use_cache",
+        action="store_false",
+        help="neither read nor write statistics beside the reference",
     )
     parser.add_argument("--output", type=local_path, help="also write a JSON record here")
     args = parser.parse_args()
     warnings.showwarning = _show_warning
-    settings = Settings(
-        backend=args.backend,
-        weights=args.weights,
-        batch_size=args.batch_size,
-        seed=args.seed,
-        kid=args.kid,
-        density_coverage=args.density_coverage,
-        intervals=args.intervals,
-        device=args.device,
-        use_cache=not args.no_cache,
-    )
+    settings = Settings(**{field.name: getattr(args, field.name) for field in fields(Settings)})
     if args.output is not None and args.output.is_dir():
         raise UserError(f"--output {args.output} is a folder, a file to write is wanted")
     results: list[Result] = []

@@ -7,8 +7,8 @@ import numpy as np
 import torch
 
 from guided_diffusion.errors import UserError
+from guided_diffusion.io.image_sets import ImageFile
 
-from .image_files import ImageFile
 from .metrics import Gaussian, GaussianAccumulator, gaussian_of
 from .progress import progress
 

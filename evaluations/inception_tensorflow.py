@@ -6,6 +6,7 @@ probabilities the softmax of the features through the weights of `softmax/logits
 its bias (Dhariwal & Nichol 2021, appendix on evaluation; Nash et al. 2021 for the spatial part).
 """
 
+import hashlib
 import os
 import sys
 import tempfile
@@ -19,7 +20,7 @@ from scipy.special import softmax
 
 from guided_diffusion.errors import UserError
 
-from .weight_files import download_once, sha256_of_bytes
+from .weight_files import download_once
 
 URL = "https://openaipublic.blob.core.windows.net/diffusion/jul-2021/ref_batches/classify_image_graph_def.pb"
 FEATURES = 2048
@@ -51,7 +52,7 @@ class TensorflowExtractor:
 
     def __init__(self, path: Path) -> None:
         data = path.read_bytes()
-        self.weights_sha256 = sha256_of_bytes(data)
+        self.weights_sha256 = hashlib.sha256(data).hexdigest()
         definition = _parse(data, path)
         tf = _tensorflow()
         graph = tf.compat.v1.Graph()

@@ -2,17 +2,19 @@
 
 import io
 import pickle
-import zipfile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from scipy.special import softmax
 
 from guided_diffusion.errors import UserError
+from guided_diffusion.io.files import sha256_of
+from guided_diffusion.io.torch_file import read_torch_file
 
 from .features import choose_device
-from .weight_files import check_hash_in_name, download_once, sha256_of_bytes
+from .weight_files import check_hash_in_name, download_once
 
 FEATURES = 2048
 SPATIAL_CHANNELS = 7
@@ -54,17 +56,18 @@ class TorchExtractor:
 
     def __init__(self, path: Path, device: str | None = None) -> None:
         self._device = choose_device(device)
-        data = path.read_bytes()
-        self.weights_sha256 = sha256_of_bytes(data)
+        self.weights_sha256 = sha256_of(path)
         module = _torch_fidelity()
         try:
-            # torch-fidelity unpickles without restriction; after this, it is known to be harmless.
-            torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+            # torch-fidelity unpickles without restriction: it gets a copy of what was read, never the file.
+            copy = io.BytesIO()
+            torch.save(_read_state(path), copy)
+            copy.seek(0)
             network = module.FeatureExtractorInceptionV3(
-                "inception-v3-compat", ["2048"], feature_extractor_weights_path=str(path)
+                "inception-v3-compat", ["2048"], feature_extractor_weights_path=copy
             )
-        except (RuntimeError, pickle.UnpicklingError, EOFError, TypeError, zipfile.BadZipFile) as error:
-            reason = str(error).strip().splitlines()[0]
+        except (RuntimeError, pickle.UnpicklingError, EOFError, TypeError, AttributeError) as error:
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise UserError(f"{path}: not the weights of torch-fidelity's Inception ({reason})") from None
         self._network = network.to(self._device)
         self._spatial = torch.empty(0)
@@ -86,6 +89,15 @@ class TorchExtractor:
     def probabilities(self, features: np.ndarray) -> np.ndarray:
         """Class probabilities float32 [N, classes] from features [N, 2048]."""
         return softmax(features @ self._classes, axis=1)
+
+
+def _read_state(path: Path) -> Any:
+    """What a weight file holds, without running anything in it."""
+    with open(path, "rb") as file:
+        if file.read(4) == b"PK\3\4":
+            return read_torch_file(path)
+    # The published weights are of a torch before 1.6, whose format `read_torch_file` does not know.
+    return torch.load(path, map_location="cpu", weights_only=True)
 
 
 def _torch_fidelity():

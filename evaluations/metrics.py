@@ -142,22 +142,15 @@ def _overlap(a: Gaussian, b: Gaussian) -> float:
     return float(linalg.svdvals(a.factor.T @ b.factor).sum())
 
 
-def inception_score(probabilities: np.ndarray, split_size: int = SPLIT_SIZE) -> float:
+def inception_score(splits: Iterable[np.ndarray]) -> float:
     """exp of the mean KL(p(y|x) || p(y)), averaged over splits (Salimans et al. 2016, sec. 4).
 
-    Consecutive splits of `split_size` rows, the last one shorter, all with equal weight, as in the
-    ADM suite. A probability of exactly 0 contributes 0, its limit.
+    All splits count alike, also a last and shorter one, as in the ADM suite. A probability of
+    exactly 0 contributes 0, its limit.
 
     Args:
-        probabilities: [N, classes], rows summing to 1, in the order of generation.
-        split_size: rows per split.
+        splits: class probabilities [n_i, classes], rows summing to 1; one split in memory at a time.
     """
-    splits = (probabilities[i : i + split_size] for i in range(0, len(probabilities), split_size))
-    return inception_score_of_splits(splits)
-
-
-def inception_score_of_splits(splits: Iterable[np.ndarray]) -> float:
-    """`inception_score` of an iterable of splits [n_i, classes], one in memory at a time."""
     scores = []
     for split in splits:
         p = np.asarray(split, dtype=np.float64)

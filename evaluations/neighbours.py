@@ -1,7 +1,8 @@
 """Scores that look at nearest neighbours: improved precision and recall, density and coverage.
 
-Distances are Euclidean and computed a block at a time; N x N of them are never held. Every decision
-is that of float64 distances, whatever the blocks: see `distances`.
+Squared distances are |a|^2 + |b|^2 - 2 a.b, a block at a time; N x N of them are never held. Products
+in float32 settle almost every question; whatever their rounding leaves open is asked again in float64,
+so that every decision is that of float64 distances. Those that differ by less count as equal.
 """
 
 from dataclasses import dataclass
@@ -9,15 +10,15 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from .distances import BLOCK, Points, precisions, products, rounding, starts
 from .progress import tracked
 
 PRECISION_RECALL_K = 3
 DENSITY_COVERAGE_K = 5
 NEIGHBOURS = 5  # the most that any score here looks at
 
-_SPARE = 15  # more candidates than neighbours, since a coarse product may swap some
-_EXACT_PAIRS = 64
+BLOCK = 2048
+_SPARE = 5  # more candidates than neighbours, since rounding may swap some
+_EXACT_ROWS, _FLOAT64_ROWS = 8, 256  # at a time, to stay in the processor's cache and in little memory
 
 
 @dataclass(frozen=True)
@@ -28,6 +29,56 @@ class NeighbourScores:
     recall: float
     density: float | None
     coverage: float | None
+
+
+class Points:
+    """Features float32 [N, D], moved to a common centre: the distances stay, rounding gets small.
+
+    Args:
+        raw: the features; not copied.
+        centre: [D]; rounded to float32.
+        device: where products are computed.
+
+    Attributes:
+        norms: float64 [N], the squares of the lengths.
+    """
+
+    def __init__(self, raw: np.ndarray, centre: np.ndarray, device: torch.device) -> None:
+        self.raw = raw
+        self.device = device
+        self._centre = torch.from_numpy(centre.astype(np.float32)).to(device)
+        blocks = (self.take(rows, torch.float64) for rows in blocks_of(len(raw)))
+        self.norms = torch.cat([torch.linalg.vecdot(block, block) for block in blocks])
+
+    def take(self, rows: slice | np.ndarray, dtype: torch.dtype) -> torch.Tensor:
+        """Some of the points, centred; [n, D]."""
+        return torch.from_numpy(self.raw[rows]).to(self.device, dtype) - self._centre.to(dtype)
+
+
+def blocks_of(n: int) -> list[slice]:
+    """The rows of n, in blocks."""
+    return [slice(i, min(i + BLOCK, n)) for i in range(0, n, BLOCK)]
+
+
+def coarse_precision() -> torch.dtype:
+    """float32, unless torch has been told to multiply it in less (`torch.set_float32_matmul_precision`)."""
+    return torch.float32 if torch.get_float32_matmul_precision() == "highest" else torch.float64
+
+
+def squared_distances(
+    a: Points, rows: slice | np.ndarray, b: Points, columns: slice | np.ndarray, dtype: torch.dtype
+) -> torch.Tensor:
+    """Squared distances [n, m] by one product in a precision; off by `rounding` at most."""
+    d = torch.mm(a.take(rows, dtype), b.take(columns, dtype).T).mul_(-2)
+    return d.add_(a.norms[rows].to(dtype)[:, None]).add_(b.norms[columns].to(dtype))
+
+
+def rounding(dtype: torch.dtype, dimension: int) -> float:
+    """Bound on the error of `squared_distances`, relative to |a|^2 + |b|^2.
+
+    Sums of D terms are off by the order of sqrt(D) units in the last place (Higham & Mary 2019).
+    """
+    return (8 + dimension**0.5) * torch.finfo(dtype).eps
 
 
 def nearest_distances(
@@ -50,81 +101,49 @@ def nearest_distances(
     if n <= k:
         raise ValueError(f"{n} features have no {k} nearest others")
     points = Points(features, features.mean(axis=0, dtype=np.float64), device or torch.device("cpu"))
-    found = np.empty((n, k))
-    rows = np.arange(n)
-    for dtype in precisions(points.device):
-        candidates = _Candidates(points, rows, min(k + _SPARE, n - 1), dtype)
-        found[rows], sure = candidates.distances(k)
-        rows = rows[~sure]
-        if len(rows) == 0:
-            break
-    return found
+    dtype = coarse_precision()
+    # Of every point the candidates: those that look nearest, and how far away they look.
+    looks = torch.full((n, min(k + _SPARE, n - 1)), torch.inf, dtype=dtype, device=points.device)
+    index = torch.zeros(looks.shape, dtype=torch.int64, device=points.device)
+
+    def keep(rows: slice, d: torch.Tensor, columns: slice) -> None:
+        near, where = d.topk(min(looks.shape[1], d.shape[1]), dim=1, largest=False)
+        both_index = torch.cat([index[rows], where + columns.start], 1)
+        looks[rows], order = torch.cat([looks[rows], near], 1).topk(looks.shape[1], dim=1, largest=False)
+        index[rows] = both_index.gather(1, order)
+
+    for number, rows in enumerate(tracked(blocks_of(n), "nearest neighbours", "blocks")):
+        for columns in blocks_of(n)[: number + 1]:
+            d = squared_distances(points, rows, points, columns, dtype)
+            if columns == rows:
+                d.fill_diagonal_(torch.inf)
+            else:  # one product serves both blocks
+                keep(columns, d.T, rows)
+            keep(rows, d, columns)
+    others = index.cpu().numpy()
+    found = _exact_distances(features, np.arange(n), others)
+    # Whoever is no candidate looked at least as far away as the last candidate did.
+    error = rounding(dtype, features.shape[1]) * (points.norms + points.norms.max())
+    unsure = np.nonzero(found[:, k - 1] ** 2 > (looks[:, -1] - error).cpu().numpy())[0]
+    for i in range(0, len(unsure), _FLOAT64_ROWS):
+        few = unsure[i : i + _FLOAT64_ROWS]
+        parts = [squared_distances(points, few, points, part, torch.float64) for part in blocks_of(n)]
+        d = torch.cat(parts, 1)
+        d[np.arange(len(few)), few] = torch.inf
+        others = d.topk(looks.shape[1], dim=1, largest=False).indices.cpu().numpy()
+        found[few] = _exact_distances(features, few, others)
+    return found[:, :k]
 
 
-class _Candidates:
-    """For some of the points, the others that look nearest in one precision."""
-
-    def __init__(self, points: Points, rows: np.ndarray, wanted: int, dtype: torch.dtype) -> None:
-        self._points, self._rows, self._dtype = points, rows, dtype
-        kind = torch.float64 if dtype == torch.float64 else torch.float32
-        self._norms = points.norms.to(kind)
-        self._squared = torch.full((len(rows), wanted), torch.inf, dtype=kind, device=points.device)
-        self._index = torch.zeros((len(rows), wanted), dtype=torch.int64, device=points.device)
-        everything = np.arange(len(points))
-        whole = len(rows) == len(points)
-        for i in tracked(starts(len(rows)), "nearest neighbours", "blocks"):
-            mine = rows[i : i + BLOCK]
-            block = points.take(mine, dtype)
-            # Of all points with all points, one product serves both blocks.
-            for j in starts(i + 1 if whole else len(points)):
-                others = everything[j : j + BLOCK]
-                d = self._distances(mine, block, others, dtype)
-                self._keep(i, d, j)
-                if whole and j < i:
-                    self._keep(j, d.T, i)
-
-    def _distances(
-        self, mine: np.ndarray, block: torch.Tensor, others: np.ndarray, dtype: torch.dtype
-    ) -> torch.Tensor:
-        norms = self._norms[mine][:, None], self._norms[others]
-        d = products(block, self._points.take(others, dtype)).mul_(-2).add_(norms[0]).add_(norms[1])
-        same = np.nonzero((mine >= others[0]) & (mine <= others[-1]))[0]
-        d[same, mine[same] - others[0]] = torch.inf
-        return d
-
-    def _keep(self, start: int, d: torch.Tensor, first_column: int) -> None:
-        place = slice(start, start + len(d))
-        near, where = d.topk(min(self._index.shape[1], d.shape[1]), dim=1, largest=False)
-        both = torch.cat([self._squared[place], near], 1)
-        both_index = torch.cat([self._index[place], where + first_column], 1)
-        self._squared[place], order = both.topk(self._index.shape[1], dim=1, largest=False)
-        self._index[place] = both_index.gather(1, order)
-
-    def distances(self, k: int) -> tuple[np.ndarray, np.ndarray]:
-        """Exact distances to the k nearest candidates, float64 [n, k], and whether they are the k nearest."""
-        points = self._points
-        error = rounding(self._dtype, points.raw.shape[1]) * (points.norms[self._rows] + points.norms.max())
-        plausible = self._squared <= (self._squared[:, k - 1] + 2 * error)[:, None]
-        i, column = (index.cpu().numpy() for index in plausible.nonzero(as_tuple=True))
-        others = self._index.cpu().numpy()
-        exact = np.full(others.shape, np.inf)
-        exact[i, column] = _squared_distances(points.raw, self._rows[i], others[i, column])
-        exact = np.sort(exact, axis=1)[:, :k]
-        # Whoever is no candidate looked at least as far away as the last one did.
-        beyond = (self._squared[:, -1] - error).cpu().numpy()
-        settled = self._dtype == torch.float64 or others.shape[1] == len(points) - 1
-        return np.sqrt(exact), (exact[:, -1] <= np.maximum(beyond, 0)) | settled
-
-
-def _squared_distances(raw: np.ndarray, i: np.ndarray, j: np.ndarray) -> np.ndarray:
-    """Squared distances float64 [P] of the pairs (raw[i], raw[j]), from their differences."""
-    out = np.empty(len(i))
-    for start in range(0, len(i), _EXACT_PAIRS):  # few at a time: they stay in the processor's cache
-        part = slice(start, start + _EXACT_PAIRS)
-        difference = raw[i[part]].astype(np.float64)
-        difference -= raw[j[part]]
-        out[part] = np.einsum("pd,pd->p", difference, difference)
-    return out
+def _exact_distances(features: np.ndarray, rows: np.ndarray, others: np.ndarray) -> np.ndarray:
+    """Distances of rows [n] to others [n, c], float64 [n, c], ascending, from their differences."""
+    squared = np.empty(others.shape)
+    for i in range(0, len(rows), _EXACT_ROWS):
+        part = slice(i, i + _EXACT_ROWS)
+        difference = features[others[part]].astype(np.float64)
+        difference -= features[rows[part], None]
+        squared[part] = np.einsum("ncd,ncd->nc", difference, difference)
+    return np.sort(np.sqrt(squared), axis=1)
 
 
 def neighbour_scores(
@@ -157,80 +176,52 @@ def neighbour_scores(
     real_balls = _Balls(real, reference_distances[:, PRECISION_RECALL_K - 1])
     fake_balls = _Balls(fake, sample_distances[:, PRECISION_RECALL_K - 1])
     wide_balls = _Balls(real, reference_distances[:, DENSITY_COVERAGE_K - 1])
-    precise = np.zeros(len(fake), dtype=bool)
-    recalled, covered = np.zeros((2, len(real)), dtype=bool)
+    precise = np.zeros(len(samples), dtype=bool)
+    recalled, covered = np.zeros((2, len(reference)), dtype=bool)
     memberships = 0
-    dtype = precisions(device)[0]
-    for i in tracked(starts(len(fake)), "precision and recall", "blocks"):
-        rows = np.arange(i, min(i + BLOCK, len(fake)))
-        block = fake.take(rows, dtype)
-        for j in starts(len(real)):
-            columns = np.arange(j, min(j + BLOCK, len(real)))
-            product = products(block, real.take(columns, dtype))
-            precise[rows] |= real_balls.reach(fake, rows, columns, product, ~precise[rows])
-            recalled[columns] |= fake_balls.reach(real, columns, rows, product.T, ~recalled[columns])
+    dtype = coarse_precision()
+    for rows in tracked(blocks_of(len(samples)), "precision and recall", "blocks"):
+        for columns in blocks_of(len(reference)):
+            d = squared_distances(fake, rows, real, columns, dtype)
+            precise[rows] |= real_balls.reach(fake, rows, columns, d)
+            recalled[columns] |= fake_balls.reach(real, columns, rows, d.T)
             if density_coverage:
-                inside = wide_balls.inside(fake, rows, columns)
+                inside = wide_balls.hold(fake, rows, columns)
                 memberships += int(inside.sum())
                 covered[columns] |= inside.any(axis=0)
     return NeighbourScores(
         precision=float(precise.mean()),
         recall=float(recalled.mean()),
-        density=memberships / (DENSITY_COVERAGE_K * len(fake)) if density_coverage else None,
+        density=memberships / (DENSITY_COVERAGE_K * len(samples)) if density_coverage else None,
         coverage=float(covered.mean()) if density_coverage else None,
     )
 
 
 class _Balls:
-    """Balls around points. A point p lies in that of c if p.c - (|c|^2 - r^2) / 2 >= |p|^2 / 2."""
+    """Balls around points; a ball holds what is no farther from its centre than its radius."""
 
     def __init__(self, centres: Points, radii: np.ndarray) -> None:
         self._centres = centres
-        self._levels = precisions(centres.device)
-        self._offsets = (centres.norms - torch.from_numpy(radii).to(centres.norms).square()) / 2
+        self._squared_radii = torch.from_numpy(radii).to(centres.norms).square()
 
-    def reach(
-        self,
-        points: Points,
-        rows: np.ndarray,
-        columns: np.ndarray,
-        product: torch.Tensor,
-        asked: np.ndarray,
-        level: int = 0,
-    ) -> np.ndarray:
-        """Which points lie in the ball of at least one of some centres.
-
-        Args:
-            points: the points.
-            rows: which of them, indices [n].
-            columns: which centres, indices [m].
-            product: `products` of the two in the precision of `level`, [n, m].
-            asked: bool [n], the rows that matter; the others get False.
-            level: index into `precisions`.
-        """
-        kind = product.dtype
-        margin = (product - self._offsets[columns].to(kind)).amax(1) - points.norms[rows].to(kind) / 2
-        error = self._error(points, rows, columns, level).to(kind)
-        if level == len(self._levels) - 1:
-            return (margin >= -error).cpu().numpy() & asked
-        hit = (margin > error).cpu().numpy() & asked
-        undecided = np.nonzero((margin >= -error).cpu().numpy() & asked & ~hit)[0]
-        if len(undecided):
-            finer = self._levels[level + 1]
-            few = rows[undecided]
-            product = products(points.take(few, finer), self._centres.take(columns, finer))
-            hit[undecided] = self.reach(
-                points, few, columns, product, np.ones(len(few), dtype=bool), level + 1
-            )
+    def reach(self, points: Points, rows: slice, columns: slice, d: torch.Tensor) -> np.ndarray:
+        """Which of the points lie in at least one of the balls; bool [n], of `squared_distances` [n, m]."""
+        margin = (self._squared_radii[columns].to(d.dtype) - d).amax(1)
+        error = self._error(points, rows, columns, d.dtype)
+        hit = (margin > error).cpu().numpy()
+        unclear = np.nonzero((margin.abs() <= error).cpu().numpy())[0]
+        if len(unclear):
+            hit[unclear] = self.hold(points, rows.start + unclear, columns).any(axis=1)
         return hit
 
-    def inside(self, points: Points, rows: np.ndarray, columns: np.ndarray) -> np.ndarray:
-        """Which of the points [n] lie in which of the balls [m]; bool [n, m], by float64 products."""
-        product = products(points.take(rows, torch.float64), self._centres.take(columns, torch.float64))
-        margin = product - self._offsets[columns] - points.norms[rows][:, None] / 2
-        error = self._error(points, rows, columns, len(self._levels) - 1)
-        return (margin >= -error[:, None]).cpu().numpy()
+    def hold(self, points: Points, rows: slice | np.ndarray, columns: slice) -> np.ndarray:
+        """Which of the points lie in which of the balls; bool [n, m], by products in float64."""
+        d = squared_distances(points, rows, self._centres, columns, torch.float64)
+        error = self._error(points, rows, columns, torch.float64)
+        return (self._squared_radii[columns] - d >= -error[:, None]).cpu().numpy()
 
-    def _error(self, points: Points, rows: np.ndarray, columns: np.ndarray, level: int) -> torch.Tensor:
+    def _error(
+        self, points: Points, rows: slice | np.ndarray, columns: slice, dtype: torch.dtype
+    ) -> torch.Tensor:
         largest = points.norms[rows] + self._centres.norms[columns].max()
-        return rounding(self._levels[level], points.raw.shape[1]) * largest / 2
+        return rounding(dtype, points.raw.shape[1]) * largest

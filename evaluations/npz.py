@@ -5,32 +5,13 @@ Nothing is held but one block, so the 1.28 million images of ImageNet-32 need no
 
 import argparse
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 from guided_diffusion.errors import UserError
-from guided_diffusion.io.npz_writer import create_npz
+from guided_diffusion.io.image_sets import BLOCK, ImageSet, write_npz
 from guided_diffusion.io.remote import local_path
-from guided_diffusion.logger import progress_bar
-
-from .official_batches import imagenet32_files, open_imagenet32, read_cifar10
-
-BLOCK = 512  # images
-
-
-@dataclass(frozen=True)
-class ImageSet:
-    """Images that can be gone through once.
-
-    Attributes:
-        count: N.
-        blocks: images uint8 [n, H, W, 3], RGB, with labels int64 [n], or None in every block.
-    """
-
-    count: int
-    blocks: Iterator[tuple[np.ndarray, np.ndarray | None]]
 
 
 def folder_images(root: Path, size: int) -> ImageSet:
@@ -65,31 +46,6 @@ def folder_images(root: Path, size: int) -> ImageSet:
     return ImageSet(len(paths), blocks())
 
 
-def cifar10_images(archive: Path, split: str) -> ImageSet:
-    """The images of the official archive, "train" or "test", in its order, with labels.
-
-    Raises:
-        UserError: missing or damaged archive.
-    """
-    batches = read_cifar10(archive, split)
-    blocks = (block for batch in batches for block in batch.blocks(BLOCK))
-    return ImageSet(sum(len(batch.labels) for batch in batches), blocks)
-
-
-def imagenet32_images(folder: Path) -> ImageSet:
-    """ImageNet-32 from its ten official batches, in their order, or from a folder tree of images.
-
-    Raises:
-        UserError: neither is there, or damaged.
-    """
-    files = imagenet32_files(folder) if folder.is_dir() else []
-    if not files:
-        return folder_images(folder, 32)
-    count = sum(len(open_imagenet32(path).labels) for path in files)  # reads, and checks, all of them
-
-    return ImageSet(count, (block for path in files for block in open_imagenet32(path).blocks(BLOCK)))
-
-
 def build(description: str | None, default_out: str, open_images: Callable[[Path], ImageSet]) -> None:
     """A builder's command line: `--in`, `--out`; write what `open_images` finds.
 
@@ -107,18 +63,3 @@ def build(description: str | None, default_out: str, open_images: Callable[[Path
     images = open_images(args.source)
     classes = write_npz(images, args.out)
     print(f"wrote {args.out}: {images.count} images, {f'{classes} classes' if classes else 'no labels'}")
-
-
-def write_npz(images: ImageSet, out: Path) -> int:
-    """Write images to `arr_0` and labels, if there are any, to `arr_1`; whole or not at all.
-
-    Returns:
-        The number of classes; 0 without labels.
-    """
-    seen: set[int] = set()
-    with create_npz(out, images.count) as writer, progress_bar(images.count, out.name) as bar:
-        for block, labels in images.blocks:
-            writer.append(block, labels)
-            seen.update([] if labels is None else labels.tolist())
-            bar.update(len(block))
-    return len(seen)

@@ -6,7 +6,7 @@ file with the same SHA-256 by the same weights; otherwise it is made anew.
 
 import json
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +14,12 @@ import numpy as np
 
 from guided_diffusion.errors import UserError
 from guided_diffusion.io.files import NpzFile, atomic_path, sha256_of
+from guided_diffusion.io.image_sets import ImageFile
 
 from .features import Extractor, choose_device, extract_features
-from .image_files import ImageFile
 from .metrics import Gaussian
 from .neighbours import nearest_distances
+from .settings import Settings
 
 _FORMAT = 1  # raised whenever the arrays of a cache file change their meaning
 _STORED_PAIRS = (("mu", "sigma"), ("mu_s", "sigma_s"))
@@ -52,13 +53,7 @@ class Reference:
 
 
 def load_reference(
-    npz: NpzFile,
-    images: ImageFile | None,
-    extractor: Extractor,
-    *,
-    batch_size: int,
-    device: str | None,
-    use_cache: bool,
+    npz: NpzFile, images: ImageFile | None, extractor: Extractor, settings: Settings
 ) -> Reference:
     """Statistics and features of a reference file by one extractor.
 
@@ -69,9 +64,7 @@ def load_reference(
         npz: the reference file.
         images: its images; None if it holds stored statistics alone.
         extractor: the feature network.
-        batch_size: images at a time.
-        device: torch device for the nearest neighbours; None for a GPU if there is one.
-        use_cache: read and write the file beside the npz.
+        settings: the batch size, the device of the nearest neighbours, and whether to use the cache.
 
     Raises:
         UserError: damaged file, or stored statistics of the wrong shape.
@@ -87,29 +80,23 @@ def load_reference(
         "weights": extractor.weights_sha256,
     }
     path = cache_path(npz.path, extractor.name)
-    reference = _read_cache(path, key) if use_cache else None
+    reference = _read_cache(path, key) if settings.use_cache else None
     if reference is None:
-        found = extract_features(extractor, images, batch_size)
+        found = extract_features(extractor, images, settings.batch_size)
         reference = Reference(
             found.gaussian,
             found.spatial_gaussian,
             found.features,
-            nearest_distances(found.features, device=choose_device(device)),
+            nearest_distances(found.features, device=choose_device(settings.device)),
             sha256,
             "computed",
         )
-        if use_cache:
+        if settings.use_cache:
             _write_cache(path, key, reference)
     if not stored:
         return reference
-    return Reference(
-        stored["mu"],
-        stored.get("mu_s", reference.spatial_gaussian),
-        reference.features,
-        reference.neighbours,
-        sha256,
-        "stored",
-    )
+    spatial = stored.get("mu_s", reference.spatial_gaussian)
+    return replace(reference, gaussian=stored["mu"], spatial_gaussian=spatial, origin="stored")
 
 
 def _stored_statistics(npz: NpzFile) -> dict[str, Gaussian]:
@@ -144,7 +131,7 @@ def _read_cache(path: Path, key: dict) -> Reference | None:
         return None
     try:
         npz = NpzFile(path)
-        found = json.loads(str(npz.load("key")))
+        found = npz.load_json("key")
         if found != key:
             _warn_of_stale_cache(path, found, key)
             return None
@@ -153,7 +140,7 @@ def _read_cache(path: Path, key: dict) -> Reference | None:
         return Reference(
             gaussian, spatial, npz.load("features"), npz.load("neighbours"), key["images"], "cached"
         )
-    except (UserError, json.JSONDecodeError) as error:
+    except UserError as error:
         warnings.warn(f"{path}: unusable reference statistics are made anew ({error})", stacklevel=2)
         return None
 

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 from guided_diffusion.io.files import atomic_path
 
@@ -62,6 +63,7 @@ class Provenance:
     """What a result was computed from.
 
     Attributes:
+        samples_provenance: what the sample file says of its making; None if it says nothing.
         n: number of sample images.
         n_reference: number of reference images, None where only their statistics are stored.
         reference_statistics: "computed", "cached" or "stored" (as an ADM reference batch has them).
@@ -71,6 +73,7 @@ class Provenance:
 
     samples: str
     samples_sha256: str
+    samples_provenance: dict[str, Any] | None
     n: int
     reference: str
     reference_sha256: str
@@ -123,35 +126,22 @@ def write_json(results: Sequence[Result], path: Path) -> None:
         temporary.write_text(text + "\n")
 
 
-_UNBOUNDED, _SHARE = (0.0, math.inf), (0.0, 1.0)
-RANGES: dict[str, tuple[float, float]] = {
-    "fd": _UNBOUNDED,
-    "confidence": _SHARE,
-    "class_balance": _SHARE,
-    "noise_share": _SHARE,
-    "inception_score": (1.0, math.inf),
-    "fid": _UNBOUNDED,
-    "sfid": _UNBOUNDED,
-    "precision": _SHARE,
-    "recall": _SHARE,
-    "kid": (-math.inf, math.inf),
-    "density": _UNBOUNDED,
-    "coverage": _SHARE,
+# What a score is called, its lowest and its highest value.
+SCORES: dict[str, tuple[str, float, float]] = {
+    "fd": ("digits-FD", 0.0, math.inf),
+    "confidence": ("confidence", 0.0, 1.0),
+    "class_balance": ("class balance", 0.0, 1.0),
+    "noise_share": ("noise share", 0.0, 1.0),
+    "inception_score": ("Inception Score", 1.0, math.inf),
+    "fid": ("FID", 0.0, math.inf),
+    "sfid": ("sFID", 0.0, math.inf),
+    "precision": ("Precision", 0.0, 1.0),
+    "recall": ("Recall", 0.0, 1.0),
+    "kid": ("KID", -math.inf, math.inf),
+    "density": ("Density", 0.0, math.inf),
+    "coverage": ("Coverage", 0.0, 1.0),
 }
-_TITLES: dict[str, str] = {
-    "fd": "digits-FD",
-    "confidence": "confidence",
-    "class_balance": "class balance",
-    "noise_share": "noise share",
-    "inception_score": "Inception Score",
-    "fid": "FID",
-    "sfid": "sFID",
-    "precision": "Precision",
-    "recall": "Recall",
-    "kid": "KID",
-    "density": "Density",
-    "coverage": "Coverage",
-}
+_PROVENANCE = ("model", "model_sha256", "step", "process", "sampler", "steps", "seed")
 
 
 def format_result(result: Result) -> str:
@@ -162,16 +152,25 @@ def format_result(result: Result) -> str:
         if name in result.intervals:
             low, high = result.intervals[name]
             interval = f"  [{low:.6g}, {high:.6g}]"
-        lines.append(f"{_TITLES[name]}: {value:.6g}{interval}")
+        lines.append(f"{SCORES[name][0]}: {value:.6g}{interval}")
     if isinstance(result, DigitsResult):
         lines.append("predicted 0-9: " + " ".join(map(str, result.histogram)))
+    if told := _told(result.samples_provenance or {}):
+        lines.append(f"samples made by: {told}")
     return "\n".join(lines)
+
+
+def _told(provenance: dict[str, Any]) -> str:
+    """The gist of a provenance, of whatever it has; one line whatever it holds."""
+    found = ((name, provenance.get(name)) for name in _PROVENANCE)
+    pairs = [(name, str(value)[:60]) for name, value in found if isinstance(value, (str, int, float))]
+    return ", ".join(f"{name} {value if value.isprintable() else ascii(value)}" for name, value in pairs)
 
 
 def format_table(results: Sequence[Result]) -> str:
     """Several results, a file to a row; files are told apart by as little of their path as it takes."""
-    names = [name for name in _TITLES if any(name in values(result) for result in results)]
-    rows = [["samples", "N", *(_TITLES[name] for name in names)]]
+    names = [name for name in SCORES if any(name in values(result) for result in results)]
+    rows = [["samples", "N", *(SCORES[name][0] for name in names)]]
     for label, result in zip(_labels([result.samples for result in results]), results, strict=True):
         scores = values(result)
         cells = [f"{scores[name]:.5g}" if name in scores else "-" for name in names]

@@ -5,20 +5,21 @@ from collections.abc import Callable
 
 import numpy as np
 
+from guided_diffusion.io.image_sets import ImageFile
+
 from .digits import is_noise
 from .features import Extractor, FeatureSet, choose_device, extract_features
-from .image_files import ImageFile
 from .metrics import (
     SPLIT_SIZE,
     Gaussian,
     class_entropy,
     frechet_distance,
-    inception_score_of_splits,
+    inception_score,
     kernel_distance,
 )
 from .neighbours import PRECISION_RECALL_K, nearest_distances, neighbour_scores
 from .reference import Reference
-from .results import RANGES, DigitsScores, InceptionScores, Scores, values
+from .results import SCORES, DigitsScores, InceptionScores, Scores, values
 from .settings import Settings
 
 
@@ -34,15 +35,7 @@ def score_samples(
     def score(part: FeatureSet, noise: np.ndarray) -> Scores:
         if settings.backend == "digits":
             return score_digits(reference.gaussian, part, extractor.probabilities(part.features), noise)
-        return score_inception(
-            reference,
-            part,
-            extractor,
-            seed=settings.seed,
-            kid=settings.kid,
-            density_coverage=settings.density_coverage,
-            device=settings.device,
-        )
+        return score_inception(reference, part, extractor, settings)
 
     scores = score(samples, rough)
     if not settings.intervals:
@@ -57,14 +50,7 @@ def score_samples(
 
 
 def score_inception(
-    reference: Reference,
-    samples: FeatureSet,
-    extractor: Extractor,
-    *,
-    seed: int,
-    kid: bool = False,
-    density_coverage: bool = False,
-    device: str | None = None,
+    reference: Reference, samples: FeatureSet, extractor: Extractor, settings: Settings
 ) -> InceptionScores:
     """The scores of the Inception backends.
 
@@ -72,15 +58,12 @@ def score_inception(
         reference: with or without features; without them the scores that need them stay None.
         samples: features of the generated images, in the order of generation.
         extractor: gives class probabilities of features.
-        seed: of the kernel distance's subsets.
-        kid: also the kernel distance.
-        density_coverage: also density and coverage.
-        device: torch device for the nearest neighbours; None for a GPU if there is one.
+        settings: which scores; the seed of the kernel distance's subsets; the neighbours' device.
     """
     features = samples.features
     splits = (features[i : i + SPLIT_SIZE] for i in range(0, len(features), SPLIT_SIZE))
     scores = InceptionScores(
-        inception_score=inception_score_of_splits(extractor.probabilities(split) for split in splits),
+        inception_score=inception_score(extractor.probabilities(split) for split in splits),
         fid=frechet_distance(reference.gaussian, samples.gaussian),
         sfid=None,
         precision=None,
@@ -91,18 +74,19 @@ def score_inception(
         scores = dataclasses.replace(scores, sfid=sfid)
     if reference.features is None or reference.neighbours is None:
         return scores
-    torch_device = choose_device(device)
+    device = choose_device(settings.device)
     near = neighbour_scores(
         reference.features,
         features,
         reference.neighbours,
-        nearest_distances(features, PRECISION_RECALL_K, torch_device),
-        density_coverage=density_coverage,
-        device=torch_device,
+        nearest_distances(features, PRECISION_RECALL_K, device),
+        density_coverage=settings.density_coverage,
+        device=device,
     )
     scores = dataclasses.replace(scores, **vars(near))
-    if kid:
-        scores = dataclasses.replace(scores, kid=kernel_distance(reference.features, features, seed=seed))
+    if settings.kid:
+        kid = kernel_distance(reference.features, features, seed=settings.seed)
+        scores = dataclasses.replace(scores, kid=kid)
     return scores
 
 
@@ -152,6 +136,6 @@ def half_sample_intervals(
     intervals = {}
     for name, value in values(centre).items():
         margin = 1.96 * float(np.std([draw[name] for draw in draws], ddof=1))
-        lowest, highest = RANGES[name]
+        _, lowest, highest = SCORES[name]
         intervals[name] = (max(lowest, value - margin), min(highest, value + margin))
     return intervals

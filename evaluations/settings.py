@@ -1,6 +1,7 @@
 """What to evaluate and how, checked before anything is loaded."""
 
 from dataclasses import dataclass
+from os import PathLike
 from pathlib import Path
 from typing import Literal, get_args
 
@@ -12,14 +13,27 @@ BACKENDS: tuple[Backend, ...] = get_args(Backend)
 
 @dataclass(frozen=True)
 class Settings:
-    """What to compute and how; `evaluator.evaluate` describes the fields.
+    """What to compute and how.
+
+    Attributes:
+        backend: the feature network: "tensorflow" (the ADM suite's graph), "torch" (the same
+            network through torch-fidelity) or "digits" (the demo's classifier).
+        weights: its weight file; by default the shipped, cached or downloaded one.
+        batch_size: images at a time; no influence on the scores beyond rounding.
+        seed: of KID's subsets and of the intervals' half-samples.
+        kid: also the kernel Inception distance (Inception backends).
+        density_coverage: also density and coverage (Inception backends).
+        intervals: number of half-samples for 95 % intervals; 0 for none, else at least 2.
+        device: torch device of the torch network and of the nearest neighbours; by default a GPU if
+            there is one (Inception backends).
+        use_cache: keep the reference's statistics beside its file and reuse them.
 
     Raises:
         UserError: a value that makes no sense.
     """
 
     backend: Backend = "tensorflow"
-    weights: Path | None = None
+    weights: str | PathLike | None = None
     batch_size: int = 64
     seed: int = 0
     kid: bool = False
@@ -37,7 +51,7 @@ class Settings:
             raise UserError(f"intervals need at least 2 half-samples (0 for none), not {self.intervals}")
         if self.seed < 0:
             raise UserError(f"seed must not be negative, it is {self.seed}")
-        if self.weights is not None and not self.weights.is_file():
+        if self.weights is not None and not Path(self.weights).is_file():
             raise UserError(f"no such weight file: {self.weights}")
         for wanted, flag in ((self.kid, "kid"), (self.density_coverage, "density_coverage")):
             if wanted and self.backend == "digits":

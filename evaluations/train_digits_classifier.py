@@ -32,8 +32,8 @@ def train(seed: int, epochs: int, batch_size: int = 64, lr: float = 2e-3):
     from sklearn.model_selection import train_test_split
     from torch.nn import functional as F
 
-    from evaluations.digits import load_digit_images
     from evaluations.digits_classifier import DigitsClassifier, to_input
+    from guided_diffusion.io.digits import load_digit_images
 
     images, labels = load_digit_images()
     kept, held_out = train_test_split(range(len(labels)), test_size=0.2, stratify=labels, random_state=0)

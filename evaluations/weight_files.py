@@ -1,6 +1,5 @@
 """Weight files that are downloaded once, whole, into the user's cache."""
 
-import hashlib
 import os
 import re
 import urllib.request
@@ -75,8 +74,3 @@ def check_hash_in_name(path: Path, name: str) -> None:
             f"{name}: SHA-256 begins with {sha256_of(path)[:8]}, not {claimed[1]} as its name says; "
             "the file is damaged or not the published one"
         )
-
-
-def sha256_of_bytes(data: bytes) -> str:
-    """SHA-256 of bytes in memory, 64 hexadecimal digits."""
-    return hashlib.sha256(data).hexdigest()

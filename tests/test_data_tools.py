@@ -5,6 +5,7 @@ import importlib.util
 import io
 import os
 import pickle
+import re
 import subprocess
 import sys
 import tarfile
@@ -19,10 +20,11 @@ import pytest
 from PIL import Image
 
 from evaluations import celeba64_npz, cifar_npz, imagenet32_npz
-from evaluations.official_batches import CIFAR10_CLASSES, open_imagenet32, read_cifar10
 from guided_diffusion.errors import UserError
 from guided_diffusion.image_datasets import open_dataset, read_image
+from guided_diffusion.io import official_batches
 from guided_diffusion.io.image_folder import write_image_folder
+from guided_diffusion.io.official_batches import CIFAR10_CLASSES, cifar10_images, imagenet32_images
 
 ROOT = Path(__file__).parents[1]
 SCRIPTS = [
@@ -85,6 +87,13 @@ def test_help_answers_without_loading_anything_heavy(script, tmp_path):
     imported = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines()}
     assert "numpy" in imported
     assert not imported & {"torch", "torchvision", "PIL", "PIL.Image", "tensorflow", "scipy"}
+
+
+def test_imports_run_one_way():
+    imports = re.compile(r"^\s*(?:from|import) (guided_diffusion|evaluations|datasets)\b", re.M)
+    for folder in ("guided_diffusion", "evaluations", "datasets"):
+        for path in (ROOT / folder).rglob("*.py"):
+            assert set(imports.findall(path.read_text())) <= {"guided_diffusion", folder}, path
 
 
 # --- mix.py ----------------------------------------------------------------------------------------
@@ -495,7 +504,8 @@ def test_a_failed_download_is_told(monkeypatch, tmp_path, error):
 
 
 def test_a_missing_torchvision_is_told(monkeypatch, tmp_path):
-    monkeypatch.setitem(sys.modules, "torchvision", None)
+    for name in ("torchvision", "torchvision.datasets"):  # another test may have imported them
+        monkeypatch.setitem(sys.modules, name, None)
     with pytest.raises(UserError, match=r"torchvision cannot be imported .*--archive"):
         call(monkeypatch, download, "--out", tmp_path / "made")
     assert not (tmp_path / "made").exists()
@@ -598,19 +608,17 @@ def test_images_whose_names_tell_one_class_have_no_labels(monkeypatch, tmp_path)
     assert set(arrays(tmp_path / "val.npz")) == {"arr_0"}
 
 
-def test_batches_come_in_blocks(tmp_path, archive, cifar, imagenet):
-    pickles = write_imagenet(tmp_path / "pickles", imagenet)
-    archives = write_imagenet(tmp_path / "archives", imagenet, ".npz")
-    batches = [open_imagenet32(pickles / "train_data_batch_2")]
-    batches += [open_imagenet32(archives / "train_data_batch_2.npz")]
-    wanted = [(imagenet[0][3:6], imagenet[1][3:6])] * 2
-    batches += read_cifar10(archive, "test")
-    wanted += [cifar["test"]]
-    for batch, (images, labels) in zip(batches, wanted, strict=True):
-        blocks = list(batch.blocks(2))
-        assert [len(block) for block, _ in blocks] == [2, len(images) - 2]
+def test_official_images_come_in_blocks(monkeypatch, tmp_path, archive, cifar, imagenet):
+    monkeypatch.setattr(official_batches, "BLOCK", 2)
+    folders = [write_imagenet(tmp_path / f"batches{suffix}", imagenet, suffix) for suffix in ("", ".npz")]
+    found = [cifar10_images(archive, "test"), *map(imagenet32_images, folders)]
+    for image_set, (images, labels) in zip(found, [cifar["test"], imagenet, imagenet], strict=True):
+        blocks = list(image_set.blocks)
+        assert image_set.count == len(images)
+        assert max(len(block) for block, _ in blocks) == 2
         np.testing.assert_array_equal(np.concatenate([block for block, _ in blocks]), images)
         np.testing.assert_array_equal(np.concatenate([part for _, part in blocks]), labels)
+    assert imagenet32_images(tmp_path) is None
 
 
 def test_imagenet_as_a_user_runs_it(tmp_path, imagenet):

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -12,7 +13,7 @@ import torch as th
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 
-from evaluations.digits import NOISE_ROUGHNESS, is_noise, load_digit_images, roughness
+from evaluations.digits import NOISE_ROUGHNESS, is_noise, roughness
 from evaluations.digits_classifier import (
     DEFAULT_WEIGHTS,
     DigitsClassifier,
@@ -22,9 +23,11 @@ from evaluations.digits_classifier import (
 )
 from evaluations.digits_floor import real_floor
 from evaluations.evaluator import evaluate
-from evaluations.results import DigitsResult, format_table, values
+from evaluations.results import DigitsResult, format_result, format_table, values
 from guided_diffusion.errors import UserError
+from guided_diffusion.io.digits import load_digit_images
 from guided_diffusion.io.files import NpzFile, sha256_of
+from guided_diffusion.io.torch_file import read_torch_file
 
 ROOT = Path(__file__).parents[1]
 
@@ -126,9 +129,18 @@ def test_the_shipped_classifier_reads_held_out_digits(real):
     np.testing.assert_allclose(probabilities, whole, rtol=1e-5)
 
 
-def test_the_classifier_has_the_size_it_states():
-    count = sum(parameter.numel() for parameter in DigitsClassifier().parameters())
-    assert f"{count:,} parameters" in DigitsClassifier.__doc__
+def test_the_embedded_networks_have_the_sizes_that_are_stated():
+    sizes = {
+        name: sum(tensor.numel() for tensor in read_torch_file(ROOT / f"model/{name}.pt").values())
+        for name in ("digits_teacher", "digits_classifier")
+    }
+    sections = (ROOT / "model/README.md").read_text().split("\n## ")
+    for name, size in sizes.items():
+        (section,) = (text for text in sections if text.startswith(f"`{name}.pt`"))
+        assert re.findall(r"([\d,]+) parameters", section) == [f"{size:,}"]
+    stated = f"{sizes['digits_classifier']:,} parameters"
+    for text in (DigitsClassifier.__doc__, (ROOT / "docs/evaluation.md").read_text()):
+        assert re.findall(r"[\d,]+ parameters", text) == [stated]
 
 
 def test_classifier_weights_that_are_none(tmp_path):
@@ -237,6 +249,63 @@ def test_the_command_gives_a_table_and_a_record(folder, scores, tmp_path):
     assert done.stderr == ""
     records = json.loads((tmp_path / "r.json").read_text())
     assert [record["fd"] for record in records] == pytest.approx([scores[name].fd for name in names])
+
+
+# Where the samples come from
+
+MADE = {"model": "ema_0.9999_100000.pt", "step": 100000, "process": {"T": 1000}, "sampler": "ddim", "seed": 0,
+        "config": {"a": [1, None]}}  # fmt: skip
+
+
+def test_the_provenance_of_samples_stands_in_the_record(folder, scores, tmp_path):
+    np.savez(tmp_path / "made.npz", NpzFile(folder / "half.npz").load("arr_0"), provenance=json.dumps(MADE))
+    files = folder / "real.npz", tmp_path / "made.npz", "--output", tmp_path / "r.json"
+    command = [sys.executable, ROOT / "evaluations" / "evaluator.py", *files, "--backend", "digits"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert done.stderr == ""
+    last = done.stdout.splitlines()[-1]
+    assert last == "samples made by: model ema_0.9999_100000.pt, step 100000, sampler ddim, seed 0"
+    (record,) = json.loads((tmp_path / "r.json").read_text())
+    assert record["samples_provenance"] == MADE
+    assert scores["half"].samples_provenance is None
+    assert values(scores["half"]) == pytest.approx({name: record[name] for name in values(scores["half"])})
+
+
+def test_a_provenance_may_be_of_either_byte_order(tmp_path):
+    np.savez(tmp_path / "made.npz", provenance=np.array(json.dumps(MADE), ">U999"))
+    assert NpzFile(tmp_path / "made.npz").load_json("provenance") == MADE
+
+
+def test_a_provenance_prints_as_one_line_whatever_it_holds(scores):
+    strange = {"model": "a\nb\x1b[2J", "step": [1], "sampler": "x" * 999, "seed": None}
+    lines = format_result(dataclasses.replace(scores["half"], samples_provenance=strange)).splitlines()
+    assert lines[-1] == f"samples made by: model 'a\\nb\\x1b[2J', sampler {'x' * 60}"
+    plain = format_result(scores["half"])
+    assert format_result(dataclasses.replace(scores["half"], samples_provenance={})) == plain
+
+
+@pytest.mark.filterwarnings("ignore:.*images are fewer than:UserWarning")
+@pytest.mark.parametrize(
+    "entry",
+    [
+        np.array("{"),
+        np.array("[1]"),
+        np.array('{"seed": NaN}'),
+        np.array('{"a": ' * 100_000),
+        np.array(['{"seed": 0}']),
+        np.array(7),
+        np.array(b"{}"),
+        np.array(json.dumps({"config": "x" * (1 << 20)})),
+        np.frombuffer(b"\xff\xff\xff\x7f", "<U1").reshape(()),  # beyond Unicode
+    ],
+    ids=["no JSON", "list", "NaN", "deep", "array", "number", "bytes", "long", "no text"],
+)
+def test_a_provenance_that_is_none_is_left_out_with_a_warning(folder, tmp_path, entry):
+    np.savez(tmp_path / "made.npz", load_digit_images()[0][:20], provenance=entry)
+    with pytest.warns(UserWarning, match=r"made\.npz: 'provenance' holds no JSON object") as warned:
+        found = evaluate(folder / "real.npz", tmp_path / "made.npz", backend="digits")
+    assert found.samples_provenance is None
+    assert not any("\n" in str(warning.message) for warning in warned)
 
 
 # The floor

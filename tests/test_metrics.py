@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from scipy import linalg, special
 from scipy.spatial.distance import cdist
 
-from evaluations import distances, neighbours, progress
+from evaluations import neighbours, progress
 from evaluations.metrics import (
     Gaussian,
     GaussianAccumulator,
@@ -164,7 +164,8 @@ def test_golden_inception_score(golden, split):
     p = special.softmax(golden["inception_score/logits"].astype(float), axis=1).astype(np.float32)
     np.testing.assert_allclose(p[:8], golden["inception_score/probabilities_first_8"], rtol=1e-6)
     expected = EXPECTED["inception_score"][f"split_size_{split}"]
-    assert inception_score(p, split) == pytest.approx(expected, rel=1e-5)
+    splits = np.split(p, range(split, len(p), split))
+    assert inception_score(splits) == pytest.approx(expected, rel=1e-5)
 
 
 def test_inception_score_with_a_probability_of_exactly_zero(golden):
@@ -174,13 +175,13 @@ def test_inception_score_with_a_probability_of_exactly_zero(golden):
     almost = p.copy()
     almost[3] = 1e-30
     almost[3, 7] = 1
-    assert inception_score(p) == pytest.approx(inception_score(almost), rel=1e-12)
+    assert inception_score([p]) == pytest.approx(inception_score([almost]), rel=1e-12)
 
 
 def test_inception_score_of_the_extremes():
-    assert inception_score(np.eye(10).repeat(3, axis=0)) == pytest.approx(10)  # sure and balanced
-    assert inception_score(np.full((30, 10), 0.1)) == pytest.approx(1)  # never sure
-    assert inception_score(np.eye(10)[np.zeros(30, dtype=int)]) == pytest.approx(1)  # one class only
+    assert inception_score([np.eye(10).repeat(3, axis=0)]) == pytest.approx(10)  # sure and balanced
+    assert inception_score([np.full((30, 10), 0.1)]) == pytest.approx(1)  # never sure
+    assert inception_score([np.eye(10)[np.zeros(30, dtype=int)]]) == pytest.approx(1)  # one class only
 
 
 def test_class_entropy():
@@ -250,8 +251,7 @@ def test_neighbour_scores_equal_brute_force_with_ties_and_duplicates(n, m, dimen
 def test_blocks_make_no_difference(golden, monkeypatch, block):
     reference, samples = golden["B_rank_deficient/ref"], golden["B_rank_deficient/sample"]
     expected = scores_of(reference, samples)
-    for module in (distances, neighbours):
-        monkeypatch.setattr(module, "BLOCK", block)
+    monkeypatch.setattr(neighbours, "BLOCK", block)
     assert scores_of(reference, samples) == expected
 
 
@@ -288,31 +288,29 @@ def test_a_spread_out_set_recalls_but_is_not_precise():
     assert found.precision < 0.5
 
 
-PRECISIONS = (th.bfloat16, th.float32, th.float64)
+PRECISIONS = (th.float32, th.float64)
 
 
 @settings(max_examples=40, deadline=None)
 @given(
     st.sampled_from(PRECISIONS), st.integers(1, 300), st.integers(0, 10**6), st.sampled_from([0.0, 1.0, 50.0])
 )
-def test_products_stay_within_their_rounding(dtype, dimension, seed, offset):
+def test_squared_distances_stay_within_their_rounding(dtype, dimension, seed, offset):
     generator = np.random.default_rng(seed)
     x = (generator.standard_normal((30, dimension)) ** 3 + offset).astype(np.float32)
-    points = distances.Points(x, x[0], th.device("cpu"))
-    block = points.take(np.arange(30), dtype)
-    found = points.norms[:, None] + points.norms - 2 * distances.products(block, block).double()
+    points = neighbours.Points(x, x[0], th.device("cpu"))
+    found = neighbours.squared_distances(points, slice(None), points, slice(None), dtype)
     exact = np.square(x[:, None].astype(float) - x[None]).sum(-1)
-    bound = distances.rounding(dtype, dimension) * (points.norms[:, None] + points.norms)
+    bound = neighbours.rounding(dtype, dimension) * (points.norms[:, None] + points.norms)
     assert (abs(found.numpy() - exact) <= bound.numpy() + 1e-300).all()
 
 
-@pytest.mark.parametrize("levels", [PRECISIONS, PRECISIONS[1:]])
+@pytest.mark.parametrize("dtype", PRECISIONS)
 @pytest.mark.parametrize("spread", [1.0, 1e-2, 1e-4])
-def test_coarse_precisions_do_not_change_a_decision(monkeypatch, levels, spread):
-    # Tight clusters far from the common centre: the coarse products cannot tell their members apart.
-    for module in (distances, neighbours):
-        monkeypatch.setattr(module, "BLOCK", 50)
-    monkeypatch.setattr(neighbours, "precisions", lambda device: levels)
+def test_coarse_precision_does_not_change_a_decision(monkeypatch, dtype, spread):
+    # Tight clusters far from the common centre: products in float32 cannot tell their members apart.
+    monkeypatch.setattr(neighbours, "BLOCK", 50)
+    monkeypatch.setattr(neighbours, "coarse_precision", lambda: dtype)
     generator = np.random.default_rng(0)
     clusters = 5 * generator.standard_normal((6, 12))
     reference, samples = (
@@ -330,10 +328,9 @@ def test_coarse_precisions_do_not_change_a_decision(monkeypatch, levels, spread)
 def test_float32_products_of_lower_precision_are_not_trusted():
     before = th.get_float32_matmul_precision()
     try:
-        assert th.float32 in distances.precisions(th.device("cpu"))
+        assert neighbours.coarse_precision() == th.float32
         th.set_float32_matmul_precision("medium")
-        assert th.float32 not in distances.precisions(th.device("cpu"))
-        assert distances.precisions(th.device("cpu"))[-1] == th.float64
+        assert neighbours.coarse_precision() == th.float64
     finally:
         th.set_float32_matmul_precision(before)
 

@@ -3,6 +3,7 @@
 import errno
 import fcntl
 import hashlib
+import json
 import lzma
 import math
 import os
@@ -16,6 +17,7 @@ import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.lib import format as npy_format
@@ -31,6 +33,7 @@ _DAMAGE = (
 # An entry that unfolds into more than this must not be this many times larger than it is in the file.
 _BOMB_BYTES, _BOMB_RATIO = 64 << 20, 200
 _CHUNK = 1 << 20
+_MAX_TEXT = 1 << 20  # characters
 
 
 @contextmanager
@@ -189,6 +192,26 @@ class NpzFile:
                 return np.frombuffer(data, dtype, math.prod(shape)).reshape(shape)
         except _DAMAGE as error:
             raise UserError(f"{self.path}: damaged archive ({_one_line(error)})") from None
+
+    def load_json(self, name: str) -> dict[str, Any]:
+        """The JSON object that an array [] of one string holds.
+
+        Raises:
+            UserError: no such array, or it is no JSON object (which has no NaN), or a very long one.
+        """
+        shape, dtype = self.require(name)
+        try:
+            if shape or dtype.kind != "U" or dtype.itemsize > 4 * _MAX_TEXT:
+                raise ValueError(f"it is {dtype} {list(shape)}, not a string of up to {_MAX_TEXT} characters")
+            # Not by numpy, to which characters beyond Unicode are an error of its own.
+            encoding = "utf-32-be" if dtype.str.startswith(">") else "utf-32-le"
+            found = json.loads(self.load(name).tobytes().decode(encoding).rstrip("\0"))
+            json.dumps(found, allow_nan=False)
+            if not isinstance(found, dict):
+                raise ValueError(f"it is a {type(found).__name__}")
+        except (ValueError, RecursionError) as error:
+            raise UserError(f"{self.path}: '{name}' holds no JSON object ({_one_line(error)})") from None
+        return found
 
     def stream(self, name: str, rows: int) -> Iterator[np.ndarray]:
         """Yield the array in blocks of at most `rows` rows, decompressing as it goes."""

@@ -1,4 +1,4 @@
-"""Image files as the evaluator takes them, checked before anything expensive starts."""
+"""Images by the thousand, a block at a time: npz files checked before they are read, sets to be written."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -6,8 +6,12 @@ from pathlib import Path
 
 import numpy as np
 
-from guided_diffusion.errors import UserError
-from guided_diffusion.io.files import NpzFile
+from ..errors import UserError
+from ..logger import progress_bar
+from .files import NpzFile
+from .npz_writer import create_npz
+
+BLOCK = 512  # images
 
 
 @dataclass(frozen=True)
@@ -65,10 +69,29 @@ def _range_hint(npz: NpzFile, dtype: np.dtype) -> str:
     return f" with values from {first.min():g} to {first.max():g}"
 
 
-def check_same_size(reference: ImageFile, samples: ImageFile) -> None:
-    """Refuse to compare images of different sizes: the scores would measure the enlargement."""
-    if (reference.height, reference.width) != (samples.height, samples.width):
-        raise UserError(
-            f"{samples.path}: images of {samples.height}x{samples.width}, but those of the reference "
-            f"{reference.path} are {reference.height}x{reference.width}"
-        )
+@dataclass(frozen=True)
+class ImageSet:
+    """Images that can be gone through once.
+
+    Attributes:
+        count: N.
+        blocks: images uint8 [n, H, W, 3], RGB, with labels int64 [n], or None in every block.
+    """
+
+    count: int
+    blocks: Iterator[tuple[np.ndarray, np.ndarray | None]]
+
+
+def write_npz(images: ImageSet, out: Path) -> int:
+    """Write images to `arr_0` and labels, if there are any, to `arr_1`; whole or not at all.
+
+    Returns:
+        The number of classes; 0 without labels.
+    """
+    seen: set[int] = set()
+    with create_npz(out, images.count) as writer, progress_bar(images.count, out.name) as bar:
+        for block, labels in images.blocks:
+            writer.append(block, labels)
+            seen.update([] if labels is None else labels.tolist())
+            bar.update(len(block))
+    return len(seen)

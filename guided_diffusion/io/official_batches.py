@@ -10,50 +10,28 @@ import re
 import tarfile
 import zlib
 from collections.abc import Iterator
+from itertools import chain
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 import numpy as np
 
-from guided_diffusion.errors import UserError
-from guided_diffusion.io.files import NpzFile
-from guided_diffusion.io.safe_pickle import load_arrays
+from ..errors import UserError
+from .files import NpzFile
+from .image_sets import BLOCK, ImageSet
+from .safe_pickle import load_arrays
 
 SIZE = 32
 CIFAR10_CLASSES = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
 CIFAR10_FILES = {"train": [f"data_batch_{i}" for i in range(1, 6)], "test": ["test_batch"]}
-IMAGENET_CLASSES = 1000
+_IMAGENET_CLASSES = range(1, 1001)
 _IMAGENET_FILE = re.compile(r"train_data_batch_([1-9]|10)(\.npz)?")
 _IMAGENET_FILES = 10
 _MAX_BATCH_BYTES = 1 << 28  # CIFAR-10's have 31 MB; an archive's claims are not believed beyond this
 
 
-class Batch:
-    """A batch of 32x32 images.
-
-    Attributes:
-        labels: int64 [N], from 0.
-    """
-
-    def __init__(self, rows: np.ndarray | NpzFile, labels: np.ndarray):
-        self._rows = rows
-        self.labels = labels
-
-    def blocks(self, size: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """Images uint8 [n, 32, 32, 3], RGB, and labels int64 [n], n at most `size`, in order."""
-        if isinstance(self._rows, NpzFile):
-            rows = self._rows.stream("data", size)
-        else:
-            rows = (self._rows[i : i + size] for i in range(0, len(self._rows), size))
-        start = 0
-        for block in rows:
-            images = block.reshape(-1, 3, SIZE, SIZE).transpose(0, 2, 3, 1)
-            yield images, self.labels[start : start + len(block)]
-            start += len(block)
-
-
-def read_cifar10(archive: Path, split: str) -> list[Batch]:
-    """The batches of a split, from `cifar-10-python.tar.gz`.
+def cifar10_images(archive: Path, split: str) -> ImageSet:
+    """The images of a split, with labels, from `cifar-10-python.tar.gz`, in its order.
 
     Args:
         archive: the official archive, as it is downloaded.
@@ -64,7 +42,7 @@ def read_cifar10(archive: Path, split: str) -> list[Batch]:
     """
     if not archive.is_file():
         raise UserError(f"no such file: {archive}")
-    batches: dict[str, Batch] = {}
+    batches: dict[str, ImageSet] = {}
     try:
         with tarfile.open(archive) as tar:
             unpacked: Any = tar.fileobj
@@ -79,15 +57,28 @@ def read_cifar10(archive: Path, split: str) -> list[Batch]:
     missing = [file for file in CIFAR10_FILES[split] if file not in batches]
     if missing:
         raise UserError(f"{archive}: is not the official CIFAR-10 archive, it has no {', '.join(missing)}")
-    return [batches[file] for file in CIFAR10_FILES[split]]
+    ordered = [batches[file] for file in CIFAR10_FILES[split]]
+    return ImageSet(sum(batch.count for batch in ordered), chain(*(batch.blocks for batch in ordered)))
 
 
-def imagenet32_files(folder: Path) -> list[Path]:
-    """The ten files train_data_batch_1 to _10, each with or without `.npz`; none if there is not one.
+def imagenet32_images(folder: Path) -> ImageSet | None:
+    """The images of the ten files train_data_batch_1 to _10, each with or without `.npz`, with labels.
+
+    All files are read, and checked, before the first image is given out. A pickle is read whole
+    (400 MB), of an npz the labels and a block at a time.
+
+    Returns:
+        None if there is not one such file.
 
     Raises:
-        UserError: some are missing, or one is there twice.
+        UserError: some are missing, one is there twice, or damaged.
     """
+    files = _imagenet32_files(folder)
+    count = sum(_open_imagenet32(path).count for path in files)
+    return ImageSet(count, (b for path in files for b in _open_imagenet32(path).blocks)) if files else None
+
+
+def _imagenet32_files(folder: Path) -> list[Path]:
     numbered: dict[int, Path] = {}
     for path in sorted(folder.iterdir()):
         if match := _IMAGENET_FILE.fullmatch(path.name):
@@ -101,36 +92,45 @@ def imagenet32_files(folder: Path) -> list[Path]:
     return [numbered[i] for i in wanted if numbered]
 
 
-def open_imagenet32(path: Path) -> Batch:
-    """One of ImageNet-32's files. A pickle is read whole (400 MB), of an npz only the labels.
-
-    Raises:
-        UserError: missing, damaged, or no such batch.
-    """
+def _open_imagenet32(path: Path) -> ImageSet:
     if path.suffix != ".npz":
-        return _batch(load_arrays(path), str(path), range(1, IMAGENET_CLASSES + 1))
+        return _batch(load_arrays(path), str(path), _IMAGENET_CLASSES)
     archive = NpzFile(path)
     shape, dtype = archive.require("data")
     _check_rows(shape, dtype, str(path))
-    labels = archive.load("labels")
-    return Batch(archive, _checked_labels(labels, shape[0], str(path), range(1, IMAGENET_CLASSES + 1)))
+    labels = _checked_labels(archive.load("labels"), shape[0], str(path), _IMAGENET_CLASSES)
+    return _images(archive.stream("data", BLOCK), labels)
 
 
-def _read_member(tar: tarfile.TarFile, member: tarfile.TarInfo, name: str) -> Batch:
+def _read_member(tar: tarfile.TarFile, member: tarfile.TarInfo, name: str) -> ImageSet:
     if member.size > _MAX_BATCH_BYTES:
         raise UserError(f"{name}: claims to be of {member.size} bytes, no CIFAR-10 batch is")
     stream: Any = tar.extractfile(member)
     return _batch(load_arrays(stream, name), name, range(len(CIFAR10_CLASSES)))
 
 
-def _batch(content: Any, name: str, classes: range) -> Batch:
+def _batch(content: Any, name: str, classes: range) -> ImageSet:
     if not isinstance(content, dict) or not {"data", "labels"} <= set(content):
         raise UserError(f"{name}: is no batch of images, it has no 'data' and 'labels'")
     data = content["data"]
     if not isinstance(data, np.ndarray):
         raise UserError(f"{name}: 'data' is a {type(data).__name__}, no array")
     _check_rows(data.shape, data.dtype, name)
-    return Batch(data, _checked_labels(content["labels"], len(data), name, classes))
+    labels = _checked_labels(content["labels"], len(data), name, classes)
+    return _images((data[i : i + BLOCK] for i in range(0, len(data), BLOCK)), labels)
+
+
+def _images(rows: Iterator[np.ndarray], labels: np.ndarray) -> ImageSet:
+    """Blocks of rows uint8 [n, 3072] with all their labels, as images."""
+
+    def blocks() -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        start = 0
+        for block in rows:
+            images = block.reshape(-1, 3, SIZE, SIZE).transpose(0, 2, 3, 1)
+            yield images, labels[start : start + len(block)]
+            start += len(block)
+
+    return ImageSet(len(labels), blocks())
 
 
 def _check_rows(shape: tuple[int, ...], dtype: np.dtype, name: str) -> None:
