@@ -27,8 +27,8 @@ from guided_diffusion import dist_util
 from guided_diffusion.config.settings import Experiment
 from guided_diffusion.distill.dynamic_batch import DynamicBatch
 from guided_diffusion.io.npz_writer import create_npz
+from guided_diffusion.networks.precision import compute_dtype
 from guided_diffusion.processes.launch import run_script
-from guided_diffusion.processes.precision import compute_dtype
 from guided_diffusion.runs.checkpoint import load_network, newest_checkpoint
 from guided_diffusion.sampling.sample_set import SampleSet
 from guided_diffusion.script_util import build_network, build_process

@@ -26,8 +26,8 @@ from guided_diffusion.config.settings import Experiment, Run
 from guided_diffusion.distill.dynamic_batch import DynamicBatch
 from guided_diffusion.distill.objectives import Distillation
 from guided_diffusion.logger import RunLog
+from guided_diffusion.networks.precision import compute_dtype, place
 from guided_diffusion.processes.launch import run_script
-from guided_diffusion.processes.precision import compute_dtype, place
 from guided_diffusion.script_util import build_network
 from guided_diffusion.train_util import TrainLoop
 from guided_diffusion.training.ema import Ema

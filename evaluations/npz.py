@@ -12,8 +12,8 @@ import numpy as np
 
 from guided_diffusion.errors import UserError
 from guided_diffusion.io.npz_writer import create_npz
+from guided_diffusion.io.progress import progress_bar
 from guided_diffusion.io.remote import local_path
-from guided_diffusion.logger import progress_bar
 
 from .official_batches import imagenet32_files, open_imagenet32, read_cifar10
 

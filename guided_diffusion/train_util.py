@@ -15,8 +15,9 @@ from .distill.objectives import Objective
 from .errors import UserError
 from .gaussian_diffusion import GaussianDiffusion
 from .io.files import atomic_path
+from .io.progress import progress_bar
 from .io.torch_file import read_torch_file
-from .logger import RunLog, progress_bar
+from .logger import RunLog
 from .processes.stopping import Stopped, StopSignals
 from .runs.checkpoint import Checkpoint, Retention, load_network, load_state_dict, load_strictly
 from .runs.checkpoint_writer import CheckpointWriter

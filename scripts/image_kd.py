@@ -22,18 +22,21 @@ def main() -> None:
         raise UserError(
             f"{args.config}: distilling needs a 'teacher' section (image_train.py trains without)"
         )
-    weights = command_line.input_file(teacher.model_path, args.config, "teacher.model_path")
-    initial = (
-        command_line.input_file(student.model_path, args.config, "student.model_path")
-        if student.model_path
-        else None
-    )
+    weights_name = command_line.input_file(teacher.model_path, args.config, "teacher.model_path")
+    initial_name = ""
+    if student.model_path:
+        initial_name = command_line.input_file(student.model_path, args.config, "student.model_path")
     batch_size = command_line.per_rank(student.batch_size, detect_launch().world_size, "student.batch_size")
     pool_path = command_line.output_path(teacher.tempfile, args.config)
 
+    from guided_diffusion import dist_util
     from guided_diffusion.runs.run_directory import start_run
     from guided_diffusion.setups.distillation import distillation_loop
 
+    dist_util.setup_dist()
+    cache = command_line.fetched_path(args.config)
+    weights = dist_util.local_copy(weights_name, cache)
+    initial = dist_util.local_copy(initial_name, cache) if initial_name else None
     with start_run("kd", experiment, args, batch_size) as (log, resume):
         distillation_loop(
             experiment,

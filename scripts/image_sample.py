@@ -45,13 +45,13 @@ def main() -> None:
     import dataclasses
     from pathlib import Path
 
-    weights = command_line.input_file(args.model_path, args.config, "--model_path")
-    name = args.name or f"{experiment.name}-{weights.stem}"
+    weights_name = command_line.input_file(args.model_path, args.config, "--model_path")
+    name = args.name or f"{experiment.name}-{Path(weights_name).stem}"
     default = command_line.output_path(f"experiments/sample/{name}", args.config)
 
     from guided_diffusion import dist_util
     from guided_diffusion.io.remote import is_url
-    from guided_diffusion.processes.precision import place
+    from guided_diffusion.networks.precision import place
     from guided_diffusion.runs.checkpoint import load_network
     from guided_diffusion.runs.mirror import Mirror
     from guided_diffusion.sampling.sample_set import SampleSet
@@ -69,6 +69,7 @@ def main() -> None:
         clip_denoised=args.clip_denoised,
     )
     dist_util.setup_dist()
+    weights = dist_util.local_copy(weights_name, command_line.fetched_path(args.config))
     if mirror:
         dist_util.from_rank_zero(mirror.pull)
     network = experiment.student

@@ -28,14 +28,18 @@ def main() -> None:
         raise UserError(f"{args.config}: has a 'teacher' section; image_kd.py distils, this trains on images")
     if not Path(args.data_dir).exists():
         raise UserError(f"--data_dir: no such file or folder: {args.data_dir}")
-    initial = None
+    initial_name = ""
     if student.model_path:
-        initial = command_line.input_file(student.model_path, args.config, "model_path")
+        initial_name = command_line.input_file(student.model_path, args.config, "model_path")
     batch_size = command_line.per_rank(student.batch_size, detect_launch().world_size, "batch_size")
 
+    from guided_diffusion import dist_util
     from guided_diffusion.runs.run_directory import start_run
     from guided_diffusion.setups.image_training import training_loop
 
+    dist_util.setup_dist()
+    cache = command_line.fetched_path(args.config)
+    initial = dist_util.local_copy(initial_name, cache) if initial_name else None
     with start_run("train", experiment, args, batch_size) as (log, resume):
         training_loop(
             experiment,

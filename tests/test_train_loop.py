@@ -6,7 +6,7 @@ from test_objectives import build, loop_for, make_batch
 from tiny import distillation, one_line_error, script
 
 from guided_diffusion.distill.objectives import PassLoss
-from guided_diffusion.processes.precision import compute_dtype
+from guided_diffusion.networks.precision import compute_dtype
 from guided_diffusion.runs.checkpoint import complete_checkpoints
 from guided_diffusion.train_util import reseed
 from guided_diffusion.training.ema import Ema

@@ -188,7 +188,7 @@ def _choose(
 def _open_named(wanted: str, config: Path) -> Checkpoint:
     """The checkpoint that --resume_checkpoint, or the key of that name, means."""
     if is_url(wanted):
-        return fetch_checkpoint(wanted, command_line.remote_path(config) / "files")
+        return fetch_checkpoint(wanted, command_line.fetched_path(config))
     found = [path for path in (Path(wanted), command_line.output_path(wanted, config)) if path.exists()]
     return open_checkpoint(found[0] if found else wanted)
 

@@ -14,7 +14,7 @@ from ..errors import UserError
 from ..gaussian_diffusion import GaussianDiffusion
 from ..io.files import sha256_of
 from ..logger import RunLog
-from ..processes.precision import place
+from ..networks.precision import place
 from ..runs.checkpoint import Checkpoint, load_network, load_strictly
 from ..script_util import build_network
 from ..train_util import TrainLoop, reseed, sample_process

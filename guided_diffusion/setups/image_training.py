@@ -8,7 +8,7 @@ from ..distill.objectives import DiffusionTraining
 from ..errors import UserError
 from ..image_datasets import open_dataset, sample_batches
 from ..logger import RunLog
-from ..processes.precision import place
+from ..networks.precision import place
 from ..resample import create_named_schedule_sampler
 from ..runs.checkpoint import Checkpoint, load_network
 from ..script_util import build_network
