@@ -11,7 +11,7 @@ def main() -> None:
         "--resume_checkpoint", help="continue from this run directory or modelNNNNNN.pt; a path or a URL"
     )
     parser.add_argument(
-        "--exp_dir", help="the run's directory, a path or a URL (default: experiments/kd/NAME-TIME)"
+        "--exp_dir", help="the run's directory, a path or a URL (default: a new one in experiments/kd)"
     )
     parser.add_argument("--wandb", action="store_true", help="also record to Weights & Biases")
     args, experiment = command_line.parse(parser)

@@ -16,7 +16,7 @@ def main() -> None:
         "--resume_checkpoint", help="continue from this run directory or modelNNNNNN.pt; a path or a URL"
     )
     parser.add_argument(
-        "--exp_dir", help="the run's directory, a path or a URL (default: experiments/train/NAME-TIME)"
+        "--exp_dir", help="the run's directory, a path or a URL (default: a new one in experiments/train)"
     )
     parser.add_argument("--num_workers", type=int, default=0, help="processes that load images (default 0)")
     parser.add_argument("--wandb", action="store_true", help="also record to Weights & Biases")

@@ -2,11 +2,14 @@
 
 import argparse
 import datetime
+import hashlib
 import json
+import re
+import secrets
 import subprocess
 import sys
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -25,6 +28,7 @@ from .figures import save_curves
 from .mirror import Mirror, fetch_checkpoint, run_url
 
 _NOT_YET = "not yet"  # in run.json, while the run goes on
+_LONGEST = 80  # characters of a directory's name that say what the command line changes
 
 
 @contextmanager
@@ -35,13 +39,13 @@ def start_run(
 
     The directory is `--exp_dir`, or for a URL the local one that it is a copy of; or that of
     `--resume_checkpoint`; or that of an unfinished run of the same configuration, so that the same
-    command continues it; or a new experiments/KIND/NAME-TIME.
+    command continues it; or a new experiments/KIND/NAME,CHANGES-TIME-XXXX: see `run_name`.
     Until the block ends no other run can write there.
 
     Args:
         kind: "kd" or "train", the folder under experiments/.
         experiment: the configuration; its resolved form is written to config.yaml.
-        args: the command line's --config, --exp_dir, --resume_checkpoint and --wandb.
+        args: the command line's --config, key=value overrides, --exp_dir, --resume_checkpoint and --wandb.
         batch_size: of one rank.
 
     Yields:
@@ -168,17 +172,15 @@ def _choose(
     wanted = args.resume_checkpoint or experiment.student.resume_checkpoint
     if wanted and not (mirror and is_url(wanted) and normalised(wanted) == mirror.url):
         named = _open_named(wanted, args.config)
-        directory = _hold_first([own or named.directory], lock)
+        directory = _hold(own or named.directory, lock)
         if mirror:
             mirror.require_writable()
         return directory, named
-    if own is not None:
-        candidates = [own]
-    else:
+    if own is None:
         parent = command_line.output_path(f"experiments/{kind}", args.config)
-        now = datetime.datetime.now().strftime("%Y-%m-%d-%H-%M-%S")
-        candidates = [*_unfinished(parent, experiment), parent / f"{experiment.name}-{now}"]
-    directory = _hold_first(candidates, lock)
+        found = _unfinished(parent, experiment, lock)
+        return found or (_new_directory(parent, run_name(experiment.name, args.overrides), lock), None)
+    directory = _hold(own, lock)
     newest = mirror.pull() if mirror else newest_checkpoint(directory)
     if wanted and newest is None:
         raise UserError(f"{wanted}: holds no complete checkpoint")
@@ -193,36 +195,79 @@ def _open_named(wanted: str, config: Path) -> Checkpoint:
     return open_checkpoint(found[0] if found else wanted)
 
 
-def _hold_first(candidates: list[Path], lock: ExitStack) -> Path:
-    """The first directory in which no other run is writing; made if missing.
+def run_name(name: str, overrides: Sequence[str]) -> str:
+    """A name that tells a study's runs apart: the configuration's, and what the command line changes.
+
+    Args:
+        name: the configuration's.
+        overrides: "section.key=value", ...; the section is left out where the key alone says enough.
+
+    Returns:
+        Such as "cifar10,lr=1e-3,seed=1", of letters that every file system takes; what is too long ends
+        in a hash instead.
+    """
+    pairs = [override.partition("=")[::2] for override in overrides]
+    short = [key.rpartition(".")[2] for key, _ in pairs]
+    changes = ""
+    for (key, value), last in zip(pairs, short, strict=True):
+        value = re.sub(r"[^\w.+-]+", "-", value.rpartition("/")[2], flags=re.ASCII)
+        changes += f",{last if short.count(last) == 1 else key}={value}"
+    if len(changes) > _LONGEST:
+        changes = f"{changes[: _LONGEST - 9]}-{hashlib.sha256(changes.encode()).hexdigest()[:8]}"
+    return name + changes
+
+
+def _hold(directory: Path, lock: ExitStack) -> Path:
+    """A directory, made if missing, in which no other run is writing; one that is ending is waited for.
 
     Raises:
-        UserError: there is none.
+        UserError: another run is writing there.
     """
-    for directory in candidates:
-        directory.mkdir(parents=True, exist_ok=True)
-        try:
-            lock.enter_context(held(directory))
+    directory.mkdir(parents=True, exist_ok=True)
+    lock.enter_context(held(directory))
+    return directory
+
+
+def _new_directory(parent: Path, name: str, lock: ExitStack) -> Path:
+    """A directory that no other run has, however many start in the same second."""
+    parent.mkdir(parents=True, exist_ok=True)
+    while True:
+        now = datetime.datetime.now().strftime("%Y-%m-%d-%H-%M-%S")
+        directory = parent / f"{name}-{now}-{secrets.token_hex(2)}"
+        with suppress(FileExistsError):
+            directory.mkdir()
+            lock.enter_context(held(directory, wait=False))
             return directory
-        except UserError:
-            if directory is candidates[-1]:
-                raise
-    raise AssertionError("no candidates")
 
 
-def _unfinished(parent: Path, experiment: Experiment) -> list[Path]:
-    """The runs of this very configuration that have a checkpoint and did not finish, the newest first."""
+def _unfinished(parent: Path, experiment: Experiment, lock: ExitStack) -> tuple[Path, Checkpoint] | None:
+    """The newest run of this configuration that has a checkpoint, did not finish, and is not going on."""
+    for directory in _of_configuration(parent, experiment):
+        with ExitStack() as attempt:
+            try:
+                attempt.enter_context(held(directory, wait=False))
+            except (UserError, PermissionError):
+                continue  # another process's, or another user's
+            newest = newest_checkpoint(directory)
+            if newest is not None and _ended(directory) != "finished":  # it may just have done so
+                lock.enter_context(attempt.pop_all())
+                return directory, newest
+    return None
+
+
+def _of_configuration(parent: Path, experiment: Experiment) -> list[Path]:
+    """The runs of this very configuration that did not finish, the newest first."""
     text = experiment_text(experiment)
     found = []
-    for directory in sorted(parent.glob(f"{experiment.name}-*"), reverse=True):
+    for directory in parent.iterdir() if parent.is_dir() else ():
+        if not directory.name.startswith((f"{experiment.name}-", f"{experiment.name},")):
+            continue
         try:
-            same = (directory / "config.yaml").read_text() == text
-            ended = _ended(directory)
+            if (directory / "config.yaml").read_text() == text and _ended(directory) != "finished":
+                found.append(((directory / "run.json").stat().st_mtime, directory))
         except (OSError, ValueError):
             continue  # not a run of ours, or one that never began
-        if same and ended != "finished" and newest_checkpoint(directory) is not None:
-            found.append(directory)
-    return found
+    return [directory for _, directory in sorted(found, reverse=True)]
 
 
 def _record(config: Path, devices: list[str]) -> dict[str, Any]:

@@ -1,8 +1,10 @@
 """A run that is killed and started again is the run that would have been, to the last bit."""
 
+import datetime
 import json
 import random
 import time
+import types
 
 import pytest
 from driver import (
@@ -22,6 +24,7 @@ from driver import (
 from guided_diffusion import train_util
 from guided_diffusion.io import files
 from guided_diffusion.logger import read_progress
+from guided_diffusion.runs import run_directory
 from guided_diffusion.runs.checkpoint import newest_checkpoint
 
 MAKE = {"kd": distil, "train": train}
@@ -145,7 +148,6 @@ def test_the_same_command_continues_what_is_unfinished(tmp_path):
     code, text = run(tmp_path, *command)
     assert code == 0 and "resumed from step 4" in text
     assert len(list(experiments.iterdir())) == 1
-    time.sleep(1.01)  # directories are named by the second
     code, text = run(tmp_path, *command)  # that one is finished: another begins
     assert code == 0 and "resumed" not in text
     assert len(list(experiments.iterdir())) == 2
@@ -164,6 +166,10 @@ def hang_in_step_2():
 
 def without_patience():
     files._PATIENCE = 0.2
+
+
+def with_endless_patience():
+    files._PATIENCE = float("inf")
 
 
 def test_two_runs_do_not_write_into_one_directory(tmp_path):
@@ -197,12 +203,51 @@ def test_the_same_command_leaves_a_run_alone_that_goes_on(tmp_path):
         while "saved step 2" not in first.text():
             assert first.process.is_alive(), first.text()
             time.sleep(0.05)
-        time.sleep(1.01)  # directories are named by the second
-        code, text = run(tmp_path, *command, tamper=without_patience)
+        code, text = run(tmp_path, *command, tamper=with_endless_patience)
         assert code == 0 and "resumed" not in text
     finally:
         first.kill()
     assert len(list((tmp_path / "project/experiments/kd").iterdir())) == 2
+
+
+def test_commands_that_start_together_do_not_meet(tmp_path):
+    config_folder = tmp_path / "project/yaml"
+    config_folder.mkdir(parents=True)
+    command = [*distil(config_folder), "run.iterations=1", "student.lr=2e-3"]
+    both = [Child(tmp_path / f"{i}.txt", *command, tamper=at_one_moment) for i in range(2)]
+    assert [child.wait() for child in both] == [0, 0], [child.text() for child in both]
+    names = [path.name for path in (tmp_path / "project/experiments/kd").iterdir()]
+    assert len(names) == 2
+    assert all(name.startswith("tiny,iterations=1,lr=2e-3-2026-01-02-03-04-05-") for name in names)
+
+
+def at_one_moment():
+    class Clock(datetime.datetime):
+        @classmethod
+        def now(cls):
+            return cls(2026, 1, 2, 3, 4, 5)
+
+    run_directory.datetime = types.SimpleNamespace(datetime=Clock)
+
+
+@pytest.mark.parametrize(
+    "overrides, name",
+    [
+        ([], "c"),
+        (["student.lr=1e-3", "run.seed=1"], "c,lr=1e-3,seed=1"),
+        (["teacher.num_heads=2", "student.num_heads=4"], "c,teacher.num_heads=2,student.num_heads=4"),
+        (["student.ema_rate=0.9,0.99", "teacher.tempfile=/a b/t.pt"], "c,ema_rate=0.9-0.99,tempfile=t.pt"),
+        (["student.model_path=gs://bucket/ü*.pt"], "c,model_path=-.pt"),
+    ],
+)  # fmt: skip
+def test_a_runs_name_tells_what_the_command_line_changes(overrides, name):
+    assert run_directory.run_name("c", overrides) == name
+
+
+def test_a_long_name_is_cut_and_still_tells_runs_apart():
+    long = [f"student.model_path={'x' * 100}{end}" for end in "ab"]
+    names = {run_directory.run_name("c", [one]) for one in long}
+    assert len(names) == 2 and all(len(name) == 81 for name in names)
 
 
 def test_preparing_clears_what_a_killed_one_left(tmp_path):
