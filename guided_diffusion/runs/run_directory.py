@@ -119,6 +119,7 @@ def _recorded(
         remove_leftovers(directory)
         with atomic_path(directory / "config.yaml") as temporary:
             temporary.write_text(experiment_text(experiment))
+        record |= _starts(directory)
         _write(directory, record | {"ended": _NOT_YET})
     log.info(f"{experiment.name}: writing to {directory}")
     for line in devices:
@@ -276,7 +277,6 @@ def _record(config: Path, devices: list[str]) -> dict[str, Any]:
     installed = {d.metadata["Name"]: d.version for d in metadata.distributions()}
     return {
         "command": sys.argv,
-        "started": datetime.datetime.now().isoformat(timespec="seconds"),
         "git_revision": _git_revision(project_root(config)),
         "versions": {"python": sys.version.split()[0]} | {p: installed.get(p) for p in packages},
         "ranks": devices,
@@ -298,32 +298,57 @@ def _git_revision(folder: Path) -> str | None:
     return head.stdout.strip() + ("+changes" if changes.stdout.strip() else "")
 
 
-def _ended(directory: Path) -> str:
-    """How a run ended, from its run.json.
-
-    Raises:
-        ValueError: the file does not say.
-    """
+def _starts(directory: Path) -> dict[str, Any]:
+    """When the run in a directory first started, and when it was started again."""
     try:
-        return str(json.loads((directory / "run.json").read_text())["ended"])
-    except (KeyError, TypeError, RecursionError) as error:
-        raise ValueError(f"not a record of a run ({error})") from None
+        earlier = _read(directory)
+    except (OSError, ValueError):
+        return {"started": _now(), "resumed": []}
+    return {"started": earlier["started"], "resumed": [*earlier.get("resumed", []), _now()]}
+
+
+def _ended(directory: Path) -> str:
+    """How a run ended; raises as `_read`."""
+    return _read(directory)["ended"]
 
 
 def _write_end(directory: Path, record: dict[str, Any], reason: str) -> None:
     """Record why a run ended, unless a rank did already: the first reason is the cause of the others."""
     try:
-        first = _ended(directory) == _NOT_YET
+        present = _read(directory)
     except (OSError, ValueError):
-        first = True
-    if first:
-        _write(directory, record | _ending(reason))
+        present = record | {"ended": _NOT_YET}
+    if present["ended"] == _NOT_YET:
+        _write(directory, present | _ending(reason))
 
 
 def _ending(reason: str) -> dict[str, str]:
     """What is added to a run's record when it ends."""
-    now = datetime.datetime.now().isoformat(timespec="seconds")
-    return {"ended": reason, "ended_at": now, "peak_memory": dist_util.peak_memory()}
+    return {"ended": reason, "ended_at": _now(), "peak_memory": dist_util.peak_memory()}
+
+
+def _now() -> str:
+    return datetime.datetime.now().isoformat(timespec="seconds")
+
+
+def _read(directory: Path) -> dict[str, Any]:
+    """A directory's run.json.
+
+    Raises:
+        ValueError: it is no record of a run; or OSError.
+    """
+    try:
+        record = json.loads((directory / "run.json").read_text())
+    except RecursionError as error:
+        raise ValueError(f"not a record of a run ({error})") from None
+    if not (
+        isinstance(record, dict)
+        and isinstance(record.get("started"), str)
+        and isinstance(record.get("ended"), str)
+        and isinstance(record.get("resumed", []), list)
+    ):
+        raise ValueError("not a record of a run")
+    return record
 
 
 def _write(directory: Path, record: dict[str, Any]) -> None:

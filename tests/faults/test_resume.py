@@ -261,6 +261,22 @@ def test_preparing_clears_what_a_killed_one_left(tmp_path):
     assert not left.exists() and other.exists() and not list(tmp_path.glob(".*.lock"))
 
 
+def test_a_run_that_is_continued_keeps_its_first_start(tmp_path):
+    folder = tmp_path / "run"
+    command = [*distil(tmp_path), "--exp_dir", folder]
+    assert run(tmp_path, *command, "run.iterations=2", tamper=at_one_moment)[0] == 0
+    assert run(tmp_path, *command, "run.iterations=3")[0] == 0
+    record = json.loads((folder / "run.json").read_text())
+    assert record["started"] == "2026-01-02T03:04:05" and record["ended"] == "finished"
+    (again,) = record["resumed"]
+    assert again > record["started"]
+    assert run(tmp_path, *command, "student.lr=-1")[0] == 1  # refused before it is started again
+    (folder / "run.json").write_text("[" * 100_000)
+    assert run(tmp_path, *command, "run.iterations=4", tamper=at_one_moment)[0] == 0
+    record = json.loads((folder / "run.json").read_text())
+    assert record["started"] == "2026-01-02T03:04:05" and record["resumed"] == []
+
+
 def test_a_run_says_what_it_was(tmp_path):
     command = [*distil(tmp_path), "--exp_dir", tmp_path / "run"]
     assert run(tmp_path, *command)[0] == 0
@@ -270,5 +286,6 @@ def test_a_run_says_what_it_was(tmp_path):
     assert {"python", "torch", "numpy", "omegaconf", "safetensors", "mpi4py"} == set(record["versions"])
     assert record["versions"]["torch"] and record["versions"]["safetensors"]
     assert "git_revision" in record and "started" in record
+    assert record["resumed"] == []
     (rank,) = record["ranks"]
     assert rank.startswith("rank 0: host ") and "cpu" in rank
