@@ -21,7 +21,8 @@ import torch.distributed as dist
 
 from .errors import UserError
 from .io import files
-from .processes.launch import Launch, detect_launch
+from .io.remote import fetch, is_url
+from .processes.launch import Launch, OtherRanks, detect_launch, meet
 from .processes.rendezvous import TIMEOUT, exchange, rendezvous
 
 _T = TypeVar("_T")
@@ -44,6 +45,7 @@ def setup_dist() -> Launch:
     if launch.world_size == 1:
         _state["device"] = _choose_device(0)
         return launch
+    meet(OtherRanks(leave_together, abort))
     store, local_rank = rendezvous(launch)
     _state["store"] = store
     _state["device"] = _choose_device(local_rank)
@@ -89,8 +91,8 @@ def _leave() -> None:
         dist.destroy_process_group()
 
 
-def met() -> bool:
-    """Whether there are other ranks that may be waiting for this one."""
+def is_distributed() -> bool:
+    """Whether there are other ranks, which may be waiting for this one."""
     return world_size() > 1
 
 
@@ -243,6 +245,15 @@ def from_rank_zero(function: Callable[[], _T]) -> _T:
     if mistake:
         raise UserError(mistake)
     return result
+
+
+def local_copy(name: str, cache: Path) -> Path:
+    """The path of an input file; one at a URL is first copied to `cache` by rank 0. Collective.
+
+    Raises:
+        UserError: there is none at the URL, or it cannot be read.
+    """
+    return from_rank_zero(lambda: fetch(name, cache)) if is_url(name) else Path(name)
 
 
 @th.no_grad()

@@ -157,11 +157,3 @@ def _is_whole(row: dict[str, Any]) -> bool:
         return bool(row["step"]) and all(not value or float(value) is not None for value in row.values())
     except (KeyError, TypeError, ValueError):
         return False
-
-
-def progress_bar(total: int | None, description: str, *, initial: int = 0, active: bool = True) -> Any:
-    """A tqdm bar on a terminal; elsewhere, or where not `active`, one that shows nothing."""
-    from tqdm import tqdm
-
-    hidden = not active or not sys.stderr.isatty()
-    return tqdm(total=total, desc=description, initial=initial, disable=hidden, dynamic_ncols=True)

@@ -14,8 +14,9 @@ from .config.settings import Run, Student, Training
 from .errors import UserError
 from .gaussian_diffusion import GaussianDiffusion
 from .io.files import atomic_path
+from .io.progress import progress_bar
 from .io.torch_file import read_torch_file
-from .logger import RunLog, progress_bar
+from .logger import RunLog
 from .networks.base import DenoisingNetwork
 from .processes.stopping import Stopped, StopSignals
 from .runs.checkpoint import Checkpoint, Retention, load_network, load_state_dict, load_strictly

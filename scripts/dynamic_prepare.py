@@ -16,7 +16,7 @@ def main() -> None:
         raise UserError(f"{args.config}: iterative_distillation starts from noise: nothing to prepare")
     if not teacher_settings.tempfile:
         raise UserError(f"{args.config}: teacher.tempfile is not set: where should the pool be written?")
-    weights = command_line.input_file(teacher_settings.model_path, args.config, "teacher.model_path")
+    weights_name = command_line.input_file(teacher_settings.model_path, args.config, "teacher.model_path")
     batch = command_line.per_rank(
         experiment.student.training.batch_size, detect_launch().world_size, "student.batch_size"
     )
@@ -26,7 +26,7 @@ def main() -> None:
     from guided_diffusion.distill.dynamic_batch import pool_size, prepare
     from guided_diffusion.distill.pool_file import join_parts, part_path, read_pool, write_pool
     from guided_diffusion.io.files import remove_leftovers
-    from guided_diffusion.logger import progress_bar
+    from guided_diffusion.io.progress import progress_bar
     from guided_diffusion.setups.distillation import (
         load_teacher,
         noise_pool,
@@ -38,6 +38,7 @@ def main() -> None:
     from guided_diffusion.train_util import reseed
 
     dist_util.setup_dist()
+    weights = dist_util.local_copy(weights_name, command_line.fetched_path(args.config))
     rank, world = dist_util.rank(), dist_util.world_size()
     teacher = load_teacher(experiment, weights)
     total, shape = teacher.process.num_timesteps, teacher.space.shape

@@ -49,8 +49,8 @@ def main() -> None:
 
     from pathlib import Path
 
-    weights = command_line.input_file(args.model_path, args.config, "--model_path")
-    folder = args.name or f"{experiment.name}-{weights.stem}"
+    weights_name = command_line.input_file(args.model_path, args.config, "--model_path")
+    folder = args.name or f"{experiment.name}-{Path(weights_name).stem}"
     default = command_line.output_path(f"experiments/sample/{folder}", args.config)
 
     from guided_diffusion import dist_util
@@ -74,6 +74,7 @@ def main() -> None:
         clip_denoised=args.clip_denoised,
     )
     dist_util.setup_dist()
+    weights = dist_util.local_copy(weights_name, command_line.fetched_path(args.config))
     if mirror:
         dist_util.from_rank_zero(mirror.pull)
     student = experiment.student

@@ -16,7 +16,7 @@ def main() -> None:
         "--resume_checkpoint", help="continue from this run directory or modelNNNNNN.pt; a path or a URL"
     )
     parser.add_argument(
-        "--exp_dir", help="the run's directory, a path or a URL (default: experiments/train/NAME-TIME)"
+        "--exp_dir", help="the run's directory, a path or a URL (default: a new one in experiments/train)"
     )
     parser.add_argument("--num_workers", type=int, default=0, help="processes that load images (default 0)")
     parser.add_argument("--wandb", action="store_true", help="also record to Weights & Biases")
@@ -29,15 +29,19 @@ def main() -> None:
         raise UserError(f"{args.config}: has a 'teacher' section; image_kd.py distils, this trains on images")
     if not Path(args.data_dir).exists():
         raise UserError(f"--data_dir: no such file or folder: {args.data_dir}")
-    initial = None
+    initial_name = ""
     if training.model_path:
-        initial = command_line.input_file(training.model_path, args.config, "model_path")
+        initial_name = command_line.input_file(training.model_path, args.config, "model_path")
     batch_size = command_line.per_rank(training.batch_size, detect_launch().world_size, "batch_size")
 
+    from guided_diffusion import dist_util
     from guided_diffusion.runs.provenance import describe_network
     from guided_diffusion.runs.run_directory import start_run
     from guided_diffusion.setups.image_training import training_loop
 
+    dist_util.setup_dist()
+    cache = command_line.fetched_path(args.config)
+    initial = dist_util.local_copy(initial_name, cache) if initial_name else None
     with start_run("train", experiment, args, batch_size) as (log, resume):
         training_loop(
             experiment,

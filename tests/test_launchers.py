@@ -50,7 +50,7 @@ def config(tmp_path_factory, witness):
     folder = tmp_path_factory.mktemp("launchers")
     choice = "shuffled_iterative_distillation"
     config = distillation(folder, image_size=8, teacher__iter_choice=choice, student__batch_size=8)
-    environment = {"PYTHONPATH": str(witness), "WITNESS": str(folder / "plain.txt")}
+    environment = {"PYTHONPATH": f"{witness}{os.pathsep}{ROOT}", "WITNESS": str(folder / "plain.txt")}
     script("scripts/dynamic_prepare.py", "--config", config, **environment)
     assert (folder / "plain.txt").read_text() == "dynamic_prepare.py False\n"
     return config
@@ -58,7 +58,11 @@ def config(tmp_path_factory, witness):
 
 def environment_of(witness, notes, **more):
     kept = {name: value for name, value in os.environ.items() if name not in STARTED_BY}
-    return kept | {"PYTHONPATH": str(witness), "WITNESS": str(notes), "OMP_NUM_THREADS": "1"} | more
+    return (
+        kept
+        | {"PYTHONPATH": f"{witness}{os.pathsep}{ROOT}", "WITNESS": str(notes), "OMP_NUM_THREADS": "1"}
+        | more
+    )
 
 
 def arguments(config, run, overrides):
@@ -141,7 +145,7 @@ def test_srun(config, witness, tmp_path):
 
 def test_mpiexec(config, witness, tmp_path):
     """Stage 2 with a role vector, in microbatches; here mpi4py is imported."""
-    notes = {"PYTHONPATH": str(witness), "WITNESS": str(tmp_path / "notes.txt")}
+    notes = {"PYTHONPATH": f"{witness}{os.pathsep}{ROOT}", "WITNESS": str(tmp_path / "notes.txt")}
     output = script(*arguments(config, tmp_path / "run", STAGE2), ranks=2, **notes).stdout
     assert "2 rank(s) (launcher: mpi (MPICH)), batch 4 per rank, 8 together" in output
     assert_the_step_of_one_rank(config, tmp_path / "run", STAGE2, tmp_path)
@@ -301,6 +305,7 @@ def test_each_rank_has_its_own_gpu_or_all_meet_without_nccl(started_by_nobody, m
     monkeypatch.setattr(dist_util, "rendezvous", lambda launch: (Store(rank0=first), 1))
     monkeypatch.setattr(dist_util.dist, "init_process_group", lambda name, **_: chosen.update(name=name))
     monkeypatch.setattr(dist_util.atexit, "register", lambda function: None)
+    monkeypatch.setattr(dist_util, "meet", lambda others: None)
     dist_util.setup_dist()
     assert chosen["name"] == backend
     expected = th.device("cuda", 1 % gpus) if gpus else th.device("cpu")

@@ -5,7 +5,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from ..errors import UserError
-from ..io.remote import fetch, is_url, local_path
+from ..io.remote import is_url, local_path, normalised
 from .loading import load_distillation, load_experiment, project_root
 from .settings import SECTIONS, DistillationExperiment, Experiment, describe_keys
 
@@ -73,24 +73,22 @@ def positive(text: str) -> int:
     return int(text)
 
 
-def input_file(name: str, config: Path, what: str) -> Path:
-    """The existing file a key or flag names: from the working directory, or the configuration's project.
+def input_file(name: str, config: Path, what: str) -> str:
+    """The file a key or flag names: from the working directory, or the configuration's project.
 
-    One at a URL is copied by rank 0, for which the ranks meet.
+    Returns:
+        The path of an existing file, or a URL, which `dist_util.local_copy` fetches.
 
     Raises:
-        UserError: there is none, or it cannot be read.
+        UserError: no name, no such file, or no URL that is known.
     """
     if not name:
         raise UserError(f"{config}: {what} is not set")
     if is_url(name):
-        from .. import dist_util
-
-        dist_util.setup_dist()
-        return dist_util.from_rank_zero(lambda: fetch(name, remote_path(config) / "files"))
+        return normalised(name)
     for path in (Path(name), output_path(name, config)):
         if path.is_file():
-            return path
+            return str(path)
     raise UserError(f"{what}: no such file: {name}")
 
 
@@ -106,6 +104,11 @@ def output_path(name: str | Path, config: Path) -> Path:
 def remote_path(config: Path) -> Path:
     """Where the local directories of URLs lie."""
     return output_path("experiments/remote", config)
+
+
+def fetched_path(config: Path) -> Path:
+    """Where the local copies of files at URLs lie."""
+    return remote_path(config) / "files"
 
 
 def per_rank(batch_size: int, world_size: int, what: str) -> int:

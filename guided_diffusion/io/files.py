@@ -65,7 +65,7 @@ _PATIENCE = 10.0  # seconds for the one who holds a lock to end
 
 
 @contextmanager
-def held(path: Path) -> Iterator[None]:
+def held(path: Path, *, wait: bool = True) -> Iterator[None]:
     """Keep other processes from writing to a directory, or to one file, until the block ends.
 
     A POSIX record lock on a `.lock` inside the directory, or `.NAME.lock` beside the file: it ends
@@ -74,12 +74,13 @@ def held(path: Path) -> Iterator[None]:
 
     Args:
         path: an existing directory, or a file in one.
+        wait: give a process that holds it ten seconds to end, as one that is being stopped does.
 
     Raises:
-        UserError: another process holds it, and keeps it for ten seconds; one line says which.
+        UserError: another process holds it; one line says which.
     """
     lock = path / ".lock" if path.is_dir() else path.with_name(f".{path.name}.lock")
-    deadline = time.monotonic() + _PATIENCE
+    deadline = time.monotonic() + (_PATIENCE if wait else 0)
     while True:
         file = open(lock, "a+")  # noqa: SIM115 (closing it is what ends the lock)
         try:
@@ -94,7 +95,7 @@ def held(path: Path) -> Iterator[None]:
             if error.errno not in (errno.EAGAIN, errno.EACCES):
                 file.close()
                 raise
-            if time.monotonic() > deadline:
+            if time.monotonic() >= deadline:
                 file.seek(0)
                 holder = file.read(100).strip() or "unknown"
                 file.close()

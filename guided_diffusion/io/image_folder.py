@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from ..errors import UserError
-from ..logger import progress_bar
+from .progress import progress_bar
 
 
 def require_absent(folder: Path) -> None:

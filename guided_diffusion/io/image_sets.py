@@ -7,9 +7,9 @@ from pathlib import Path
 import numpy as np
 
 from ..errors import UserError
-from ..logger import progress_bar
 from .files import NpzFile
 from .npz_writer import create_npz
+from .progress import progress_bar
 
 BLOCK = 512  # images
 

@@ -6,7 +6,7 @@ import sys
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import NoReturn
 
 from ..errors import UserError
 from .stopping import EXIT_STOPPED, Stopped
@@ -38,6 +38,28 @@ class Launch:
     def is_mpi(self) -> bool:
         """Whether an MPI launcher started this process, so that mpi4py may be imported."""
         return self.launcher.startswith("mpi")
+
+
+@dataclass(frozen=True)
+class OtherRanks:
+    """How this process ends without leaving others that wait for it; each takes the exit status.
+
+    Attributes:
+        leave_together: returns once all ranks have called it, or else ends them all.
+        abort: ends all ranks, whatever they are doing.
+    """
+
+    leave_together: Callable[[int], None]
+    abort: Callable[[int], NoReturn]
+
+
+_others: OtherRanks | None = None
+
+
+def meet(others: OtherRanks) -> None:
+    """Tell `run_script` that from now on there are other ranks."""
+    global _others
+    _others = others
 
 
 def detect_launch() -> Launch:
@@ -75,47 +97,51 @@ def run_script(main: Callable[[], None]) -> None:
     # Before torch is imported. Threads that spin while they wait for one whose core another program has
     # taken made sampling on two shared cores seven times slower.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    dist_util: Any = None  # once `main` has imported it, and with it torch
     try:
-        try:
-            main()
-        finally:
-            dist_util = sys.modules.get(f"{__package__}.dist_util")
+        main()
     except UserError as error:
-        met = dist_util is not None and dist_util.met()
-        launch = detect_launch()
-        if launch.rank == 0 or met:
-            who = f"[rank {launch.rank}] " if met else ""
-            print(f"error: {who}{error}", file=sys.stderr, flush=True)
-        if met:
-            dist_util.leave_together(1)
+        if _others is not None or _rank() == 0:
+            _tell_and_leave(error)
         sys.exit(1)
     except Stopped as reason:
-        if detect_launch().rank == 0:
+        if _rank() == 0:
             print(f"{reason}; run the same command again to continue", file=sys.stderr, flush=True)
         sys.exit(EXIT_STOPPED)
     except OSError as error:
         if error.filename is None and error.errno != errno.ENOSPC:
-            _fail(dist_util)
+            _fail()
             raise
-        who = f"[rank {detect_launch().rank}] " if dist_util is not None and dist_util.met() else ""
-        print(f"error: {who}{error}", file=sys.stderr, flush=True)
-        if dist_util is not None and dist_util.met():
-            dist_util.leave_together(1)
+        _tell_and_leave(error)
         sys.exit(1)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr, flush=True)
         sys.stdout.flush()
         os._exit(130)  # at once: a checkpoint being written is not waited for
     except Exception:
-        _fail(dist_util)
+        _fail()
         raise
 
 
-def _fail(dist_util: Any) -> None:
+def _rank() -> int:
+    """This process's number; 0 if its launcher is not understood, which every rank then tells."""
+    try:
+        return detect_launch().rank
+    except UserError:
+        return 0
+
+
+def _tell_and_leave(error: Exception) -> None:
+    """Tell a mistake in one line, and end together with the other ranks, if there are any."""
+    who = "" if _others is None else f"[rank {_rank()}] "
+    print(f"error: {who}{error}", file=sys.stderr, flush=True)
+    if _others is not None:
+        _others.leave_together(1)
+
+
+def _fail() -> None:
     """Show the present exception's traceback and end all ranks, if there are others."""
-    if dist_util is None or not dist_util.met():
+    if _others is None:
         return
     lines = traceback.format_exc().splitlines()
-    print(*(f"[rank {detect_launch().rank}] {line}" for line in lines), sep="\n", file=sys.stderr)
-    dist_util.abort(1)
+    print(*(f"[rank {_rank()}] {line}" for line in lines), sep="\n", file=sys.stderr)
+    _others.abort(1)

@@ -2,19 +2,21 @@
 
 import argparse
 import datetime
+import hashlib
 import json
-import subprocess
+import re
+import secrets
 import sys
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 from .. import dist_util
 from ..config import command_line
-from ..config.loading import experiment_text, project_root
-from ..config.settings import Experiment
+from ..config.loading import experiment_text, load_experiment, project_root
+from ..config.settings import DistillationExperiment, Experiment
 from ..errors import UserError
 from ..io.files import atomic_path, held, remove_leftovers
 from ..io.remote import is_url, normalised
@@ -23,8 +25,10 @@ from ..processes.stopping import Stopped
 from .checkpoint import Checkpoint, Retention, newest_checkpoint, open_checkpoint
 from .figures import save_curves
 from .mirror import Mirror, fetch_checkpoint, run_url
+from .provenance import git_revision
 
 _NOT_YET = "not yet"  # in run.json, while the run goes on
+_LONGEST = 80  # characters of a directory's name that say what the command line changes
 
 
 @contextmanager
@@ -35,13 +39,13 @@ def start_run(
 
     The directory is `--exp_dir`, or for a URL the local one that it is a copy of; or that of
     `--resume_checkpoint`; or that of an unfinished run of the same configuration, so that the same
-    command continues it; or a new experiments/KIND/NAME-TIME.
+    command continues it; or a new experiments/KIND/NAME,CHANGES-TIME-XXXX: see `run_name`.
     Until the block ends no other run can write there.
 
     Args:
         kind: "kd" or "train", the folder under experiments/.
         experiment: the configuration; its resolved form is written to config.yaml.
-        args: the command line's --config, --exp_dir, --resume_checkpoint and --wandb.
+        args: the command line's --config, key=value overrides, --exp_dir, --resume_checkpoint and --wandb.
         batch_size: of one rank.
 
     Yields:
@@ -55,11 +59,17 @@ def start_run(
     mirror = _mirror(experiment, args)
     dist_util.setup_dist()
     with ExitStack() as lock:
-        directory, resume = dist_util.from_rank_zero(lambda: _choose(kind, experiment, args, mirror, lock))
+        directory, resume, before_flips = dist_util.from_rank_zero(
+            lambda: _choose(kind, experiment, args, mirror, lock)
+        )
+        if before_flips and experiment.student.training.random_flip:
+            experiment.student.training.random_flip = False
         with _copied(mirror), _recorded(directory, experiment, args, batch_size) as log:
             if mirror is not None:
                 log.publish = mirror.push
                 log.info(f"copied to {mirror.url} with each checkpoint")
+            if before_flips:
+                log.info("the run began before images were mirrored at random, and goes on without")
             yield log, resume
 
 
@@ -115,6 +125,7 @@ def _recorded(
         remove_leftovers(directory)
         with atomic_path(directory / "config.yaml") as temporary:
             temporary.write_text(experiment_text(experiment))
+        record |= _starts(directory)
         _write(directory, record | {"ended": _NOT_YET})
     log.info(f"{experiment.name}: writing to {directory}")
     for line in devices:
@@ -162,23 +173,33 @@ def _push(mirror: Mirror) -> None:
 
 def _choose(
     kind: str, experiment: Experiment, args: argparse.Namespace, mirror: Mirror | None, lock: ExitStack
+) -> tuple[Path, Checkpoint | None, bool]:
+    """The run's directory, which `lock` holds from here on, and what to continue from.
+
+    Returns:
+        The directory, the checkpoint, and whether the run is of a version that did not mirror images.
+    """
+    directory, resume = _find(kind, experiment, args, mirror, lock)
+    is_old = resume is not None and _before_flips(resume.directory, experiment)
+    return directory, resume, is_old
+
+
+def _find(
+    kind: str, experiment: Experiment, args: argparse.Namespace, mirror: Mirror | None, lock: ExitStack
 ) -> tuple[Path, Checkpoint | None]:
-    """The run's directory, which `lock` holds from here on, and what to continue from."""
     own = mirror.directory if mirror else Path(args.exp_dir) if args.exp_dir else None
     wanted = args.resume_checkpoint or experiment.student.training.resume_checkpoint
     if wanted and not (mirror and is_url(wanted) and normalised(wanted) == mirror.url):
         named = _open_named(wanted, args.config)
-        directory = _hold_first([own or named.directory], lock)
+        directory = _hold(own or named.directory, lock)
         if mirror:
             mirror.require_writable()
         return directory, named
-    if own is not None:
-        candidates = [own]
-    else:
+    if own is None:
         parent = command_line.output_path(f"experiments/{kind}", args.config)
-        now = datetime.datetime.now().strftime("%Y-%m-%d-%H-%M-%S")
-        candidates = [*_unfinished(parent, experiment), parent / f"{experiment.name}-{now}"]
-    directory = _hold_first(candidates, lock)
+        found = _unfinished(parent, experiment, lock)
+        return found or (_new_directory(parent, run_name(experiment.name, args.overrides), lock), None)
+    directory = _hold(own, lock)
     newest = mirror.pull() if mirror else newest_checkpoint(directory)
     if wanted and newest is None:
         raise UserError(f"{wanted}: holds no complete checkpoint")
@@ -188,41 +209,99 @@ def _choose(
 def _open_named(wanted: str, config: Path) -> Checkpoint:
     """The checkpoint that --resume_checkpoint, or the key of that name, means."""
     if is_url(wanted):
-        return fetch_checkpoint(wanted, command_line.remote_path(config) / "files")
+        return fetch_checkpoint(wanted, command_line.fetched_path(config))
     found = [path for path in (Path(wanted), command_line.output_path(wanted, config)) if path.exists()]
     return open_checkpoint(found[0] if found else wanted)
 
 
-def _hold_first(candidates: list[Path], lock: ExitStack) -> Path:
-    """The first directory in which no other run is writing; made if missing.
+def run_name(name: str, overrides: Sequence[str]) -> str:
+    """A name that tells a study's runs apart: the configuration's, and what the command line changes.
+
+    Args:
+        name: the configuration's.
+        overrides: "section.key=value", ...; the section is left out where the key alone says enough.
+
+    Returns:
+        Such as "cifar10,lr=1e-3,seed=1", of letters that every file system takes; what is too long ends
+        in a hash instead.
+    """
+    pairs = [override.partition("=")[::2] for override in overrides]
+    short = [key.rpartition(".")[2] for key, _ in pairs]
+    changes = ""
+    for (key, value), last in zip(pairs, short, strict=True):
+        value = re.sub(r"[^\w.+-]+", "-", value.rpartition("/")[2], flags=re.ASCII)
+        changes += f",{last if short.count(last) == 1 else key}={value}"
+    if len(changes) > _LONGEST:
+        changes = f"{changes[: _LONGEST - 9]}-{hashlib.sha256(changes.encode()).hexdigest()[:8]}"
+    return name + changes
+
+
+def _hold(directory: Path, lock: ExitStack) -> Path:
+    """A directory, made if missing, in which no other run is writing; one that is ending is waited for.
 
     Raises:
-        UserError: there is none.
+        UserError: another run is writing there.
     """
-    for directory in candidates:
-        directory.mkdir(parents=True, exist_ok=True)
-        try:
-            lock.enter_context(held(directory))
+    directory.mkdir(parents=True, exist_ok=True)
+    lock.enter_context(held(directory))
+    return directory
+
+
+def _new_directory(parent: Path, name: str, lock: ExitStack) -> Path:
+    """A directory that no other run has, however many start in the same second."""
+    parent.mkdir(parents=True, exist_ok=True)
+    while True:
+        now = datetime.datetime.now().strftime("%Y-%m-%d-%H-%M-%S")
+        directory = parent / f"{name}-{now}-{secrets.token_hex(2)}"
+        with suppress(FileExistsError):
+            directory.mkdir()
+            lock.enter_context(held(directory, wait=False))
             return directory
-        except UserError:
-            if directory is candidates[-1]:
-                raise
-    raise AssertionError("no candidates")
 
 
-def _unfinished(parent: Path, experiment: Experiment) -> list[Path]:
-    """The runs of this very configuration that have a checkpoint and did not finish, the newest first."""
-    text = experiment_text(experiment)
+def _unfinished(parent: Path, experiment: Experiment, lock: ExitStack) -> tuple[Path, Checkpoint] | None:
+    """The newest run of this configuration that has a checkpoint, did not finish, and is not going on."""
+    for directory in _of_configuration(parent, experiment):
+        with ExitStack() as attempt:
+            try:
+                attempt.enter_context(held(directory, wait=False))
+            except (UserError, PermissionError):
+                continue  # another process's, or another user's
+            newest = newest_checkpoint(directory)
+            if newest is not None and _ended(directory) != "finished":  # it may just have done so
+                lock.enter_context(attempt.pop_all())
+                return directory, newest
+    return None
+
+
+def _of_configuration(parent: Path, experiment: Experiment) -> list[Path]:
+    """The runs of this very configuration that did not finish, the newest first."""
     found = []
-    for directory in sorted(parent.glob(f"{experiment.name}-*"), reverse=True):
+    for directory in parent.iterdir() if parent.is_dir() else ():
+        if not directory.name.startswith((f"{experiment.name}-", f"{experiment.name},")):
+            continue
         try:
-            same = (directory / "config.yaml").read_text() == text
-            ended = _ended(directory)
-        except (OSError, ValueError):
+            if _is_of(directory, experiment) and _ended(directory) != "finished":
+                found.append(((directory / "run.json").stat().st_mtime, directory))
+        except (OSError, ValueError, UserError):
             continue  # not a run of ours, or one that never began
-        if same and ended != "finished" and newest_checkpoint(directory) is not None:
-            found.append(directory)
-    return found
+    return [directory for _, directory in sorted(found, reverse=True)]
+
+
+def _is_of(directory: Path, experiment: Experiment) -> bool:
+    """Whether a run has this configuration; keys that its version did not know count as their defaults."""
+    earlier = load_experiment(directory / "config.yaml")
+    earlier.name = experiment.name
+    if _before_flips(directory, experiment):
+        earlier.student.training.random_flip = experiment.student.training.random_flip
+    return earlier == experiment
+
+
+def _before_flips(directory: Path, experiment: Experiment) -> bool:
+    """Whether a run on images is of a version that did not mirror them (0.1.0)."""
+    config = directory / "config.yaml"
+    plain = not isinstance(experiment, DistillationExperiment)
+    return plain and config.is_file() and "random_flip" not in config.read_text()
 
 
 def _record(config: Path, devices: list[str]) -> dict[str, Any]:
@@ -231,54 +310,63 @@ def _record(config: Path, devices: list[str]) -> dict[str, Any]:
     installed = {d.metadata["Name"]: d.version for d in metadata.distributions()}
     return {
         "command": sys.argv,
-        "started": datetime.datetime.now().isoformat(timespec="seconds"),
-        "git_revision": _git_revision(project_root(config)),
+        "git_revision": git_revision(project_root(config)),
         "versions": {"python": sys.version.split()[0]} | {p: installed.get(p) for p in packages},
         "ranks": devices,
     }
 
 
-def _git_revision(folder: Path) -> str | None:
-    """The commit checked out in a folder, "+changes" if files differ from it; None outside git."""
-    git = ["git", "-C", str(folder)]
+def _starts(directory: Path) -> dict[str, Any]:
+    """When the run in a directory first started, and when it was started again."""
     try:
-        head = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, timeout=10)
-        changes = subprocess.run(
-            [*git, "status", "--porcelain", "-uno"], capture_output=True, text=True, timeout=10
-        )
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    if head.returncode:
-        return None
-    return head.stdout.strip() + ("+changes" if changes.stdout.strip() else "")
+        earlier = _read(directory)
+    except (OSError, ValueError):
+        return {"started": _now(), "resumed": []}
+    return {"started": earlier["started"], "resumed": [*earlier.get("resumed", []), _now()]}
 
 
 def _ended(directory: Path) -> str:
-    """How a run ended, from its run.json.
-
-    Raises:
-        ValueError: the file does not say.
-    """
-    try:
-        return str(json.loads((directory / "run.json").read_text())["ended"])
-    except (KeyError, TypeError, RecursionError) as error:
-        raise ValueError(f"not a record of a run ({error})") from None
+    """How a run ended; raises as `_read`."""
+    return _read(directory)["ended"]
 
 
 def _write_end(directory: Path, record: dict[str, Any], reason: str) -> None:
     """Record why a run ended, unless a rank did already: the first reason is the cause of the others."""
     try:
-        first = _ended(directory) == _NOT_YET
+        present = _read(directory)
     except (OSError, ValueError):
-        first = True
-    if first:
-        _write(directory, record | _ending(reason))
+        present = record | {"ended": _NOT_YET}
+    if present["ended"] == _NOT_YET:
+        _write(directory, present | _ending(reason))
 
 
 def _ending(reason: str) -> dict[str, str]:
     """What is added to a run's record when it ends."""
-    now = datetime.datetime.now().isoformat(timespec="seconds")
-    return {"ended": reason, "ended_at": now, "peak_memory": dist_util.peak_memory()}
+    return {"ended": reason, "ended_at": _now(), "peak_memory": dist_util.peak_memory()}
+
+
+def _now() -> str:
+    return datetime.datetime.now().isoformat(timespec="seconds")
+
+
+def _read(directory: Path) -> dict[str, Any]:
+    """A directory's run.json.
+
+    Raises:
+        ValueError: it is no record of a run; or OSError.
+    """
+    try:
+        record = json.loads((directory / "run.json").read_text())
+    except RecursionError as error:
+        raise ValueError(f"not a record of a run ({error})") from None
+    if not (
+        isinstance(record, dict)
+        and isinstance(record.get("started"), str)
+        and isinstance(record.get("ended"), str)
+        and isinstance(record.get("resumed", []), list)
+    ):
+        raise ValueError("not a record of a run")
+    return record
 
 
 def _write(directory: Path, record: dict[str, Any]) -> None:

@@ -15,7 +15,7 @@ from ..errors import UserError
 from ..gaussian_diffusion import GaussianDiffusion
 from ..io.files import NpzFile, atomic_path, remove_leftovers, sha256_of
 from ..io.npz_writer import create_npz
-from ..logger import progress_bar
+from ..io.progress import progress_bar
 from ..networks.base import DenoisingNetwork
 from ..runs.figures import save_grid
 from ..spaces import SampleSpace

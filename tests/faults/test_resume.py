@@ -1,10 +1,14 @@
 """A run that is killed and started again is the run that would have been, to the last bit."""
 
+import datetime
 import json
 import random
+import tarfile
 import time
+import types
 
 import pytest
+import torch as th
 from driver import (
     SECONDS,
     Child,
@@ -18,10 +22,13 @@ from driver import (
     run_ranks,
     train,
 )
+from golden_data import GOLDEN
+from tiny import script
 
 from guided_diffusion import train_util
 from guided_diffusion.io import files
 from guided_diffusion.logger import read_progress
+from guided_diffusion.runs import run_directory
 from guided_diffusion.runs.checkpoint import newest_checkpoint
 
 MAKE = {"kd": distil, "train": train}
@@ -145,7 +152,6 @@ def test_the_same_command_continues_what_is_unfinished(tmp_path):
     code, text = run(tmp_path, *command)
     assert code == 0 and "resumed from step 4" in text
     assert len(list(experiments.iterdir())) == 1
-    time.sleep(1.01)  # directories are named by the second
     code, text = run(tmp_path, *command)  # that one is finished: another begins
     assert code == 0 and "resumed" not in text
     assert len(list(experiments.iterdir())) == 2
@@ -164,6 +170,10 @@ def hang_in_step_2():
 
 def without_patience():
     files._PATIENCE = 0.2
+
+
+def with_endless_patience():
+    files._PATIENCE = float("inf")
 
 
 def test_two_runs_do_not_write_into_one_directory(tmp_path):
@@ -197,12 +207,51 @@ def test_the_same_command_leaves_a_run_alone_that_goes_on(tmp_path):
         while "saved step 2" not in first.text():
             assert first.process.is_alive(), first.text()
             time.sleep(0.05)
-        time.sleep(1.01)  # directories are named by the second
-        code, text = run(tmp_path, *command, tamper=without_patience)
+        code, text = run(tmp_path, *command, tamper=with_endless_patience)
         assert code == 0 and "resumed" not in text
     finally:
         first.kill()
     assert len(list((tmp_path / "project/experiments/kd").iterdir())) == 2
+
+
+def test_commands_that_start_together_do_not_meet(tmp_path):
+    config_folder = tmp_path / "project/yaml"
+    config_folder.mkdir(parents=True)
+    command = [*distil(config_folder), "run.iterations=1", "student.lr=2e-3"]
+    both = [Child(tmp_path / f"{i}.txt", *command, tamper=at_one_moment) for i in range(2)]
+    assert [child.wait() for child in both] == [0, 0], [child.text() for child in both]
+    names = [path.name for path in (tmp_path / "project/experiments/kd").iterdir()]
+    assert len(names) == 2
+    assert all(name.startswith("tiny,iterations=1,lr=2e-3-2026-01-02-03-04-05-") for name in names)
+
+
+def at_one_moment():
+    class Clock(datetime.datetime):
+        @classmethod
+        def now(cls):
+            return cls(2026, 1, 2, 3, 4, 5)
+
+    run_directory.datetime = types.SimpleNamespace(datetime=Clock)
+
+
+@pytest.mark.parametrize(
+    "overrides, name",
+    [
+        ([], "c"),
+        (["student.lr=1e-3", "run.seed=1"], "c,lr=1e-3,seed=1"),
+        (["teacher.num_heads=2", "student.num_heads=4"], "c,teacher.num_heads=2,student.num_heads=4"),
+        (["student.ema_rate=0.9,0.99", "teacher.tempfile=/a b/t.pt"], "c,ema_rate=0.9-0.99,tempfile=t.pt"),
+        (["student.model_path=gs://bucket/ü*.pt"], "c,model_path=-.pt"),
+    ],
+)  # fmt: skip
+def test_a_runs_name_tells_what_the_command_line_changes(overrides, name):
+    assert run_directory.run_name("c", overrides) == name
+
+
+def test_a_long_name_is_cut_and_still_tells_runs_apart():
+    long = [f"student.model_path={'x' * 100}{end}" for end in "ab"]
+    names = {run_directory.run_name("c", [one]) for one in long}
+    assert len(names) == 2 and all(len(name) == 81 for name in names)
 
 
 def test_preparing_clears_what_a_killed_one_left(tmp_path):
@@ -216,6 +265,22 @@ def test_preparing_clears_what_a_killed_one_left(tmp_path):
     assert not left.exists() and other.exists() and not list(tmp_path.glob(".*.lock"))
 
 
+def test_a_run_that_is_continued_keeps_its_first_start(tmp_path):
+    folder = tmp_path / "run"
+    command = [*distil(tmp_path), "--exp_dir", folder]
+    assert run(tmp_path, *command, "run.iterations=2", tamper=at_one_moment)[0] == 0
+    assert run(tmp_path, *command, "run.iterations=3")[0] == 0
+    record = json.loads((folder / "run.json").read_text())
+    assert record["started"] == "2026-01-02T03:04:05" and record["ended"] == "finished"
+    (again,) = record["resumed"]
+    assert again > record["started"]
+    assert run(tmp_path, *command, "student.lr=-1")[0] == 1  # refused before it is started again
+    (folder / "run.json").write_text("[" * 100_000)
+    assert run(tmp_path, *command, "run.iterations=4", tamper=at_one_moment)[0] == 0
+    record = json.loads((folder / "run.json").read_text())
+    assert record["started"] == "2026-01-02T03:04:05" and record["resumed"] == []
+
+
 def test_a_run_says_what_it_was(tmp_path):
     command = [*distil(tmp_path), "--exp_dir", tmp_path / "run"]
     assert run(tmp_path, *command)[0] == 0
@@ -225,5 +290,33 @@ def test_a_run_says_what_it_was(tmp_path):
     assert {"python", "torch", "numpy", "omegaconf", "safetensors", "mpi4py"} == set(record["versions"])
     assert record["versions"]["torch"] and record["versions"]["safetensors"]
     assert "git_revision" in record and "started" in record
+    assert record["resumed"] == []
     (rank,) = record["ranks"]
     assert rank.startswith("rank 0: host ") and "cpu" in rank
+
+
+@pytest.mark.parametrize("named", [True, False], ids=["exp_dir", "found"])
+@pytest.mark.parametrize("kind", ["kd", "train"])
+def test_a_run_of_version_0_1_0_goes_on(tmp_path, kind, named):
+    """Killed at step 2 of 4, it continues to the weights that version reached, mirroring nothing."""
+    with tarfile.open(GOLDEN / "run_written_by_0.1.0.tar.xz") as archive:
+        archive.extractall(tmp_path, filter="data")
+    (tmp_path / kind).rename(tmp_path / "run")
+    flags = ["--config", f"{kind}.yaml"]
+    directory = tmp_path / "run"
+    if named:
+        flags += ["--exp_dir", directory]
+    else:
+        directory = tmp_path / f"experiments/{kind}/{kind}-2026-11-25-01-32-29"
+        directory.parent.mkdir(parents=True)
+        (tmp_path / "run").rename(directory)
+    name = "image_kd" if kind == "kd" else "image_train"
+    flags += ["--data_dir", "images.npz"] if kind == "train" else []
+    done = script(f"scripts/{name}.py", *flags, cwd=tmp_path)
+    assert "resumed from step 2" in done.stdout
+    assert ("goes on without" in done.stdout) == (kind == "train")
+    expected = th.load(directory / "expected.pt", weights_only=True)
+    ours = th.load(directory / "ema_0.9_000004.pt", weights_only=True)
+    for key, value in expected.items():  # the same processor gives the same bits
+        th.testing.assert_close(ours[key], value, atol=2e-5, rtol=1e-4)
+    assert json.loads((directory / "run.json").read_text())["started"].startswith("2026-11-25T01:32")
