@@ -1,9 +1,8 @@
-"""Write docs/configuration.md from the settings themselves: `make docs`."""
+"""Write docs/configuration.md from the settings themselves: `make docs`. A test compares the two."""
 
 from pathlib import Path
 
-from guided_diffusion.config.loading import SECTIONS
-from guided_diffusion.config.settings import Network, describe_keys
+from guided_diffusion.config.settings import SECTIONS, AdmArchitecture, Process, describe_keys
 
 INTRODUCTION = """# Configuration keys
 
@@ -15,6 +14,9 @@ files whose keys are merged in, and its own keys win; `base:` names a configurat
 is laid over. Any key can be overridden on the command line: `student.lr=1e-3`, or `lr=1e-3` where they lie
 at top level. Relative paths are looked for from the configuration's folder and those above it, then from the
 working directory.
+
+A student that gives no process has its teacher's. A key that does nothing where it stands (`dropout` of a
+teacher) is accepted from a file, where it describes a network, and refused as an override.
 """
 
 
@@ -27,14 +29,20 @@ def table(rows: list[tuple[str, object, str]]) -> str:
 
 def page() -> str:
     """The whole page."""
-    shared = describe_keys(Network)
+    architecture, process = describe_keys(AdmArchitecture), describe_keys(Process)
+    where = "in `teacher`, in `student`, or at top level"
     parts = [
         INTRODUCTION,
-        "## Network and process: in `teacher`, in `student`, or at top level\n",
-        table(shared),
+        f"## Architecture: {where}\n",
+        "Those of `adm`; another architecture has keys of its own ([extending.md](extending.md)).\n",
+        table(architecture),
+        f"\n## Process: {where}\n",
+        table(process),
     ]
     for name, section in SECTIONS.items():
-        own = [row for row in describe_keys(section) if row not in shared]
+        own = [row for row in describe_keys(section, name) if row not in architecture + process]
+        if name == "student":  # at the top level of a baseline some more do something
+            own = [row for row in describe_keys(section) if row not in architecture + process]
         summary = (section.__doc__ or "").strip().splitlines()[0]
         parts += [f"\n## `{name}`\n\n{summary}\n", table(own)]
     return "\n".join(parts) + "\n"
