@@ -141,7 +141,7 @@ SCORES: dict[str, tuple[str, float, float]] = {
     "density": ("Density", 0.0, math.inf),
     "coverage": ("Coverage", 0.0, 1.0),
 }
-_PROVENANCE = ("model", "model_sha256", "step", "process", "sampler", "steps", "seed")
+_PROVENANCE = ("model", "step", "noise_schedule", "diffusion_steps", "sampler", "steps", "seed")
 
 
 def format_result(result: Result) -> str:
@@ -162,7 +162,9 @@ def format_result(result: Result) -> str:
 
 def _told(provenance: dict[str, Any]) -> str:
     """The gist of a provenance, of whatever it has; one line whatever it holds."""
-    found = ((name, provenance.get(name)) for name in _PROVENANCE)
+    process = provenance.get("process")
+    known = {**(process if isinstance(process, dict) else {}), **provenance}
+    found = ((name, known.get(name)) for name in _PROVENANCE)
     pairs = [(name, str(value)[:60]) for name, value in found if isinstance(value, (str, int, float))]
     return ", ".join(f"{name} {value if value.isprintable() else ascii(value)}" for name, value in pairs)
 

@@ -85,7 +85,8 @@ def main() -> None:
     load_network(network, weights)
     place(network.eval(), student.architecture.use_fp16, experiment.run, frozen=True)
     provenance = describe_network(experiment.name, student, args.config)
-    provenance["checkpoint"] = {"path": str(weights), **read_description(weights)}
+    checkpoint = read_description(weights)
+    provenance |= {"model": weights.name, "step": checkpoint.get("step"), "checkpoint": checkpoint}
     path = samples.draw(network, process, build_space(student), weights, args.batch_size, provenance)
     if mirror:
         dist_util.from_rank_zero(mirror.push)

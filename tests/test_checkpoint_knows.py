@@ -7,7 +7,7 @@ import pytest
 import torch as th
 import yaml
 from in_process import script_here
-from tiny import distillation, network, one_line_error
+from tiny import ROOT, distillation, network, one_line_error
 
 from guided_diffusion.config.loading import load_distillation, load_experiment
 from guided_diffusion.distill.dynamic_batch import DynamicBatch
@@ -189,3 +189,19 @@ def test_keys_that_would_do_nothing_are_refused(tmp_path, override, told):
 def test_a_baselines_pool_key_is_refused(trained):
     done = sample(trained, trained / "none", "cache_save_interval=3", check=False)
     assert "cache_save_interval does nothing there" in one_line_error(done)
+
+
+def test_the_evaluators_record_has_it_too(tmp_path):
+    """From the embedded teacher's npz to the record: nothing has to be typed again."""
+    script_here(
+        "scripts/image_sample.py", "--config", ROOT / "yaml/digits_16/teacher.yaml", "--num_samples", 20,
+        "--model_path", ROOT / "model/digits_teacher.pt", "--timestep_respacing", 2, "--log_dir", tmp_path,
+    )  # fmt: skip
+    samples = tmp_path / "samples_20x16x16x3.npz"
+    record = tmp_path / "record.json"
+    flags = [samples, samples, "--backend", "digits", "--no_cache", "--output", record]
+    done = script_here("evaluations/evaluator.py", *flags)
+    assert "samples made by: model digits_teacher.pt, noise_schedule cosine, diffusion_steps" in done.stdout
+    result = json.loads(record.read_text())
+    result = result[0] if isinstance(result, list) else result.get("results", [result])[0]
+    assert result["samples_provenance"] == json.loads((tmp_path / "sampling.json").read_text())

@@ -91,6 +91,7 @@ class SampleSet:
         provenance: Mapping[str, Any],
     ) -> Path:
         _, size, _ = network.shape
+        provenance = {**provenance, "steps": process.num_timesteps}
         final = self.directory / f"samples_{self.num_samples}x{size}x{size}x3.npz"
         settings = {
             "model_sha256": sha256_of(weights),
