@@ -14,6 +14,7 @@ import torch as th
 
 from .errors import UserError
 from .io.files import NpzFile
+from .processes.stopping import ignore_signals
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".gif", ".bmp", ".webp")
 
@@ -219,6 +220,7 @@ def sample_batches(
         batch_size=None,
         num_workers=num_workers,
         pin_memory=th.cuda.is_available(),
+        worker_init_fn=ignore_signals,
         # The loader seeds its workers from this; ours draw nothing, and the loop's stream stays untouched.
         generator=th.Generator(),
     )

@@ -34,7 +34,7 @@ def write_pool(path: str | os.PathLike, pools: list[DynamicBatch], belongs_to: M
     labels = [pool.y for pool in pools if pool.y is not None]
     if labels:
         arrays["total_y"] = th.cat([y.cpu() for y in labels])
-    header = {"pool": json.dumps(dict(belongs_to)), "sha256": _sha256(arrays)}
+    header = {"pool": json.dumps(dict(belongs_to)), "sha256": arrays_sha256(arrays)}
     with atomic_path(path) as temporary:
         save_file(arrays, temporary, metadata=header)
 
@@ -132,7 +132,7 @@ def _read_safetensors(path: Path) -> tuple[dict[str, th.Tensor], dict[str, Any]]
             if not isinstance(belongs_to, dict):
                 raise ValueError("its header does not say what it belongs to")
             arrays = {name: file.get_tensor(name) for name in _ARRAYS if name in file.keys()}  # noqa: SIM118
-            if "sha256" in header and header["sha256"] != _sha256(arrays):
+            if "sha256" in header and header["sha256"] != arrays_sha256(arrays):
                 raise ValueError("its contents do not have their checksum")
             return arrays, belongs_to
     except (SafetensorError, ValueError, OSError, RecursionError, TypeError, LookupError) as error:
@@ -140,7 +140,8 @@ def _read_safetensors(path: Path) -> tuple[dict[str, th.Tensor], dict[str, Any]]
         raise UserError(f"{path}: not a readable pool ({told})") from None
 
 
-def _sha256(arrays: Mapping[str, th.Tensor]) -> str:
+def arrays_sha256(arrays: Mapping[str, th.Tensor]) -> str:
+    """SHA-256 of named arrays on the CPU: names, dtypes, shapes and contents."""
     digest = hashlib.sha256()
     for name in sorted(arrays):
         digest.update(f"{name} {arrays[name].dtype} {list(arrays[name].shape)}".encode())
