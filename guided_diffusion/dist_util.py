@@ -24,6 +24,7 @@ from .io import files
 from .io.remote import fetch, is_url
 from .processes.launch import Launch, OtherRanks, detect_launch, meet
 from .processes.rendezvous import TIMEOUT, exchange, rendezvous
+from .processes.stopping import ranks_have_met
 
 _T = TypeVar("_T")
 _PATIENCE = 10.0  # seconds for other ranks to find the mistake that this one found
@@ -48,6 +49,7 @@ def setup_dist() -> Launch:
     meet(OtherRanks(leave_together, abort))
     store, local_rank = rendezvous(launch)
     _state["store"] = store
+    ranks_have_met()
     _state["device"] = _choose_device(local_rank)
     own_gpu = th.cuda.is_available() and local_rank < th.cuda.device_count()
     ranks = exchange(store, launch, "rank", (socket.gethostname(), own_gpu))
@@ -116,7 +118,7 @@ def abort(status: int) -> NoReturn:
     """End this process and with it all ranks, whatever they are doing."""
     sys.stdout.flush()
     sys.stderr.flush()
-    if "mpi4py.MPI" in sys.modules:
+    if "store" in _state and "mpi4py.MPI" in sys.modules:  # without a store MPI may still be starting
         time.sleep(0.5)  # mpiexec drops what it has not yet passed on of our last words
         sys.modules["mpi4py.MPI"].COMM_WORLD.Abort(status)
     os._exit(status)  # torchrun, and srun --kill-on-bad-exit, then end the others

@@ -14,6 +14,7 @@ import torch as th
 
 from .errors import UserError
 from .io.files import NpzFile
+from .processes.stopping import ignore_signals
 
 _Batch = tuple[np.ndarray, np.ndarray]  # indices int64 [B], and which images are mirrored, bool [B]
 _FLIPS = 1024  # places whose flips are drawn together
@@ -224,6 +225,7 @@ def sample_batches(
         batch_size=None,
         num_workers=num_workers,
         pin_memory=th.cuda.is_available(),
+        worker_init_fn=ignore_signals,
         # The loader seeds its workers from this; ours draw nothing, and the loop's stream stays untouched.
         generator=th.Generator(),
     )

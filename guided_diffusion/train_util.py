@@ -139,13 +139,14 @@ class TrainLoop:
                     self._give_up_if_hopeless(batch)
                 if log_due:
                     self._log((self.step - step_at_start) / (time.monotonic() - started))
-                stop = dist_util.any_rank(bool(signals.received))
+                # A run whose last iteration is done has finished, whatever signal came.
+                stop = self.step != self.iterations and dist_util.any_rank(bool(signals.received))
                 last = stop or self.step == self.iterations
                 if last or self.step % self.training.save_interval == 0:
                     self.save()
                 if self._samples_due(last) and not stop:
                     self.save_samples()
-            self.writer.close()
+            dist_util.from_rank_zero(self.writer.close)
         if stop:
             raise Stopped(f"stopped by {signals.received or 'a signal to another rank'} at step {self.step}")
 

@@ -3,6 +3,7 @@
 import contextlib
 import io
 import runpy
+import signal
 import subprocess
 import sys
 
@@ -13,6 +14,7 @@ def script_here(name, *args, check=True):
     """Like `tiny.script` on one rank: the same code, arguments, output and exit status."""
     out, err, code = io.StringIO(), io.StringIO(), 0
     before = sys.argv
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
     sys.argv = [str(ROOT / name), *map(str, args)]
     try:
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
@@ -21,6 +23,9 @@ def script_here(name, *args, check=True):
         code = leaving.code or 0
     finally:
         sys.argv = before
+        signal.set_wakeup_fd(-1)
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
     done = subprocess.CompletedProcess(args, code, out.getvalue(), err.getvalue())
     assert not check or code == 0, f"{done.stdout}\n{done.stderr}"
     return done

@@ -159,24 +159,36 @@ def pool_size(iter_choice: str, rho: float, num_timesteps: int, batch_size: int)
     return batch_size
 
 
-def prepare(pool: DynamicBatch, teacher: Teacher, rows_per_call: int, stride: int = 1) -> Iterator[int]:
+def draw_goals(pool: DynamicBatch) -> th.Tensor:
+    """A random level for every entry of a pool to be denoised to, int64 [N] in {1..T-1}."""
+    return th.randint(1, pool.num_timesteps, (len(pool),), device=pool.levels.device)
+
+
+def prepare(
+    pool: DynamicBatch,
+    teacher: Teacher,
+    rows_per_call: int,
+    stride: int = 1,
+    goal: th.Tensor | None = None,
+) -> Iterator[int]:
     """Denoise a pool of noise in place until every entry is at its own random level in {1..T-1}.
 
     Every teacher call takes the first `rows_per_call` entries that are not there yet, so that its
     batch stays full to the end.
 
     Args:
-        pool: entries at level T.
+        pool: entries at level T, or on their way.
         teacher: the teacher.
         rows_per_call: rows of a teacher call.
         stride: steps per jump. With more than 1 each entry jumps by about so many steps at once
             (`Teacher.jump`), the jumps of an entry being as equal as can be and the last one
             landing exactly on its level, so the pool still covers every level.
+        goal: the levels, int64 [N]; by default `draw_goals` draws them.
 
     Yields:
         The number of entries that arrived with each call.
     """
-    goal = th.randint(1, pool.num_timesteps, (len(pool),), device=pool.levels.device)
+    goal = draw_goals(pool) if goal is None else goal
     while len(index := (pool.levels > goal).nonzero().flatten()[:rows_per_call]):
         x_t, level, y = pool.take(index)
         remaining = level - goal[index].to(level)

@@ -35,7 +35,7 @@ def write_pool(path: str | os.PathLike, pools: list[DynamicBatch], belongs_to: M
     labels = [pool.y for pool in pools if pool.y is not None]
     if labels:
         arrays["total_y"] = th.cat([y.cpu() for y in labels])
-    header = {"pool": json.dumps(dict(belongs_to)), "sha256": _sha256(arrays)}
+    header = {"pool": json.dumps(dict(belongs_to)), "sha256": arrays_sha256(arrays)}
     with atomic_path(path) as temporary:
         save_file(arrays, temporary, metadata=header)
 
@@ -165,12 +165,13 @@ def _read_safetensors(path: Path) -> tuple[dict[str, th.Tensor], dict[str, Any]]
             raise UserError(f"{path}: is no pool, it has no {', '.join(sorted(missing))}")
         arrays = {name: file.get_tensor(name) for name in _ARRAYS if name in file.keys()}  # noqa: SIM118
         checksum = (file.metadata() or {}).get("sha256")
-        if checksum is not None and checksum != _sha256(arrays):
+        if checksum is not None and checksum != arrays_sha256(arrays):
             raise ValueError("its contents do not have their checksum")
         return arrays, _belongs_to(file)
 
 
-def _sha256(arrays: Mapping[str, th.Tensor]) -> str:
+def arrays_sha256(arrays: Mapping[str, th.Tensor]) -> str:
+    """SHA-256 of named arrays on the CPU: names, dtypes, shapes and contents."""
     digest = hashlib.sha256()
     for name in sorted(arrays):
         digest.update(f"{name} {arrays[name].dtype} {list(arrays[name].shape)}".encode())

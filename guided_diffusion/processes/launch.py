@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import NoReturn
 
 from ..errors import UserError
-from .stopping import EXIT_STOPPED, Stopped
+from .stopping import EXIT_STOPPED, GRACE, Stopped, StoppedHere, stoppable
 
 # launcher -> (rank, world size, rank on this host), in the order in which they are looked for.
 # torchrun comes first: it may itself be started by srun, once per host.
@@ -87,8 +87,8 @@ def detect_launch() -> Launch:
 def run_script(main: Callable[[], None]) -> None:
     """Run a script's `main`; a `UserError` becomes one line on standard error and exit status 1.
 
-    So does a file that cannot be read or written. A run that was asked to stop exits with
-    `stopping.EXIT_STOPPED`.
+    So does a file that cannot be read or written. A command that was asked to stop, by SIGTERM or SIGINT at
+    whatever moment, exits with `stopping.EXIT_STOPPED`.
 
     Each rank that fails says so, except that mistakes found before the ranks met (a wrong flag, a
     missing file), which all ranks find alike, are told by rank 0 alone. A rank that fails alone takes
@@ -98,7 +98,8 @@ def run_script(main: Callable[[], None]) -> None:
     # taken made sampling on two shared cores seven times slower.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
-        main()
+        with stoppable(_end_all, alone=detect_launch().world_size == 1):
+            main()
     except UserError as error:
         if _others is not None or _rank() == 0:
             _tell_and_leave(error)
@@ -106,6 +107,8 @@ def run_script(main: Callable[[], None]) -> None:
     except Stopped as reason:
         if _rank() == 0:
             print(f"{reason}; run the same command again to continue", file=sys.stderr, flush=True)
+        if isinstance(reason, StoppedHere) and _others is not None:
+            _others.leave_together(EXIT_STOPPED)
         sys.exit(EXIT_STOPPED)
     except OSError as error:
         if error.filename is None and error.errno != errno.ENOSPC:
@@ -113,10 +116,6 @@ def run_script(main: Callable[[], None]) -> None:
             raise
         _tell_and_leave(error)
         sys.exit(1)
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr, flush=True)
-        sys.stdout.flush()
-        os._exit(130)  # at once: a checkpoint being written is not waited for
     except Exception:
         _fail()
         raise
@@ -136,6 +135,16 @@ def _tell_and_leave(error: Exception) -> None:
     print(f"error: {who}{error}", file=sys.stderr, flush=True)
     if _others is not None:
         _others.leave_together(1)
+
+
+def _end_all(status: int) -> None:
+    """End all ranks when this one was asked to stop, and is held up where it cannot."""
+    if _rank() == 0:
+        what = f"stopped after {GRACE:g} seconds of being held up"
+        print(f"{what}; run the same command again to continue", file=sys.stderr)
+    if _others is not None:
+        _others.abort(status)
+    os._exit(status)
 
 
 def _fail() -> None:

@@ -1,42 +1,186 @@
-"""Stopping a run in good order: SIGTERM (SLURM's preemption) and SIGINT (Ctrl-C)."""
+"""Stopping a command in good order: SIGTERM (SLURM's preemption) and SIGINT (Ctrl-C).
 
+The first signal is remembered where the command acts upon it itself, inside `StopSignals`, and raises
+`StoppedHere` anywhere else; not in the middle of an import, where exceptions crash extensions, but at the
+next such block. A thread ends all ranks if nothing comes of the signal, because the main thread is inside a
+library's own code, such as a wait for another rank: there Python's handlers do not run.
+"""
+
+import atexit
+import os
 import signal
-from types import FrameType
+import socket
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import FrameType, TracebackType
+from typing import Any
 
 EXIT_STOPPED = 75  # EX_TEMPFAIL of sysexits.h: run the same command again to continue
+GRACE = 10.0  # seconds in which the main thread must act upon a signal outside `StopSignals`
+_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+
+
+class Stopped(BaseException):
+    """The command was asked to stop, and did at a point of its own choice, with all ranks.
+
+    No `Exception`, so that no library takes it for a failure of its own.
+    """
+
+
+class StoppedHere(Stopped):
+    """The command was asked to stop, and this rank did wherever it was; others may wait for it."""
 
 
 class StopSignals:
-    """Remembers the first SIGTERM or SIGINT while the block runs; a second one acts at once.
+    """While the block runs, the first SIGTERM or SIGINT is remembered; the block sees to it.
+
+    A second signal ends the process at once, with status 128 + its number.
 
     Attributes:
         received: the first signal's name, or "" before there was one.
+
+    Raises:
+        StoppedHere: at the start of the block, if nothing has come of a signal before.
     """
 
-    def __init__(self) -> None:
-        self.received = ""
-        self._before: dict[int, object] = {}
-
     def __enter__(self) -> "StopSignals":
-        for number in (signal.SIGTERM, signal.SIGINT):
-            if signal.getsignal(number) is signal.SIG_IGN:
-                continue  # started in the background, where Ctrl-C is meant for others
-            self._before[number] = signal.signal(number, self._handle)
+        self._before = _install()
+        _stop_if_asked()
+        _state.blocks += 1
         return self
 
-    def __exit__(self, *exception: object) -> None:
-        self._restore()
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        _state.blocks -= 1
+        _restore(self._before)
 
-    def _handle(self, number: int, frame: FrameType | None) -> None:
-        self.received = signal.Signals(number).name
-        self._restore()
+    @property
+    def received(self) -> str:
+        """See the class."""
+        return _state.received
 
-    def _restore(self) -> None:
-        for number, handler in self._before.items():
+
+@contextmanager
+def stoppable(end_all: Callable[[int], None], *, alone: bool) -> Iterator[None]:
+    """A whole command. What comes after the block is let come to its end, whatever signal comes.
+
+    Args:
+        end_all: ends all ranks with a status, called where the main thread does not act.
+        alone: there are no other ranks. Those there are wait for this one until `ranks_have_met`, and would
+            not notice its end, so that until then a signal is only remembered.
+    """
+    _install()
+    _state.received, _state.remembered, _state.blocks, _state.meeting = "", False, 0, not alone
+    atexit.register(ignore_signals)  # all is done then, and Python itself would let a signal end it
+    ours, wakeup = socket.socketpair()
+    wakeup.setblocking(False)
+    signal.set_wakeup_fd(wakeup.fileno(), warn_on_full_buffer=False)
+    threading.Thread(target=_watch, args=(ours, end_all), daemon=True, name="signals").start()
+    _state.wakeup = wakeup
+    try:
+        yield
+    finally:
+        _state.blocks += 1
+        _state.meeting = False
+
+
+def ranks_have_met() -> None:
+    """From here on the end of a rank ends the others; see `stoppable`.
+
+    Raises:
+        StoppedHere: a signal came before.
+    """
+    _state.meeting = False
+    _stop_if_asked()
+
+
+class _State:
+    """What has come, and whether a block sees to it."""
+
+    received = ""
+    remembered = False  # a block has been told
+    blocks = 0  # that see to signals and are running now
+    meeting = False  # other ranks are going to wait for this one
+    wakeup: socket.socket | None = None  # held open while signals are written to it
+
+
+_state = _State()
+
+
+def _install() -> dict[int, Any]:
+    """Handle the signals, unless that is done; what handled them before."""
+    before: dict[int, Any] = {}
+    for number in _SIGNALS:
+        now = signal.getsignal(number)
+        # Ignored by one started in the background, where Ctrl-C is meant for others.
+        if now not in (signal.SIG_IGN, _handle):
             # None: it was set outside Python, and cannot be set again.
-            signal.signal(number, signal.SIG_DFL if handler is None else handler)  # type: ignore[arg-type]
-        self._before.clear()
+            before[number] = signal.SIG_DFL if now is None else now
+            signal.signal(number, _handle)
+    if before:
+        _state.received = ""
+    return before
 
 
-class Stopped(Exception):
-    """The run was asked to stop, and has saved a checkpoint."""
+def _restore(before: dict[int, Any]) -> None:
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+def _handle(number: int, frame: FrameType | None) -> None:
+    if _state.received:
+        os._exit(128 + number)
+    _state.received = signal.Signals(number).name
+    if _state.meeting or _is_import(frame):
+        return
+    if _state.blocks:
+        _state.remembered = True
+    else:
+        _stop_if_asked()
+
+
+def _stop_if_asked() -> None:
+    if _state.received and not _state.remembered:
+        raise StoppedHere(f"stopped by {_state.received}")
+
+
+def _is_import(frame: FrameType | None) -> bool:
+    while frame is not None and not frame.f_code.co_filename.startswith("<frozen importlib"):
+        frame = frame.f_back
+    return frame is not None
+
+
+def _watch(wakeup: socket.socket, end_all: Callable[[int], None]) -> None:
+    """End the process at a second signal, and all ranks if the first is not acted upon."""
+    signals = 0
+    while True:
+        wakeup.settimeout(GRACE if signals and not _state.remembered else None)
+        try:
+            arrived = [number for number in wakeup.recv(16) if number in _SIGNALS]
+        except TimeoutError:
+            if not (_state.remembered or _state.blocks or _state.meeting):
+                end_all(EXIT_STOPPED)
+            continue
+        signals += len(arrived)
+        if signals > 1:
+            os._exit(128 + arrived[-1])
+
+
+def ignore_signals(worker: int = 0) -> None:
+    """From here on; in a worker process, whatever its number, because its parent sees to them."""
+    for number in _SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+
+
+def _forget() -> None:
+    """In a forked process, whose signals must not be written where its parent reads."""
+    if _state.wakeup is not None:
+        signal.set_wakeup_fd(-1)
+        _state.wakeup = None
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+os.register_at_fork(after_in_child=_forget)

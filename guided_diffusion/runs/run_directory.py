@@ -21,7 +21,7 @@ from ..errors import UserError
 from ..io.files import atomic_path, held, remove_leftovers
 from ..io.remote import is_url, normalised
 from ..logger import RunLog
-from ..processes.stopping import Stopped
+from ..processes.stopping import Stopped, StoppedHere, StopSignals
 from .checkpoint import Checkpoint, Retention, newest_checkpoint, open_checkpoint
 from .figures import save_curves
 from .mirror import Mirror, fetch_checkpoint, run_url
@@ -64,13 +64,19 @@ def start_run(
         )
         if before_flips and experiment.student.training.random_flip:
             experiment.student.training.random_flip = False
-        with _copied(mirror), _recorded(directory, experiment, args, batch_size) as log:
+        with (
+            ExitStack() as ending,
+            _copied(mirror),
+            _recorded(directory, experiment, args, batch_size) as log,
+        ):
             if mirror is not None:
                 log.publish = mirror.push
                 log.info(f"copied to {mirror.url} with each checkpoint")
             if before_flips:
                 log.info("the run began before images were mirrored at random, and goes on without")
             yield log, resume
+            # A run that has finished is recorded and copied, whatever signal comes.
+            ending.enter_context(StopSignals())
 
 
 def _mirror(experiment: Experiment, args: argparse.Namespace) -> Mirror | None:
@@ -96,8 +102,8 @@ def _copied(mirror: Mirror | None) -> Iterator[None]:
     """
     try:
         yield
-    except Exception as error:
-        together = isinstance(error, Stopped)  # anything else may have befallen this rank alone
+    except (Exception, Stopped) as error:
+        together = _together(error)
         if mirror is not None and (together or dist_util.rank() == 0):
             try:
                 if together:
@@ -141,7 +147,7 @@ def _recorded(
         reason = str(error) if told else repr(error)
         log.info(f"ended: {reason} (at its peak {dist_util.peak_memory()})")
         with log.tolerant():
-            if launch.rank == 0 or not isinstance(error, Stopped):
+            if launch.rank == 0 or not _together(error):
                 who = f"rank {launch.rank}: " if launch.rank else ""
                 _write_end(directory, record, who + reason)
         raise
@@ -154,6 +160,11 @@ def _recorded(
             if launch.rank == 0 and (directory / "progress.csv").exists():
                 save_curves(directory / "curves.png", directory / "progress.csv", experiment.name)
         log.close()
+
+
+def _together(error: BaseException) -> bool:
+    """Whether all ranks raise it; anything else may have befallen this one alone."""
+    return isinstance(error, Stopped) and not isinstance(error, StoppedHere)
 
 
 def _push(mirror: Mirror) -> None:

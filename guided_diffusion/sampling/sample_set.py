@@ -17,6 +17,7 @@ from ..io.files import NpzFile, atomic_path, remove_leftovers, sha256_of
 from ..io.npz_writer import create_npz
 from ..io.progress import progress_bar
 from ..networks.base import DenoisingNetwork
+from ..processes.stopping import Stopped, StopSignals
 from ..runs.figures import save_grid
 from ..spaces import SampleSpace
 from .samplers import Sampler, sample_images
@@ -76,6 +77,7 @@ class SampleSet:
         Raises:
             UserError: the directory holds samples drawn with other settings, or another process is
                 writing to it.
+            Stopped: SIGTERM or SIGINT came, and a batch of each rank is done.
         """
         self.directory.mkdir(parents=True, exist_ok=True)
         with dist_util.held(self.directory):
@@ -111,31 +113,47 @@ class SampleSet:
 
         todo = self._missing_batches(batch_size)
         dist_util.barrier()  # all ranks have looked before any writes
+        with StopSignals() as signals:
+            self._draw_shards(network, process, space, todo, signals)
+            dist_util.barrier()
+            with dist_util.rank_zero_first() as first:
+                if first:
+                    self._join(final, json.dumps({**provenance, **settings}))
+        return final
+
+    def _draw_shards(
+        self,
+        network: DenoisingNetwork,
+        process: GaussianDiffusion,
+        space: SampleSpace,
+        todo: list[range],
+        signals: StopSignals,
+    ) -> None:
         rank, world = dist_util.rank(), dist_util.world_size()
         mine = todo[rank::world]
-        bar = progress_bar(sum(len(batch) for batch in mine), "sampling", active=rank == 0)
-        for number, indices in enumerate(mine):
-            images, labels = sample_images(
-                network,
-                process,
-                space,
-                indices,
-                seed=self.seed,
-                sampler=self.sampler,
-                clip_denoised=self.clip_denoised,
-            )
-            shard = self.shards / f"{indices.start}-{indices.stop}.npz"
-            with create_npz(shard, len(images)) as writer:
-                writer.append(images, labels)
-            bar.update(len(indices))
-            if bar.disable and rank == 0:
-                print(f"  batch {number + 1} of {len(mine)} drawn", flush=True)
-        bar.close()
-        dist_util.barrier()
-        with dist_util.rank_zero_first() as first:
-            if first:
-                self._join(final, json.dumps({**provenance, **settings}))
-        return final
+        rounds = -(-len(todo) // world)  # as many on all ranks, though in the last some may be idle
+        with progress_bar(sum(len(batch) for batch in mine), "sampling", active=rank == 0) as bar:
+            for number in range(rounds):
+                if number and dist_util.any_rank(bool(signals.received)):
+                    raise Stopped(f"stopped by {signals.received or 'a signal to another rank'}")
+                if number == len(mine):
+                    continue
+                indices = mine[number]
+                images, labels = sample_images(
+                    network,
+                    process,
+                    space,
+                    indices,
+                    seed=self.seed,
+                    sampler=self.sampler,
+                    clip_denoised=self.clip_denoised,
+                )
+                shard = self.shards / f"{indices.start}-{indices.stop}.npz"
+                with create_npz(shard, len(images)) as writer:
+                    writer.append(images, labels)
+                bar.update(len(indices))
+                if bar.disable and rank == 0:
+                    print(f"  batch {number + 1} of {len(mine)} drawn", flush=True)
 
     def _check_settings(self, settings: dict[str, Any], provenance: Mapping[str, Any]) -> None:
         path = self.directory / "sampling.json"

@@ -3,11 +3,15 @@
 import os
 import runpy
 import signal
+import subprocess
 import sys
+import time
 
 from guided_diffusion import dist_util, train_util
 from guided_diffusion.errors import UserError
+from guided_diffusion.processes import stopping
 from guided_diffusion.runs import run_directory
+from guided_diffusion.setups import distillation
 
 fault, sys.argv = sys.argv[1], sys.argv[2:]
 inner = train_util.TrainLoop._optimizer_step
@@ -19,10 +23,32 @@ def faulty(loop):
             raise ValueError("a fault on rank 1")
         if fault == "mistake":
             raise UserError("a mistake on rank 1")
-        os.kill(os.getpid(), getattr(signal, fault))
+        if fault.startswith("SIG"):
+            os.kill(os.getpid(), getattr(signal, fault))
     return inner(loop)
 
 
+def held_up(*_):
+    if dist_util.rank() == 1 or fault == "held up, both told":
+        subprocess.Popen(["sh", "-c", f"sleep 1; kill {os.getpid()}"])
+    if dist_util.rank() == 0:
+        dist_util.barrier()
+    time.sleep(60)
+
+
+def told_early():
+    if os.environ["PMI_RANK"] == "1":
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(0.1)
+    return setup_dist()
+
+
+if fault.startswith("held up"):
+    stopping.GRACE = dist_util._PATIENCE = 2.0
+    distillation.load_teacher = held_up
+if fault == "told early":
+    dist_util._PATIENCE = 2.0
+    setup_dist, dist_util.setup_dist = dist_util.setup_dist, told_early
 train_util.TrainLoop._optimizer_step = faulty
 run_directory.save_curves = lambda *_: None
 runpy.run_path(sys.argv[0], run_name="__main__")
