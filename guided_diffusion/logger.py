@@ -21,18 +21,28 @@ class RunLog:
         directory: where `log.txt`, `progress.csv` and the event files lie.
         active: whether this process records.
         wandb: also record to Weights & Biases; project and entity come from its own environment
-            variables (WANDB_PROJECT, WANDB_ENTITY).
+            variables (WANDB_PROJECT, WANDB_ENTITY). A directory that is continued continues its run there,
+            whose id is kept in `wandb_id`.
         name: the run's name there.
+        config: the run's configuration, shown there.
 
     Attributes:
         publish: brings the directory's copy elsewhere up to date, if it has one; the writer of
             checkpoints calls it.
 
     Raises:
-        UserError: W&B wanted but not installed.
+        UserError: W&B wanted, but not installed, or it refuses.
     """
 
-    def __init__(self, directory: Path, *, active: bool = True, wandb: bool = False, name: str = ""):
+    def __init__(
+        self,
+        directory: Path,
+        *,
+        active: bool = True,
+        wandb: bool = False,
+        name: str = "",
+        config: Mapping[str, Any] | None = None,
+    ):
         self.directory = directory
         self.active = active
         self.publish: Callable[[], None] | None = None
@@ -46,7 +56,19 @@ class RunLog:
                 import wandb as wandb_module
             except ImportError as error:
                 raise UserError(f"--wandb: {error} (pip install wandb)") from None
-            self._wandb = wandb_module.init(name=name, dir=str(directory), resume="allow")
+            kept = directory / "wandb_id"
+            try:
+                self._wandb = wandb_module.init(
+                    id=kept.read_text().strip() if kept.exists() else None,
+                    resume="allow",
+                    name=name,
+                    dir=str(directory),
+                    config=dict(config or {}),
+                )
+            except wandb_module.Error as error:
+                raise UserError(f"--wandb: {str(error).strip().splitlines()[0]}") from None
+            with atomic_path(kept) as temporary:
+                temporary.write_text(self._wandb.id)
 
     def info(self, message: str) -> None:
         """Print a line and keep it in log.txt with the time."""
@@ -64,13 +86,28 @@ class RunLog:
         with self.tolerant():
             self._append_csv({"step": step, **values})
         with self.tolerant():
-            try:
-                self._write_events(step, values)
-            except OSError:
-                self._events = None  # its file may end in half a record: the next row begins another
-                raise
+            from tensorboardX.summary import scalar
+
+            self._write_events(step, [scalar(name, value) for name, value in values.items()])
         if self._wandb is not None:
             self._wandb.log(dict(values), step=step)
+
+    def picture(self, step: int, name: str, path: Path) -> None:
+        """Record a PNG that belongs to a step."""
+        if not self.active:
+            return
+        with self.tolerant():
+            from PIL import Image
+            from tensorboardX.proto.summary_pb2 import Summary
+
+            with Image.open(path) as image:
+                width, height = image.size
+            encoded = Summary.Image(width=width, height=height, encoded_image_string=path.read_bytes())
+            self._write_events(step, [Summary(value=[Summary.Value(tag=name, image=encoded)])])
+        if self._wandb is not None:
+            import wandb
+
+            self._wandb.log({name: wandb.Image(str(path))}, step=step)
 
     def drop_rows_after(self, step: int) -> None:
         """Forget rows of progress.csv beyond a step: a resumed run writes them again."""
@@ -88,21 +125,23 @@ class RunLog:
         if self._wandb is not None:
             self._wandb.finish()
 
-    def _write_events(self, step: int, values: Mapping[str, float]) -> None:
+    def _write_events(self, step: int, summaries: Sequence[Any]) -> None:
         # Not its SummaryWriter, whose thread dies of a full disk and whose queue then blocks for ever.
         from tensorboardX.event_file_writer import EventsWriter
         from tensorboardX.proto.event_pb2 import Event, SessionLog
-        from tensorboardX.summary import scalar
 
-        if self._events is None:
-            self._events = EventsWriter(str(self.directory / "events"), f".{os.getpid()}.{step}")
-            # Readers then forget what an interrupted run wrote from this step on.
-            start = SessionLog(status=SessionLog.START)
-            self._events.write_event(Event(wall_time=time.time(), step=step, session_log=start))
-        for name, value in values.items():
-            event = Event(wall_time=time.time(), step=step, summary=scalar(name, value))
-            self._events.write_event(event)
-        self._events.flush()
+        try:
+            if self._events is None:
+                self._events = EventsWriter(str(self.directory / "events"), f".{os.getpid()}.{step}")
+                # Readers then forget what an interrupted run wrote from this step on.
+                start = SessionLog(status=SessionLog.START)
+                self._events.write_event(Event(wall_time=time.time(), step=step, session_log=start))
+            for summary in summaries:
+                self._events.write_event(Event(wall_time=time.time(), step=step, summary=summary))
+            self._events.flush()
+        except OSError:
+            self._events = None  # its file may end in half a record: the next row begins another
+            raise
 
     @contextmanager
     def tolerant(self) -> Iterator[None]:

@@ -253,7 +253,9 @@ class TrainLoop:
             if ema:
                 ema.swap()
             with self.log.tolerant():
-                save_grid(self.log.directory / f"samples{self.step:06d}.png", images)
+                path = self.log.directory / f"samples{self.step:06d}.png"
+                save_grid(path, images)
+                self.log.picture(self.step, "sample_grid", path)
         dist_util.barrier()
 
     def _samples_due(self, last: bool) -> bool:

@@ -21,8 +21,8 @@ def rendezvous(launch: Launch) -> tuple[dist.Store, int]:
     """A store all ranks reach, and this rank's number among those on its host. Collective.
 
     Raises:
-        UserError: mpi4py is missing or belongs to another MPI, no address of rank 0 can be reached from
-            everywhere, or a launcher's variable is not set.
+        UserError: mpi4py is missing or belongs to another MPI, rank 0's host cannot be reached from all
+            hosts (by its name, or by MASTER_ADDR), or a launcher's variable is not set.
     """
     if launch.is_mpi:
         try:
@@ -40,14 +40,12 @@ def rendezvous(launch: Launch) -> tuple[dist.Store, int]:
         store = None
         if launch.rank == 0:  # port 0 lets the system choose a free one, so nothing can race for it
             store = dist.TCPStore("127.0.0.1", 0, launch.world_size, True, TIMEOUT, False)
-        offered = ["127.0.0.1"] if len(set(hosts)) == 1 else _own_addresses()
-        offered, port = world.bcast((offered, store.port if store else 0))
-        reached = world.allgather([address for address in offered if _reaches(address, port)])
-        common = [address for address in offered if all(address in some for some in reached)]
-        if not common:
-            raise UserError(f"no address of {hosts[0]} can be reached from all hosts; it has {offered}")
-        store = store or dist.TCPStore(common[0], port, launch.world_size, False, TIMEOUT)
-        _choose_interface(store, launch, common[0])
+        address = "127.0.0.1" if len(set(hosts)) == 1 else os.environ.get("MASTER_ADDR", hosts[0])
+        address, port = world.bcast((address, store.port if store else 0))
+        if not all(world.allgather(_reaches(address, port))):
+            raise UserError(f"{address}, rank 0's host, cannot be reached from all hosts: set MASTER_ADDR")
+        store = store or dist.TCPStore(address, port, launch.world_size, False, TIMEOUT)
+        _choose_interface(store, launch, address)
         return store, local_rank
 
     if launch.launcher == "slurm" and "MASTER_ADDR" not in os.environ:
@@ -120,13 +118,6 @@ def _address_towards(host: str) -> str | None:
             return probe.getsockname()[0]
         except OSError:
             return None
-
-
-def _own_addresses() -> list[str]:
-    """The addresses others may know this host by, the likeliest first: the one towards the outside."""
-    outside = _address_towards("192.0.2.1")  # TEST-NET-1: any address outside serves
-    addresses = [outside, *_interfaces().values()]
-    return list(dict.fromkeys(a for a in addresses if a and not a.startswith("127.")))
 
 
 def _reaches(address: str, port: int) -> bool:

@@ -133,11 +133,9 @@ def _handle(number: int, frame: FrameType | None) -> None:
     if _state.received:
         os._exit(128 + number)
     _state.received = signal.Signals(number).name
-    if _state.meeting or _is_import(frame):
-        return
     if _state.blocks:
         _state.remembered = True
-    else:
+    elif not _state.meeting and not _is_import(frame):
         _stop_if_asked()
 
 

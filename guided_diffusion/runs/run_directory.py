@@ -1,6 +1,7 @@
 """A run's directory: chosen, described and closed in one place."""
 
 import argparse
+import dataclasses
 import datetime
 import hashlib
 import json
@@ -124,7 +125,13 @@ def _recorded(
 ) -> Iterator[RunLog]:
     """Open a run's record, and close it with the reason for which the block ended."""
     launch = dist_util.setup_dist()
-    log = RunLog(directory, active=launch.rank == 0, wandb=args.wandb, name=experiment.name)
+    log = RunLog(
+        directory,
+        active=launch.rank == 0,
+        wandb=args.wandb,
+        name=run_name(experiment.name, args.overrides),
+        config=dataclasses.asdict(experiment),
+    )
     devices = dist_util.describe()
     record = _record(args.config, devices)
     if launch.rank == 0:

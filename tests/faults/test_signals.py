@@ -17,6 +17,7 @@ from tiny import ROOT, T, distillation
 
 from guided_diffusion import train_util
 from guided_diffusion.distill.pool_file import read_pool
+from guided_diffusion.processes import stopping
 from guided_diffusion.processes.stopping import EXIT_STOPPED
 from guided_diffusion.runs import checkpoint, run_directory
 from guided_diffusion.runs.checkpoint import newest_checkpoint
@@ -158,27 +159,33 @@ def test_a_signal_while_a_run_starts(tmp_path, where, name):
         assert run(tmp_path, *command, "--exp_dir", folder, "run.iterations=1")[0] == 0
 
 
-def test_a_signal_during_an_import(tmp_path):
+@pytest.mark.parametrize("training", [False, True])
+def test_a_signal_during_an_import(tmp_path, training):
     """An exception in the middle of torch's import would crash the process."""
-    (tmp_path / "signalled.py").write_text(
-        "import os, signal\nos.kill(os.getpid(), signal.SIGTERM)\nDONE = 1\n"
-    )
+    code = "import os, signal\nos.kill(os.getpid(), signal.SIGTERM)\nDONE = 1\n"
+    (tmp_path / "signalled.py").write_text(code)
+    owner, name = (train_util.TrainLoop, "_optimizer_step") if training else (setup, "load_teacher")
 
     def tamper():
         sys.path.insert(0, str(tmp_path))
-        inner = setup.load_teacher
+        stopping.GRACE = 0.5
+        inner = getattr(owner, name)
 
-        def load_teacher(*args):
+        def importing(*args):
             import signalled
 
             assert signalled.DONE
             return inner(*args)
 
-        setup.load_teacher = load_teacher
+        setattr(owner, name, importing)
+        # Of a run that has saved, the end is waited for, however long it takes.
+        run_directory.save_curves = lambda *_: time.sleep(2)
 
     code, text = run(tmp_path, *distil(tmp_path), "--exp_dir", tmp_path / "run", tamper=tamper)
     assert code == EXIT_STOPPED and "Traceback" not in text, text
-    assert newest_checkpoint(tmp_path / "run") is None
+    newest = newest_checkpoint(tmp_path / "run")
+    assert newest.step == 1 if training else newest is None
+    assert ("stopped by SIGTERM at step 1; run the same command" in text) == training, text
 
 
 @pytest.mark.parametrize("last", [True, False])

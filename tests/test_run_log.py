@@ -1,0 +1,113 @@
+"""What a run records to TensorBoard, and to Weights & Biases through the real client, offline."""
+
+import importlib.util
+import json
+import struct
+from pathlib import Path
+
+import numpy as np
+import pytest
+from tensorboardX.proto.event_pb2 import Event
+from tiny import distillation, one_line_error, script
+
+from guided_diffusion.logger import RunLog
+from guided_diffusion.runs.checkpoint import newest_checkpoint
+from guided_diffusion.runs.figures import save_grid
+
+needs_wandb = pytest.mark.skipif(
+    not importlib.util.find_spec("wandb"), reason="wandb is not installed (pip install wandb)"
+)
+
+
+def events(folder):
+    """The events of a run's TensorBoard files: protocol buffers, each with its length before it."""
+    for path in sorted(folder.glob("events.*")):
+        data, place = path.read_bytes(), 0
+        while place < len(data):
+            (length,) = struct.unpack_from("<Q", data, place)
+            yield Event.FromString(data[place + 12 : place + 12 + length])
+            place += length + 16
+
+
+def test_rows_and_pictures_are_events(tmp_path):
+    path = tmp_path / "samples000004.png"
+    save_grid(path, np.random.default_rng(0).integers(0, 256, (3, 8, 8, 3), dtype=np.uint8))
+    log = RunLog(tmp_path)
+    log.row(4, {"loss": 0.5})
+    log.picture(4, "sample_grid", path)
+    log.close()
+    RunLog(tmp_path / "elsewhere", active=False).picture(4, "sample_grid", path)
+    found = {value.tag: (event.step, value) for event in events(tmp_path) for value in event.summary.value}
+    assert found.keys() == {"loss", "sample_grid"}
+    assert found["loss"][0] == found["sample_grid"][0] == 4
+    assert found["loss"][1].simple_value == 0.5
+    image = found["sample_grid"][1].image
+    assert image.encoded_image_string == path.read_bytes()
+    assert (image.width, image.height) == (32, 12)
+    assert not (tmp_path / "elsewhere").exists()
+
+
+def wandb_records(path):
+    """The records of a .wandb file: protocol buffers in the framing of LevelDB's log, after a header."""
+    from wandb.proto import wandb_internal_pb2
+
+    data, place, record = path.read_bytes(), 7, b""
+    assert data[:4] == b":W&B"
+    while place + 7 <= len(data):
+        left = 32768 - place % 32768
+        if left < 7:
+            place += left
+            continue
+        _, length, kind = struct.unpack_from("<IHB", data, place)
+        record += data[place + 7 : place + 7 + length]
+        place += 7 + length
+        if kind in (1, 4):  # whole, or the last part
+            yield wandb_internal_pb2.Record.FromString(record)
+            record = b""
+
+
+def told(folder):
+    """Of each start of a run: its id, name and configuration, and the rows of its history."""
+    for path in sorted(folder.glob("wandb/offline-run-*/*.wandb")):
+        run, rows = None, []
+        for record in wandb_records(path):
+            if record.HasField("run") and run is None:
+                run = record.run
+            if record.HasField("history"):
+                items = record.history.item
+                rows.append({i.key or "/".join(i.nested_key): json.loads(i.value_json) for i in items})
+        yield path.parent, run, rows
+
+
+@needs_wandb
+def test_a_run_and_its_continuation_are_one(tmp_path):
+    config, folder = distillation(tmp_path), tmp_path / "run"
+    script("scripts/dynamic_prepare.py", "--config", config)
+    command = ["scripts/image_kd.py", "--config", config, "--exp_dir", folder, "--wandb", "student.lr=2e-3"]
+    command += ["run.sample_interval=0", "run.sample_respacing=2", "run.num_samples=2"]
+    command += ["student.log_interval=1"]
+    for iterations in (2, 4):
+        script(*command, f"run.iterations={iterations}", WANDB_MODE="offline", WANDB_SILENT="true")
+    assert newest_checkpoint(folder).step == 4
+    starts = list(told(folder))
+    assert len(starts) == 2
+    for (where, run, rows), steps in zip(starts, ([1, 2], [3, 4]), strict=True):
+        assert run.run_id == (folder / "wandb_id").read_text()
+        assert run.display_name.startswith("tiny,lr=2e-3,sample_interval=0,")
+        settings = {item.key: json.loads(item.value_json) for item in run.config.update}
+        assert settings["student"]["lr"] == 2e-3 and settings["teacher"]["batch_size"] == 6
+        assert [row["_step"] for row in rows if "loss" in row] == steps
+        assert all(row["loss"] > 0 and row["lr"] == 2e-3 for row in rows if "loss" in row)
+        (picture,) = [row for row in rows if any("sample_grid" in key for key in row)]
+        assert picture["_step"] == steps[-1]
+        (file,) = Path(where, "files/media/images").iterdir()
+        assert file.read_bytes() == (folder / f"samples{steps[-1]:06d}.png").read_bytes()
+
+
+@needs_wandb
+def test_a_refusal_is_told_in_one_line(tmp_path):
+    config = distillation(tmp_path)
+    script("scripts/dynamic_prepare.py", "--config", config)
+    command = ["scripts/image_kd.py", "--config", config, "--exp_dir", tmp_path / "run", "--wandb"]
+    refused = script(*command, check=False, WANDB_MODE="offline", WANDB_PROJECT="a/b")
+    assert one_line_error(refused).startswith("error: --wandb: ")
