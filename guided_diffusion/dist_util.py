@@ -22,6 +22,7 @@ import torch.distributed as dist
 from .errors import UserError
 from .io import files
 from .io.remote import fetch, is_url
+from .processes.cores import since_start
 from .processes.launch import Launch, OtherRanks, detect_launch, meet
 from .processes.rendezvous import TIMEOUT, exchange, rendezvous
 from .processes.stopping import ranks_have_met
@@ -45,6 +46,7 @@ def setup_dist() -> Launch:
     _state["launch"] = launch
     if launch.world_size == 1:
         _state["device"] = _choose_device(0)
+        use_threads(max(1, round(since_start.free_cores())))
         return launch
     meet(OtherRanks(leave_together, abort))
     store, local_rank = rendezvous(launch)
@@ -53,10 +55,9 @@ def setup_dist() -> Launch:
     _state["device"] = _choose_device(local_rank)
     own_gpu = th.cuda.is_available() and local_rank < th.cuda.device_count()
     ranks = exchange(store, launch, "rank", (socket.gethostname(), own_gpu))
-    if _state["device"].type == "cpu" and "OMP_NUM_THREADS" not in os.environ:
-        # Ranks share the host's cores; without this each would start a thread on every one.
-        ranks_here = sum(host == socket.gethostname() for host, _ in ranks)
-        th.set_num_threads(max(1, (os.cpu_count() or 1) // ranks_here))
+    # Ranks share the host's cores; without this each would start a thread on every one.
+    ranks_here = sum(host == socket.gethostname() for host, _ in ranks)
+    use_threads(max(1, (os.cpu_count() or 1) // ranks_here))
     dist.init_process_group(
         "nccl" if all(own for _, own in ranks) else "gloo",  # nccl refuses two ranks on one GPU
         store=store,
@@ -75,6 +76,15 @@ def _choose_device(local_rank: int) -> th.device:
     device = th.device("cuda", local_rank % th.cuda.device_count())
     th.cuda.set_device(device)
     return device
+
+
+def use_threads(count: int) -> None:
+    """Compute with so many threads on a CPU, unless OMP_NUM_THREADS says how many.
+
+    What they sum up in another order differs in the last digits, so a run that is continued keeps its number.
+    """
+    if dev().type == "cpu" and "OMP_NUM_THREADS" not in os.environ:
+        th.set_num_threads(count)
 
 
 def _keep_freed_memory() -> None:

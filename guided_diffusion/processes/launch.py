@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import NoReturn
 
 from ..errors import UserError
+from . import cores  # noqa: F401 - which counts from now on, before torch is imported
 from .stopping import EXIT_STOPPED, GRACE, Stopped, StoppedHere, stoppable
 
 # launcher -> (rank, world size, rank on this host), in the order in which they are looked for.
@@ -94,9 +95,6 @@ def run_script(main: Callable[[], None]) -> None:
     missing file), which all ranks find alike, are told by rank 0 alone. A rank that fails alone takes
     the others with it.
     """
-    # Before torch is imported. Threads that spin while they wait for one whose core another program has
-    # taken made sampling on two shared cores seven times slower.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
         with stoppable(_end_all, alone=detect_launch().world_size == 1):
             main()

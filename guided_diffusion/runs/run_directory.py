@@ -14,6 +14,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import torch as th
+
 from .. import dist_util
 from ..config import command_line
 from ..config.loading import experiment_text, load_experiment, project_root
@@ -60,9 +62,11 @@ def start_run(
     mirror = _mirror(experiment, args)
     dist_util.setup_dist()
     with ExitStack() as lock:
-        directory, resume, before_flips = dist_util.from_rank_zero(
+        directory, resume, before_flips, threads = dist_util.from_rank_zero(
             lambda: _choose(kind, experiment, args, mirror, lock)
         )
+        if threads:
+            dist_util.use_threads(threads)
         if before_flips and experiment.student.training.random_flip:
             experiment.student.training.random_flip = False
         with (
@@ -191,15 +195,19 @@ def _push(mirror: Mirror) -> None:
 
 def _choose(
     kind: str, experiment: Experiment, args: argparse.Namespace, mirror: Mirror | None, lock: ExitStack
-) -> tuple[Path, Checkpoint | None, bool]:
+) -> tuple[Path, Checkpoint | None, bool, int]:
     """The run's directory, which `lock` holds from here on, and what to continue from.
 
     Returns:
-        The directory, the checkpoint, and whether the run is of a version that did not mirror images.
+        The directory, the checkpoint, whether the run is of a version that did not mirror images, and the
+        number of threads that it computes with; 0 if that is free.
     """
     directory, resume = _find(kind, experiment, args, mirror, lock)
     is_old = resume is not None and _before_flips(resume.directory, experiment)
-    return directory, resume, is_old
+    with suppress(OSError, ValueError):
+        if resume is not None:
+            return directory, resume, is_old, int(_read(resume.directory).get("threads", 0))
+    return directory, resume, is_old, 0
 
 
 def _find(
@@ -331,6 +339,7 @@ def _record(config: Path, devices: list[str]) -> dict[str, Any]:
         "git_revision": git_revision(project_root(config)),
         "versions": {"python": sys.version.split()[0]} | {p: installed.get(p) for p in packages},
         "ranks": devices,
+        "threads": th.get_num_threads(),
     }
 
 
