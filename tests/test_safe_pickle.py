@@ -96,6 +96,10 @@ def test_defaultdict_comes_back_as_dict(protocol):
     assert_same(got["total_t"], np.arange(3))
 
 
+def test_bytearray_comes_back_as_bytes():
+    assert_same(read(pickle.dumps(bytearray(b"abc"), 5)), b"abc")
+
+
 @pytest.mark.parametrize("protocol", PROTOCOLS)
 def test_numpy_1_and_numpy_2_names(protocol):
     value = {"data": np.arange(6, dtype=np.uint8).reshape(2, 3), "mean": np.float64(0.5)}
@@ -428,6 +432,10 @@ SMALL_BUT_HEAVY = {
     **{name: (data, "truncated") for name, data in LENGTHS.items()},
     "memo number of two billion": (b"\x80\x02Nr\xff\xff\xff\x7f.", "read"),
     "a thousand copies of a long string": (copies(1000), "unfolds into more than the file holds"),
+    "memo numbers that collide": (
+        b"\x80\x02N" + b"".join(b"p%d\n" % (n * ((1 << 61) - 1)) for n in range(1, 60_000)) + b".",
+        "numbers its values absurdly",
+    ),
     "deeply nested tuple as a key": (b"\x80\x02})" + b"\x85" * 400_000 + b"Ns.", "key is a tuple"),
     "key whose hash takes forever": (b"\x80\x02})" + b"q\x00h\x00\x86" * 100 + b"Ns.", "key is a tuple"),
     "deeply nested list": (b"\x80\x02" + b"]" * 400_000 + b"a" * 399_999 + b".", "read"),
