@@ -64,7 +64,6 @@ class UNetModel(nn.Module):
         self.model_channels = model_channels
         self.out_channels = out_channels
         self.num_classes = num_classes
-        self.compute_dtype = th.float32
 
         widths = [int(mult * model_channels) for mult in channel_mult]
         self.feature_channels = widths[0]  # of the map that `features` returns
@@ -142,6 +141,7 @@ class UNetModel(nn.Module):
             nn.SiLU(),
             zero_module(nn.Conv2d(width, out_channels, 3, padding=1)),
         )
+        self.use_dtype(th.float32)
 
     def embed_timesteps(self, timesteps: th.Tensor) -> th.Tensor:
         """The timestep embedding e: [B] original (not respaced) timesteps -> float32 [B, D]."""
@@ -181,7 +181,8 @@ class UNetModel(nn.Module):
     def predict(self, features: th.Tensor) -> th.Tensor:
         """Output layers: float32 [B, feature_channels, H, W] -> float32 [B, out_channels, H, W]."""
         with self._autocast(features):
-            return self.out(features).float()
+            norm, _, conv = self.out
+            return conv(norm(features, silu=True)).float()
 
     def forward(self, x: th.Tensor, timesteps: th.Tensor, y: th.Tensor | None = None) -> th.Tensor:
         """Apply the model.
@@ -206,16 +207,18 @@ class UNetModel(nn.Module):
     def use_dtype(self, dtype: th.dtype, *, frozen: bool = False) -> None:
         """Choose the arithmetic: float32, or convolutions and attention in bfloat16 or float16.
 
+        Weights, and with them features, are laid out channels last, but for float32 on a GPU.
+
         Args:
-            dtype: of the arithmetic. In 16 bits the weights are laid out channels last.
+            dtype: of the arithmetic.
             frozen: the network is only evaluated, so the blocks' weights are cast once and for all; else
                 parameters stay float32 and are cast as they are used.
         """
         self.compute_dtype = dtype
-        if dtype == th.float32:
-            return
-        self.to(memory_format=th.channels_last)  # type: ignore[call-overload]
-        if frozen:
+        on_gpu = self.time_embed[0].weight.device.type == "cuda"
+        layout = th.contiguous_format if on_gpu and dtype == th.float32 else th.channels_last
+        self.to(memory_format=layout)  # type: ignore[call-overload]
+        if frozen and dtype != th.float32:
             for part in (self.input_blocks, self.middle_block, self.output_blocks, self.out):
                 for module in part.modules():
                     if isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Linear)):
