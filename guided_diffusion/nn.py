@@ -2,24 +2,52 @@
 
 import math
 from collections.abc import Callable
+from typing import TypeVar
 
 import torch as th
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from .kernels.norm_silu import norm_silu
+
+_M = TypeVar("_M", bound=nn.Module)
+
 
 class GroupNorm32(nn.GroupNorm):
     """Group normalisation computed in float32 whatever the input's dtype; the output has the input's."""
 
-    def forward(self, x: th.Tensor) -> th.Tensor:
-        """Normalise [B, C, ...]."""
-        if x.device.type == "cpu" and x.dtype == th.bfloat16 and not th.is_grad_enabled():
-            # The CPU's kernel reads bfloat16, computes in float32 and writes bfloat16, sparing the
-            # copies; its backward pass is slower than they are.
-            with th.autocast("cpu", enabled=False):
-                return super().forward(x)
-        return super().forward(x.float()).type(x.dtype)
+    def forward(
+        self,
+        x: th.Tensor,
+        scale: th.Tensor | None = None,
+        shift: th.Tensor | None = None,
+        *,
+        silu: bool = False,
+        dropout: float = 0.0,
+    ) -> th.Tensor:
+        """dropout(silu(norm(x) (1 + scale) + shift)), or as much of it as is asked for.
+
+        Args:
+            x: [B, C, H, W].
+            scale, shift: [B, C] each, or both None.
+            silu: whether to apply SiLU.
+            dropout: probability, in [0, 1).
+
+        Returns:
+            [B, C, H, W] of the dtype of x.
+        """
+        if x.device.type == "cpu" and not th.compiler.is_compiling():
+            gain, bias = self.weight.expand(x.shape[:2]), self.bias.expand(x.shape[:2])
+            if scale is not None and shift is not None:
+                scale = 1 + scale.float()
+                gain, bias = gain * scale, bias * scale + shift
+            return norm_silu(x, gain, bias, self.num_groups, self.eps, silu, dropout)
+        h = super().forward(x.float()).type(x.dtype)
+        if scale is not None and shift is not None:
+            scale, shift = (part[:, :, None, None].type(x.dtype) for part in (scale, shift))
+            h = h * (1 + scale) + shift
+        return F.dropout(F.silu(h) if silu else h, dropout, dropout > 0)
 
 
 def group_count(*widths: int) -> int:
@@ -34,7 +62,7 @@ def group_count(*widths: int) -> int:
     return common if common == 32 else max(1, common // 4)
 
 
-def zero_module(module: nn.Module) -> nn.Module:
+def zero_module(module: _M) -> _M:
     """Fill a module's parameters with zeros and return it."""
     for parameter in module.parameters():
         nn.init.zeros_(parameter)

@@ -221,7 +221,8 @@ class UNetModel(DenoisingNetwork):
                 h = th.cat([h, skips.pop()], dim=1)
                 h = block(h, condition)                          # (B, C_i, H_i, W_i)
             features = h.float()                                 # (B, C_0, H, W)
-            output = self.out(features).float()                  # (B, C or 2C, H, W)
+            norm, _, conv = self.out
+            output = conv(norm(features, silu=True)).float()     # (B, C or 2C, H, W)
         # fmt: on
         return Evaluation(output, features, emb)
 

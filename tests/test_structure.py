@@ -14,6 +14,7 @@ LAYERS = [
     {"processes"},
     {"dist_util"},
     {"logger"},
+    {"kernels"},
     {"spaces", "nn", "losses"},
     {"networks", "unet"},  # unet is a module that guided-diffusion's users import: a room's beside the room
     {"gaussian_diffusion"},

@@ -11,6 +11,7 @@ from guided_diffusion.train_util import reseed
 from guided_diffusion.training.ema import Ema
 from guided_diffusion.training.metrics import Metrics
 from guided_diffusion.training.objective import PassLoss
+from guided_diffusion.training.optimizer_state import load_optimizer_state
 
 
 def test_quartiles_are_those_of_the_batchs_own_timesteps():
@@ -82,6 +83,25 @@ def test_gradient_clipping(tmp_path):
     loop.run_settings.grad_clip = 0.01
     loop.train_step(batch)
     assert float(th.stack([p.grad.norm() for p in loop.parameters]).norm()) == pytest.approx(0.01, rel=1e-3)
+
+
+def test_moments_of_another_memory_layout():
+    """A checkpoint's tensors are laid out as they were where it was written; the fused step minds that."""
+    weights = []
+    for stored in (th.channels_last, th.contiguous_format):
+        th.manual_seed(0)
+        weight = th.nn.Parameter(th.randn(2, 3, 2, 2).to(memory_format=th.channels_last))
+        optimizer = th.optim.AdamW([weight], lr=0.1, fused=True)
+        for _ in range(2):
+            weight.grad = th.randn(2, 3, 2, 2).to(memory_format=th.channels_last)
+            optimizer.step()
+            saved = optimizer.state_dict()
+            moments = {
+                k: v.contiguous(memory_format=stored) if v.ndim else v for k, v in saved["state"][0].items()
+            }
+            load_optimizer_state(optimizer, saved | {"state": {0: moments}})
+        weights.append(weight.detach())
+    assert th.equal(*weights)
 
 
 def test_initial_weights_and_kept_pools(tmp_path):

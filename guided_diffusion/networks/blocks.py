@@ -4,6 +4,7 @@ import torch as th
 from torch import nn
 from torch.nn import functional as F
 
+from ..kernels.attention import attention
 from ..nn import GroupNorm32, checkpointed, zero_module
 
 
@@ -74,20 +75,20 @@ class ResBlock(nn.Module):
         return checkpointed(self._forward, self.use_checkpoint, x, emb)
 
     def _forward(self, x: th.Tensor, emb: th.Tensor) -> th.Tensor:
-        norm_in, activation, conv_in = self.in_layers
-        h = activation(norm_in(x))
+        norm_in, _, conv_in = self.in_layers
+        h = norm_in(x, silu=True)
         if self.resample is not None:
             h, x = self.resample(h), self.resample(x)
         h = conv_in(h)
-        condition = self.emb_layers(emb)[:, :, None, None].type(h.dtype)
-        norm_out, *rest = self.out_layers
+        condition = self.emb_layers(emb)
+        norm_out, _, dropout, conv_out = self.out_layers
+        p = dropout.p if dropout.training else 0.0
         if self.use_scale_shift_norm:
             scale, shift = condition.chunk(2, dim=1)
-            h = norm_out(h) * (1 + scale) + shift
+            h = norm_out(h, scale, shift, silu=True, dropout=p)
         else:
-            h = norm_out(h + condition)
-        for layer in rest:
-            h = layer(h)
+            h = norm_out(h + condition[:, :, None, None].type(h.dtype), silu=True, dropout=p)
+        h = conv_out(h)
         return self.skip_connection(x) + h
 
 
@@ -117,20 +118,15 @@ class AttentionBlock(nn.Module):
         return checkpointed(self._forward, self.use_checkpoint, x)
 
     def _forward(self, x: th.Tensor) -> th.Tensor:
-        batch, channels, height, width = x.shape
-        flat = x.reshape(batch, channels, height * width)
-        qkv = self.qkv(self.norm(flat))
-        head_width = channels // self.num_heads
+        # As 2-d convolutions: channels last, no copies are needed around them.
+        qkv = F.conv2d(self.norm(x), self.qkv.weight[..., None], self.qkv.bias)
         if self.new_order:
-            parts = qkv.reshape(batch, 3, self.num_heads, head_width, -1)
+            parts = qkv.flatten(2).unflatten(1, (3, self.num_heads, -1))
         else:
-            parts = qkv.reshape(batch, self.num_heads, 3, head_width, -1).transpose(1, 2)
-        # Contiguous, without which no fused kernel is taken.
-        q, k, v = parts.transpose(-1, -2).contiguous().unbind(1)  # each [B, heads, HW, C / heads]
-        # The scale is 1/sqrt(head width); the fused kernels take the softmax in float32.
-        h = F.scaled_dot_product_attention(q, k, v)
-        h = h.transpose(-1, -2).reshape(batch, channels, height * width)
-        return (flat + self.proj_out(h)).reshape(x.shape)
+            parts = qkv.flatten(2).unflatten(1, (self.num_heads, 3, -1)).transpose(1, 2)
+        h = attention(parts.transpose(-1, -2))  # [B, heads, HW, C / heads]
+        h = h.transpose(-1, -2).reshape(x.shape)
+        return x + F.conv2d(h, self.proj_out.weight[..., None], self.proj_out.bias)
 
 
 class TimestepSequential(nn.Sequential):

@@ -27,10 +27,13 @@ def load_optimizer_state(optimizer: th.optim.AdamW, saved: Mapping[str, Any]) ->
     elif count != len(parameters):
         raise ValueError(f"it is of {count} parameters instead of {len(parameters)}")
     for index, values in moments.items():
+        moments[index] = values = dict(values)
         for name in ("exp_avg", "exp_avg_sq"):
             if values[name].shape != parameters[index].shape:
                 shapes = f"{tuple(values[name].shape)} instead of {tuple(parameters[index].shape)}"
                 raise ValueError(f"its moments of parameter {index} have shape {shapes}")
+            # The fused optimizer goes by the order in memory, which the checkpoint's need not be.
+            values[name] = th.empty_like(parameters[index], dtype=values[name].dtype).copy_(values[name])
     own = optimizer.state_dict()
     optimizer.load_state_dict({"state": moments, "param_groups": own["param_groups"]})
 

@@ -1,0 +1,1 @@
+"""Operations that torch has in pieces, or has slower, on the CPU."""
