@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from .kernels.norm_silu import norm_silu
+from .kernels.norm_silu import keep_mask, norm_silu
 
 _M = TypeVar("_M", bound=nn.Module)
 
@@ -37,7 +37,9 @@ class GroupNorm32(nn.GroupNorm):
         Returns:
             [B, C, H, W] of the dtype of x.
         """
-        if x.device.type == "cpu" and not th.compiler.is_compiling():
+        # Laid out otherwise, torch's kernels are the faster ones.
+        channels_last = x.is_contiguous(memory_format=th.channels_last)
+        if x.device.type == "cpu" and channels_last and not th.compiler.is_compiling():
             gain, bias = self.weight.expand(x.shape[:2]), self.bias.expand(x.shape[:2])
             if scale is not None and shift is not None:
                 scale = 1 + scale.float()
@@ -47,7 +49,10 @@ class GroupNorm32(nn.GroupNorm):
         if scale is not None and shift is not None:
             scale, shift = (part[:, :, None, None].type(x.dtype) for part in (scale, shift))
             h = h * (1 + scale) + shift
-        return F.dropout(F.silu(h) if silu else h, dropout, dropout > 0)
+        h = F.silu(h) if silu else h
+        if dropout and h.device.type == "cpu" and not th.compiler.is_compiling():
+            return h * keep_mask(h, dropout).to(h.dtype).mul_(1 / (1 - dropout))
+        return F.dropout(h, dropout, dropout > 0)
 
 
 def group_count(*widths: int) -> int:

@@ -226,17 +226,18 @@ class UNetModel(DenoisingNetwork):
         # fmt: on
         return Evaluation(output, features, emb)
 
-    def use_dtype(self, dtype: th.dtype, *, frozen: bool = False) -> None:
-        """Choose the arithmetic; in 16 bits the weights are laid out channels last.
+    def use_dtype(self, dtype: th.dtype, *, frozen: bool = False, channels_last: bool = False) -> None:
+        """Choose the arithmetic and, with the weights' layout, that of all maps.
 
         Args:
             dtype: of convolutions and attention.
             frozen: the network is only evaluated, so the blocks' weights are cast once and for all; else
                 parameters stay float32 and are cast as they are used.
+            channels_last: lay float32 out so too, as 16 bits always are: faster on the CPU, at 1.4 times the
+                rounding error of the layout in which the originals' digits were made.
         """
         super().use_dtype(dtype)
-        # float32 stays, or goes back to, the layout in which it gives the originals' digits.
-        layout = th.contiguous_format if dtype == th.float32 else th.channels_last
+        layout = th.channels_last if channels_last or dtype != th.float32 else th.contiguous_format
         self.to(memory_format=layout)  # type: ignore[call-overload]
         if frozen and dtype != th.float32:
             for part in (self.input_blocks, self.middle_block, self.output_blocks, self.out):

@@ -28,7 +28,13 @@ CASES = manifest("g1_unet.json")["cases"]
 ARCHS = manifest("g2_keys.json")["archs"]
 
 
-@pytest.mark.parametrize("build", [by_the_library, by_the_scripts])
+def channels_last(config):
+    model = by_the_scripts(config)
+    model.use_dtype(th.float32, channels_last=True)
+    return model
+
+
+@pytest.mark.parametrize("build", [by_the_library, by_the_scripts, channels_last])
 @pytest.mark.parametrize("case", CASES)
 def test_outputs_and_gradients(case, build):
     expected, info = arrays(f"g1_unet_{case}.npz"), CASES[case]

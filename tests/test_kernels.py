@@ -43,7 +43,9 @@ def test_norm_with_all_that_follows_equals_the_single_operations(dtype, rough, l
         results.append([out.detach(), *gradients])
     for ours, exact in zip(*results, strict=True):
         assert ours.shape == exact.shape
-        assert float((ours - exact).norm() / exact.norm()) < rough
+        # Contiguous, the single operations are taken, which round in between.
+        factor = 1 if layout is th.channels_last else 2
+        assert float((ours - exact).norm() / exact.norm()) < factor * rough
 
 
 def norm_with_silu(norm, x, scale, shift):

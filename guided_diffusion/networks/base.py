@@ -100,12 +100,13 @@ class DenoisingNetwork(nn.Module, ABC):
         enabled = self.compute_dtype != th.float32
         return th.autocast(x.device.type, dtype=self.compute_dtype if enabled else None, enabled=enabled)
 
-    def use_dtype(self, dtype: th.dtype, *, frozen: bool = False) -> None:
+    def use_dtype(self, dtype: th.dtype, *, frozen: bool = False, channels_last: bool = False) -> None:
         """Choose the arithmetic: float32, bfloat16 or float16.
 
         Args:
             dtype: of the heavy arithmetic.
             frozen: the network is only evaluated from here on, so weights may be cast once and for all.
+            channels_last: prefer maps whose channels lie next to each other in float32 too.
         """
         self.compute_dtype = dtype
 

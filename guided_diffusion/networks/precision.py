@@ -18,7 +18,8 @@ def place(network: DenoisingNetwork, use_fp16: bool, run: Run, *, frozen: bool =
     """
     device = dist_util.dev()
     network.to(device)
-    network.use_dtype(compute_dtype(run.precision, use_fp16, device), frozen=frozen)
+    dtype = compute_dtype(run.precision, use_fp16, device)
+    network.use_dtype(dtype, frozen=frozen, channels_last=run.channels_last)
     if run.compile:
         network.compile_blocks()
 
