@@ -4,7 +4,7 @@ BIN := .venv/bin
 STAMP := .venv/.installed
 PARALLEL := -n auto --dist loadscope --maxprocesses 8  # tests of a class or file share what they prepared
 
-.PHONY: env demo test test-all lint format bench docs clean
+.PHONY: env demo test test-all lint format bench gpu docs clean
 
 env: $(STAMP)
 
@@ -35,6 +35,9 @@ format: env
 
 bench: env
 	$(BIN)/python benchmarks/run.py
+
+gpu: env
+	$(BIN)/python benchmarks/gpu.py
 
 docs: env
 	$(BIN)/python docs/build.py

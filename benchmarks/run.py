@@ -39,8 +39,10 @@ SAMPLING_STEPS = 50
 Parts = dict[str, Callable[[], object]]
 
 
-def loop_of(experiment: DistillationExperiment, batch_size: int, run: Run) -> TrainLoop:
-    """The training loop on random weights and a small pool at mixed levels."""
+def loop_of(
+    experiment: DistillationExperiment, batch_size: int, run: Run, layout: th.memory_format | None = None
+) -> TrainLoop:
+    """The training loop on random weights and a small pool at mixed levels, in another layout if given."""
     th.manual_seed(0)
     network, process = build_network(experiment.teacher)
     use_fp16 = experiment.teacher.architecture.use_fp16
@@ -49,6 +51,9 @@ def loop_of(experiment: DistillationExperiment, batch_size: int, run: Run) -> Tr
     student, process = build_network(experiment.student)
     objective = Distillation(student, process, experiment.distill).to(dist_util.dev())
     place(student, experiment.student.architecture.use_fp16, run)
+    if layout is not None:
+        for module in (network, student):
+            module.to(memory_format=layout)  # type: ignore[call-overload]
     pool = DynamicBatch.of_noise(4 * batch_size, teacher.space.shape, process.num_timesteps)
     pool.levels = th.randint(1, process.num_timesteps, (len(pool),))
     return TrainLoop(

@@ -1,0 +1,342 @@
+"""Is what the device computes right? Each part gives rows: what was looked at, found, and is allowed."""
+
+import dataclasses
+import importlib.util
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import golden_checks
+import numpy as np
+import torch as th
+from driver import Child, distil, kill_in_step
+from gpu_device import on_gpu, use_tf32
+from run import loop_of
+from tiny import T, distillation, randomise
+from whole_step import WholeStep
+
+from guided_diffusion import dist_util
+from guided_diffusion.config.loading import load_distillation, load_experiment
+from guided_diffusion.config.settings import DistillationExperiment
+from guided_diffusion.distill.pool_file import read_pool
+from guided_diffusion.io.torch_file import read_torch_file
+from guided_diffusion.runs.checkpoint import load_network, newest_checkpoint
+from guided_diffusion.sampling.samplers import sample_images
+from guided_diffusion.script_util import build_network, build_space
+from guided_diffusion.train_util import TrainLoop, reseed
+
+ROOT = Path(__file__).resolve().parent.parent
+PAPER = ROOT / "yaml/cifar10_32/exp/CIFAR10-14M-TCCD-0.4.yaml"
+_TIMEOUT = 120  # seconds for one command
+_LOSS_SCALE = 2.0**10  # of the float16 check: without one small gradients vanish
+# Relative errors (norm of the difference over the norm) that count as rounding: outputs, gradients.
+_ROUNDING = {"tf32": (0.01, 0.03), "fp16": (0.01, 0.03), "bf16": (0.05, 0.15)}
+Row = dict[str, Any]
+
+
+def row(what: str, found: float, allowed: float | None) -> Row:
+    """One thing that was looked at; without a limit it is told, not judged."""
+    return {"what": what, "found": float(found), "allowed": allowed}
+
+
+@contextmanager
+def small_experiment(**keys: Any) -> Iterator[DistillationExperiment]:
+    """A distillation of tiny networks, on 16x16 images."""
+    with tempfile.TemporaryDirectory() as folder:
+        yield load_distillation(distillation(Path(folder), **keys))
+
+
+def share_of_tolerance(comparison: golden_checks.Comparison) -> float:
+    """The largest |ours - reference| / (atol + rtol |reference|): at most 1 where it is as it should be."""
+    ours, reference = (
+        th.as_tensor(value).detach().double().cpu() for value in (comparison.ours, comparison.reference)
+    )
+    if ours.shape != reference.shape:
+        return float("inf")
+    difference = (ours - reference).abs()
+    allowed = comparison.atol + comparison.rtol * reference.abs()
+    share = th.where(difference == 0, 0.0, difference / allowed)
+    return float(share.nan_to_num(nan=float("inf")).max()) if share.numel() else 0.0
+
+
+def golden(tiny: bool) -> list[Row]:
+    """The originals' numbers: how much of its tolerance the worst comparison of each case uses."""
+    dist_util.setup_dist()
+    use_tf32(False)
+    rows = []
+    with tempfile.TemporaryDirectory() as folder:
+        losses = golden_checks.LOSSES
+        groups: list[tuple[str, Any, Callable]] = [
+            ("U-Net", golden_checks.UNETS, golden_checks.unet),
+            ("student and head", losses, golden_checks.plain_forward),
+            ("teacher step", golden_checks.TEACHERS, golden_checks.teacher_step),
+            ("stage 1", losses, lambda case: golden_checks.stage(case, "stage1")),
+            ("stage 2", losses, lambda case: golden_checks.stage(case, "stage2")),
+            ("both stages' gradients", losses, golden_checks.both_stages),
+            (
+                "two iterations",
+                golden_checks.STEPS,
+                lambda case: golden_checks.two_steps(case, Path(folder)),
+            ),
+            ("pool", golden_checks.POOLS, golden_checks.twelve_iterations),
+        ]
+        for name, cases, comparisons in groups:
+            for case in list(cases)[: 1 if tiny else None]:
+                shares = {c.what: share_of_tolerance(c) for c in comparisons(case)}
+                worst = max(shares, key=lambda what: shares[what])
+                what = f"{name} {case}, worst of {len(shares)} ({worst})"
+                rows.append(row(what, shares[worst], 1.0))
+    return rows
+
+
+def relative_error(ours: th.Tensor, reference: th.Tensor) -> float:
+    """The norm of the difference over the reference's."""
+    return float((ours - reference).norm() / reference.norm())
+
+
+def precision(tiny: bool) -> list[Row]:
+    """One step in 16 bits and in TF32 against the same in float32, on random weights without dropout."""
+    dist_util.setup_dist()
+    with small_experiment() as small:
+        experiment = small if tiny else load_distillation(PAPER)
+    batch_size = 4 if tiny else 32
+
+    def loop_in(name: str) -> TrainLoop:
+        use_tf32(name == "tf32")
+        arithmetic = "fp32" if name == "tf32" else name
+        run = dataclasses.replace(experiment.run, precision=arithmetic)
+        loop = loop_of(experiment, batch_size, run)
+        loop.network.eval()
+        return loop
+
+    def evaluate(loop: TrainLoop) -> tuple[th.Tensor, th.Tensor, th.Tensor]:
+        """The teacher's noise prediction, the student's output, all gradients."""
+        step = loop.source.teacher.step(batch.x_t, batch.t)
+        with th.no_grad():
+            output = loop.network(batch.x_t, batch.t)
+        for out in loop.objective.passes(loop.network, batch):
+            (out.loss.mean() * _LOSS_SCALE).backward()
+        return step.eps, output, th.cat([p.grad.flatten().float() / _LOSS_SCALE for p in loop.parameters])
+
+    exact = loop_in("fp32")
+    for module in (exact.source.teacher.network, exact.network):
+        randomise(module)
+    batch = exact.source.next_batch()
+    references = evaluate(exact)
+    rows = []
+    for name in ("bf16", "fp16") if not on_gpu() else ("tf32", "bf16", "fp16"):
+        loop = loop_in(name)
+        for ours, theirs in (
+            (loop.source.teacher.network, exact.source.teacher.network),
+            (loop.network, exact.network),
+            (loop.objective, exact.objective),
+        ):
+            ours.load_state_dict(theirs.state_dict())
+        values = evaluate(loop)
+        whats = ("teacher's prediction", "student's output", "gradients of both stages")
+        for what, ours, reference, limit in zip(
+            whats, values, references, [_ROUNDING[name][i] for i in (0, 0, 1)], strict=True
+        ):
+            rows.append(row(f"{name}: relative error of the {what}", relative_error(ours, reference), limit))
+    return rows
+
+
+def tensors_of(loop: TrainLoop) -> list[th.Tensor]:
+    """All that an iteration changes: weights, moments, averages, the pool."""
+    states = loop.optimizer.state_dict()["state"].values()
+    return [
+        *(p.detach() for p in loop.parameters),
+        *(value for state in states for value in state.values()),
+        *(average for ema in loop.emas.values() for average in ema.average),
+        *(loop.source.pool.x, loop.source.pool.levels, loop.bad_steps),
+        *loop.metrics.totals().values(),
+    ]
+
+
+def largest_difference(ours: Any, reference: Any) -> float:
+    """The largest difference between numbers in two structures of the same make; infinite if they are not."""
+    if isinstance(reference, dict):
+        ours, reference = list(ours.items()), list(reference.items())
+    if isinstance(reference, (list, tuple)):
+        pairs = list(zip(ours, reference, strict=True))
+        return max((largest_difference(a, b) for a, b in pairs), default=0.0)
+    if isinstance(reference, (th.Tensor, int, float)):
+        a, b = (th.as_tensor(value).double().cpu() for value in (ours, reference))
+        difference = (a - b).abs().nan_to_num(nan=float("inf"))
+        return float(difference.max()) if difference.numel() else 0.0
+    return 0.0 if ours == reference else float("inf")
+
+
+def graph(tiny: bool) -> list[Row]:
+    """The captured iteration against the loop's own, from the same seeds, dropout and restarts included."""
+    dist_util.setup_dist()
+    use_tf32(False)
+    rows = []
+    # A learning rate that float32 holds exactly: a graph reads it as such, the loop's optimizer in float64.
+    with small_experiment(student__dropout=0.1, student__lr=2.0**-10) as experiment:
+        for name in ("bf16",) if tiny else ("fp32", "bf16", "fp16"):
+            run = dataclasses.replace(experiment.run, precision=name)
+            ends = []
+            for captured in (False, False, True):
+                loop = loop_of(experiment, 4, run)
+                loop.network.train()
+                whole = WholeStep(loop) if captured else None
+                for step in range(8):
+                    reseed(0, 0, step)
+                    if whole is not None:
+                        whole()
+                    else:
+                        loop.train_step(loop.source.next_batch())
+                assert loop.step == 8
+                ends.append(tensors_of(loop))
+            first, again, replayed = ends
+            repeated = largest_difference(again, first)
+            rows.append(row(f"{name}: 8 iterations, and the same again", repeated, None))
+            # Kernels that add up in any order differ from themselves, and Adam multiplies it.
+            found = largest_difference(replayed, first)
+            rows.append(row(f"{name}: 8 iterations, and 8 by a captured graph", found, 10 * repeated))
+    return rows
+
+
+def sampling(tiny: bool) -> list[Row]:
+    """Eight digits drawn at once, one by one, and in threes: the largest difference in levels of 0..255."""
+    dist_util.setup_dist()
+    use_tf32(False)
+    settings = load_experiment(ROOT / "yaml/digits_16/teacher.yaml").student
+    settings.process.timestep_respacing = "5" if tiny else "50"
+    network, process = build_network(settings)
+    load_network(network, ROOT / "model/digits_teacher.pt")
+    network.eval().to(dist_util.dev())
+    space = build_space(settings)
+
+    def draw(batch_size: int) -> np.ndarray:
+        starts = range(0, 8, batch_size)
+        batches = [range(start, min(8, start + batch_size)) for start in starts]
+        return np.concatenate([sample_images(network, process, space, batch)[0] for batch in batches])
+
+    whole = draw(8).astype(int)
+    rows = []
+    for batch_size in (1, 3):
+        difference = np.abs(draw(batch_size) - whole)
+        rows.append(row(f"in batches of {batch_size}: largest difference in levels", difference.max(), 2.0))
+        rows.append(
+            row(f"in batches of {batch_size}: share of levels that differ", (difference > 0).mean(), 0.01)
+        )
+    return rows
+
+
+def _make_deterministic() -> None:
+    th.use_deterministic_algorithms(True, warn_only=True)
+    th.backends.cudnn.deterministic = True
+
+
+def end_of(run: Path) -> dict[str, Any]:
+    """All that a run's newest checkpoint holds, by file, but for what depends on the log."""
+    checkpoint = newest_checkpoint(run)
+    contents: dict[str, Any] = {"step": checkpoint.step}
+    for name in checkpoint.files:
+        path = checkpoint.directory / name
+        if name.endswith(".cache"):
+            pool = read_pool(path, T, (3, 16, 16))
+            contents[name] = [pool.x, pool.levels]
+        else:
+            contents[name] = read_torch_file(path)
+            if name.startswith("opt"):
+                contents[name].pop("metrics")
+    return contents
+
+
+def resume(tiny: bool) -> list[Row]:
+    """A run of `scripts/image_kd.py` killed in its sixth iteration and continued, against one that is not."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        command = [*distil(folder, run__iterations=8), "--exp_dir"]
+
+        def run(to: str, *tampers: Callable[[], None], expect: int = 0, **environment: str) -> dict[str, Any]:
+            def tamper() -> None:
+                for change in tampers:
+                    change()
+
+            child = Child(folder / "output.txt", *command, folder / to, tamper=tamper, **environment)
+            if (code := child.wait()) != expect:
+                raise RuntimeError(f"image_kd.py ended with status {code}: {child.text()[-1000:]}")
+            return end_of(folder / to)
+
+        straight = run("straight")
+        run("killed", kill_in_step(5), expect=-9)
+        difference = largest_difference(run("killed"), straight)
+        if difference == 0:
+            return [row("killed and continued: largest difference", difference, 0.0)]
+        again = largest_difference(run("again"), straight)
+        rows = [
+            row("killed and continued: largest difference", difference, None if again else 0.0),
+            row("not killed, run again: largest difference", again, None),
+        ]
+        if again:  # kernels that add up in any order: does it resume exactly where there are none?
+            cublas = {"CUBLAS_WORKSPACE_CONFIG": ":4096:8"}
+            exact = run("exact", _make_deterministic, **cublas)
+            run("exact-killed", _make_deterministic, kill_in_step(5), expect=-9, **cublas)
+            difference = largest_difference(run("exact-killed", _make_deterministic, **cublas), exact)
+            rows.append(row("the same by deterministic kernels: largest difference", difference, 0.0))
+        return rows
+
+
+def launcher() -> list[str]:
+    """What starts two ranks: mpiexec where there is mpi4py, else torchrun."""
+    beside = Path(sys.executable).parent / "mpiexec"
+    mpiexec = str(beside) if beside.is_file() else shutil.which("mpiexec")
+    if mpiexec and importlib.util.find_spec("mpi4py"):
+        return [mpiexec, "-n", "2", sys.executable]
+    return [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+
+
+def ranks(tiny: bool) -> list[Row]:
+    """The first iteration of two ranks that share the device: its gradient against that of one rank."""
+    start = launcher()
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        config = distillation(
+            folder, teacher__iter_choice="shuffled_iterative_distillation", student__batch_size=8
+        )
+        command = ["scripts/image_kd.py", "--config", config, "run.iterations=1"]
+        command += ["distill.gather_negatives=true", "--exp_dir"]
+        exact = {"NVIDIA_TF32_OVERRIDE": "0", "OMP_NUM_THREADS": "1"}
+        for alone in (["scripts/dynamic_prepare.py", "--config", config], [*command, folder / "one"]):
+            child = Child(folder / "output.txt", *alone, **exact)
+            if code := child.wait():
+                raise RuntimeError(f"{alone[0]} ended with status {code}: {child.text()[-1000:]}")
+        together = [*start, ROOT / command[0], *command[1:], folder / "two"]
+        done = subprocess.run(
+            [str(part) for part in together],
+            env=os.environ | exact,
+            capture_output=True,
+            text=True,
+            timeout=_TIMEOUT,
+        )
+        text = done.stdout + done.stderr
+        if done.returncode or "2 rank(s)" not in text:
+            raise RuntimeError(f"{start[0]} ended with status {done.returncode}: {text[-1000:]}")
+        gradients = []
+        for run in ("one", "two"):  # after one step a moment is a tenth of the gradient
+            states = end_of(folder / run)["opt000001.pt"]["optimizer"]["state"].values()
+            gradients.append(th.cat([moments["exp_avg"].flatten() for moments in states]))
+        name = "torchrun" if start[0] == sys.executable else "mpiexec"
+        return [
+            row(f"{name}: relative error of the gradient", relative_error(gradients[1], gradients[0]), 1e-3)
+        ]
+
+
+CHECKS: dict[str, Callable[[bool], list[Row]]] = {
+    "golden": golden,
+    "precision": precision,
+    "graph": graph,
+    "sampling": sampling,
+    "resume": resume,
+    "ranks": ranks,
+}
