@@ -10,6 +10,8 @@ a pair see the same arrays and the same number of threads.
   decides as ours does) and in float32.
 - file: a whole sample file of 32x32 images, read, reduced and scored; a random projection stands
   in for the network, whose time is its own affair.
+- end to end: the evaluator's command on a reference and a sample file, by a network of Inception's size with
+  random weights, against that network alone; and each score beside the features' time at that rate.
 """
 
 import argparse
@@ -20,14 +22,17 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from guided_diffusion.errors import UserError
 from guided_diffusion.processes.launch import run_script
 
+ROOT = Path(__file__).resolve().parent.parent
+BATCH = 64  # images at a time, the command's default
 Seconds = tuple[float, float]
 
 
@@ -149,7 +154,96 @@ def file(route: str, n: int, size: int) -> tuple[Seconds, dict]:
     return clocks.read(), found
 
 
-TASKS = {task.__name__: task for task in (frechet, neighbours, file)}
+def random_images(path: Path, n: int, size: int, seed: int) -> Path:
+    """Write n images of size x size: noise of 4x4 patches, each image with a contrast of its own."""
+    from guided_diffusion.io.npz_writer import create_npz
+
+    generator = np.random.default_rng(seed)
+    with create_npz(path, n) as writer:
+        for start in range(0, n, 1000):
+            rows = min(1000, n - start)
+            contrast = generator.uniform(10, 100, (rows, 1, 1, 1))
+            patches = 128 + contrast * generator.standard_normal((rows, 4, 4, 3))
+            pixels = np.repeat(np.repeat(patches, size // 4, axis=1), size // 4, axis=2)
+            writer.append(np.clip(pixels, 0, 255).astype(np.uint8))
+    return path
+
+
+def graph(route: str, n: int, size: int) -> tuple[Seconds, dict]:
+    """Write a network of Inception's size, with random weights, to the path `route`."""
+    sys.path.insert(0, str(ROOT / "tests"))
+    from inception_graphs import inception_shapes, random_inception_state, write_graph
+
+    clocks, path = Clocks(), Path(route)
+    write_graph(random_inception_state(inception_shapes(path.parent)), path)
+    return clocks.read(), {}
+
+
+def network(route: str, n: int, size: int) -> tuple[Seconds, dict]:
+    """Time of n images of size x size through the network `route`, and nothing else."""
+    from evaluations.inception_tensorflow import TensorflowExtractor
+    from guided_diffusion.io.files import NpzFile
+
+    extractor = TensorflowExtractor(Path(route))
+    with tempfile.TemporaryDirectory() as folder:
+        images = NpzFile(random_images(Path(folder) / "images.npz", n, size, 1)).load("arr_0")
+    extractor.extract(images[:BATCH])
+    clocks = Clocks()
+    for start in range(0, n, BATCH):
+        extractor.extract(images[start : start + BATCH])
+    return clocks.read(), {}
+
+
+def command(route: str, n: int, size: int) -> tuple[Seconds, dict]:
+    """Time of the evaluator's command on two files of n images, by the network `route`; no cache yet."""
+    with tempfile.TemporaryDirectory() as folder:
+        files = [random_images(Path(folder) / f"{seed}.npz", n, size, seed) for seed in (1, 2)]
+        arguments = [ROOT / "evaluations/evaluator.py", *files, "--inception", route]
+        started, before = time.perf_counter(), resource.getrusage(resource.RUSAGE_CHILDREN)
+        done = subprocess.run([sys.executable, *arguments], capture_output=True, text=True, check=False)
+        wall, after = time.perf_counter() - started, resource.getrusage(resource.RUSAGE_CHILDREN)
+    if done.returncode:
+        raise UserError(done.stderr.strip())
+    processor = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    return (wall, processor), {}
+
+
+def scores(route: str, n: int, dimension: int) -> tuple[Seconds, dict]:
+    """Seconds of each score by either clock, of n features on either side."""
+    from evaluations.metrics import frechet_distance, gaussian_of, inception_score, kernel_distance
+    from evaluations.neighbours import PRECISION_RECALL_K, nearest_distances, neighbour_scores
+
+    real, fake = features(n, dimension, 1), features(n, dimension, 2)
+    classes = Projection()
+    spent: dict[str, Seconds] = {}
+
+    def timed(name: str, function: Callable[[], Any]) -> Any:
+        clocks = Clocks()
+        value = function()
+        spent[name] = clocks.read()
+        return value
+
+    def inception() -> float:
+        return inception_score(classes.probabilities(fake[i : i + 5000]) for i in range(0, n, 5000))
+
+    a = gaussian_of(real)
+    whole = Clocks()
+    b = timed("mean and covariance (FID's, as much again sFID's)", lambda: gaussian_of(fake))
+    timed("Inception Score", inception)
+    timed("FID (as much again sFID)", lambda: frechet_distance(a, b))
+    near = timed("the reference's neighbours (kept in its cache)", lambda: nearest_distances(real))
+
+    def neighbours(density_coverage: bool) -> None:
+        own = nearest_distances(fake, PRECISION_RECALL_K)
+        neighbour_scores(real, fake, near, own, density_coverage=density_coverage)
+
+    timed("precision and recall", lambda: neighbours(False))
+    timed("the same, with density and coverage", lambda: neighbours(True))
+    timed("KID", lambda: kernel_distance(real, fake, seed=0))
+    return whole.read(), spent
+
+
+TASKS = {task.__name__: task for task in (frechet, neighbours, file, graph, network, command, scores)}
 
 
 def measure(task: str, route: str, n: int, width: int) -> dict:
@@ -159,6 +253,29 @@ def measure(task: str, route: str, n: int, width: int) -> dict:
     if done.returncode:
         raise UserError(f"{task} by {route} failed: {done.stderr.strip().splitlines()[-1]}")
     return json.loads(done.stdout.splitlines()[-1])
+
+
+def end_to_end(n: int, rows: int) -> None:
+    """Print the command's rate beside the network's, and each score's share of the features' time.
+
+    Args:
+        n: images in either file.
+        rows: features on either side that the scores are timed on.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        path = str(Path(folder) / "graph.pb")
+        measure("graph", path, 0, 0)
+        alone, whole = measure("network", path, n, 32), measure("command", path, n, 32)
+    print(f"end to end: two files of {n:,} images of 32x32, a network of Inception's size")
+    for name, row, images in (("network alone", alone, n), ("command", whole, 2 * n)):
+        rates = f"{images / row['wall']:8.1f} images/s, {images / row['processor']:8.1f} by processor time"
+        print(f"  {name:16}{row['wall']:8.1f} s, {rates}", flush=True)
+    print(f"scores of {rows:,} x 2048 features on either side, as a share of {rows:,} images' features")
+    for name, seconds in measure("scores", "ours", rows, 2048)["values"].items():
+        wall, processor = (
+            s * n / rows / alone[c] for s, c in zip(seconds, ("wall", "processor"), strict=True)
+        )
+        print(f"  {name:52}{seconds[0]:8.2f} s {wall:7.1%}, {processor:6.1%} by processor time", flush=True)
 
 
 def compare(task: str, others: Sequence[str], n: int, width: int) -> None:
@@ -189,6 +306,10 @@ def main() -> None:
         action="store_true",
         help="also 200,000 images of 64x64 (long: neighbours grow with the square)",
     )
+    parser.add_argument(
+        "--images", type=int, default=10_000, help="in either file, end to end (default 10000)"
+    )
+    parser.add_argument("--only", choices=["end-to-end"], help="leave the comparisons of numerics out")
     parser.add_argument("--task", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.task:
@@ -200,6 +321,9 @@ def main() -> None:
     threads = os.environ.get("OMP_NUM_THREADS", "not set")
     print(f"{len(os.sched_getaffinity(0))} cores, OMP_NUM_THREADS {threads}")
     width, rows, images = (256, 1500, 2000) if args.quick else (2048, 10_000, 50_000)
+    end_to_end(min(args.images, 128) if args.quick else args.images, rows)
+    if args.only:
+        return
     compare("frechet", ["scipy sqrtm"], rows, width)
     compare("frechet", ["scipy sqrtm"], width // 2, width)  # singular covariances
     compare("neighbours", ["float64", "float32"], rows, width)

@@ -17,7 +17,7 @@ import numpy as np
 import torch as th
 from driver import Child, distil, kill_in_step
 from gpu_device import on_gpu, use_tf32
-from run import loop_of
+from parts import loop_of
 from tiny import T, distillation, randomise
 from whole_step import WholeStep
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch as th
 from gpu_checks import PAPER, small_experiment
 from gpu_device import busy, on_gpu, peak_gb, seconds_per_call, use_tf32
-from run import flops_of, loop_of, machine_of, parts_of
+from parts import flops_of, loop_of, machine_of, parts_of
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from whole_step import Captured, WholeStep
 

@@ -1,9 +1,12 @@
-"""Inception graphs for the tests: the golden one, and one made from torch-fidelity's weights."""
+"""Inception graphs for tests and benchmarks: the golden one, and one made from torch-fidelity's weights."""
 
 import lzma
+from unittest import mock
 
 import numpy as np
 from golden_data import GOLDEN
+
+_declared = []  # a declaration lasts as long as its object
 
 
 def unpack_golden_graph(path):
@@ -14,6 +17,38 @@ def unpack_golden_graph(path):
     """
     path.write_bytes(lzma.decompress((GOLDEN / "g6_inception_half.pb.xz").read_bytes()))
     return path
+
+
+def import_torch_fidelity():
+    """torch-fidelity's module of the network, made importable beside a CPU-only torch.
+
+    torchvision's published wheels register kernels for two operators that only their compiled part
+    declares, and that part does not load without CUDA. Declaring the two lets it import; nothing
+    here calls them.
+    """
+    import torch
+
+    try:
+        import torchvision  # noqa: F401
+    except RuntimeError:
+        library = torch.library.Library("torchvision", "DEF")
+        for name in ("nms", "qnms"):
+            library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+        _declared.append(library)
+    from torch_fidelity import feature_extractor_inceptionv3
+
+    return feature_extractor_inceptionv3
+
+
+def inception_shapes(folder):
+    """Shape of every entry of torch-fidelity's state dict; `folder` is for a file that it wants to read."""
+    import torch
+
+    network = import_torch_fidelity().FeatureExtractorInceptionV3
+    torch.save({}, folder / "empty.pth")
+    with mock.patch.object(network, "load_state_dict"):
+        empty = network("shapes", ["2048"], feature_extractor_weights_path=str(folder / "empty.pth"))
+    return {name: value.shape for name, value in empty.state_dict().items()}
 
 
 def random_inception_state(shapes, seed=0):

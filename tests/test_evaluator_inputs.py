@@ -15,7 +15,13 @@ import numpy as np
 import pytest
 import torch as th
 from golden_data import GOLDEN
-from inception_graphs import random_inception_state, unpack_golden_graph, write_graph
+from inception_graphs import (
+    import_torch_fidelity,
+    inception_shapes,
+    random_inception_state,
+    unpack_golden_graph,
+    write_graph,
+)
 
 from evaluations import inception_tensorflow, inception_torch, weight_files
 from evaluations.evaluator import evaluate
@@ -272,34 +278,14 @@ def test_the_hash_in_a_weight_files_name_is_verified(tmp_path):
 
 @pytest.fixture(scope="module")
 def torch_fidelity_network():
-    """torch-fidelity's module, made importable beside a CPU-only torch.
-
-    torchvision's published wheels register kernels for two operators that only their compiled part
-    declares, and that part does not load without CUDA. Declaring the two lets it import; nothing
-    here calls them.
-    """
-    library = None
-    try:
-        import torchvision  # noqa: F401
-    except RuntimeError:
-        library = th.library.Library("torchvision", "DEF")
-        for name in ("nms", "qnms"):
-            library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-    module = inception_torch._torch_fidelity()
-    yield module
-    del library
+    return import_torch_fidelity()
 
 
 @pytest.fixture(scope="module")
-def same_weights(torch_fidelity_network, tmp_path_factory):
+def same_weights(tmp_path_factory):
     """One set of random weights as a torch file and as a TensorFlow graph."""
     folder = tmp_path_factory.mktemp("weights")
-    network = torch_fidelity_network.FeatureExtractorInceptionV3
-    th.save({}, folder / "empty.pth")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(network, "load_state_dict", lambda self, state: None)
-        empty = network("shapes", ["2048"], feature_extractor_weights_path=str(folder / "empty.pth"))
-    state = random_inception_state({name: value.shape for name, value in empty.state_dict().items()})
+    state = random_inception_state(inception_shapes(folder))
     th.save(state, folder / "inception.pth")
     return folder / "inception.pth", write_graph(state, folder / "inception.pb")
 

@@ -1,0 +1,32 @@
+"""The benchmark of the commands runs and prints its tables. What it measures is no test's affair."""
+
+import re
+
+import pytest
+from tiny import ROOT, script
+
+
+def test_the_table():
+    out = script("benchmarks/run.py", "--quick").stdout
+    for name in ("image_kd.py", "dynamic_prepare.py", "image_sample.py", "plain PyTorch"):
+        assert re.search(rf"^{name}.* \d+\.\d+ +\d+\.\d+ +\d+%$", out, re.MULTILINE), out
+    for name in ("teacher step", "whole iteration", "sampling step of the student"):
+        assert re.search(rf"^{name} .* ms .* ms .*%$", out, re.MULTILINE), out
+
+
+@pytest.mark.skipif(not (ROOT / ".git").exists(), reason="a checkout without git's history")
+def test_a_comparison_with_a_revision():
+    out = script("benchmarks/run.py", "--compare", "HEAD", "--quick").stdout
+    assert re.search(r"^median +\d+\.\d+ +\d+\.\d+;", out, re.MULTILINE), out
+    for clock in ("wall", "processor"):
+        number = r"\d+\.\d{3}"
+        assert re.search(rf"^ratio by the {clock}'s clock: {number} \({number} to {number}\)$", out, re.M), (
+            out
+        )
+
+
+@pytest.mark.skipif(not (ROOT / ".git").exists(), reason="a checkout without git's history")
+def test_a_revision_that_is_not_there():
+    done = script("benchmarks/run.py", "--compare", "no-such-revision", "--quick", check=False)
+    assert done.returncode == 1
+    assert "--compare no-such-revision: " in done.stderr and "Traceback" not in done.stderr
