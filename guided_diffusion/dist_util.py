@@ -103,11 +103,6 @@ def _leave() -> None:
         dist.destroy_process_group()
 
 
-def is_distributed() -> bool:
-    """Whether there are other ranks, which may be waiting for this one."""
-    return world_size() > 1
-
-
 def leave_together(status: int) -> None:
     """Wait a while for all ranks to get here; if some do not, they wait for this one: end them all."""
     store = _state.get("store")
