@@ -156,11 +156,14 @@ def _watch(wakeup: socket.socket, end_all: Callable[[int], None]) -> None:
     while True:
         wakeup.settimeout(GRACE if signals and not _state.remembered else None)
         try:
-            arrived = [number for number in wakeup.recv(16) if number in _SIGNALS]
+            received = wakeup.recv(16)
         except TimeoutError:
             if not (_state.remembered or _state.blocks or _state.meeting):
                 end_all(EXIT_STOPPED)
             continue
+        if not received:  # the other end is closed: another command runs in this process
+            return
+        arrived = [number for number in received if number in _SIGNALS]
         signals += len(arrived)
         if signals > 1:
             os._exit(128 + arrived[-1])
