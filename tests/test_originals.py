@@ -134,7 +134,7 @@ def test_a_tree_of_configurations_runs_from_anywhere(tree):
     )
     script_here("scripts/image_kd.py", "--config", tree, "run.iterations=1", "run.sample_interval=-1")
     (run,) = (root / "experiments/kd").iterdir()
-    assert run.name.startswith(f"{tree.stem}-") and newest_checkpoint(run).step == 1
+    assert run.name.startswith(f"{tree.stem},iterations=1,") and newest_checkpoint(run).step == 1
     name, size = tree.parent.parent / "teacher.yaml", experiment.student.architecture.image_size
     weights = {tree: run / "model000001.pt", name: "model/teacher.pt"}
     for config, path in weights.items():

@@ -159,13 +159,16 @@ def project_root(config: Path) -> Path:
     return Path.cwd()
 
 
-def experiment_text(experiment: Experiment) -> str:
-    """The resolved configuration as YAML; loading it gives the same experiment."""
+def experiment_keys(experiment: Experiment) -> dict[str, Any]:
+    """The resolved configuration, section by section, as a file would give it."""
     if isinstance(experiment, DistillationExperiment):
-        sections = {name: flat(getattr(experiment, name)) for name in SECTIONS}
-    else:
-        sections = flat(experiment.student) | {"run": flat(experiment.run)}
-    return OmegaConf.to_yaml(OmegaConf.create(sections))
+        return {name: flat(getattr(experiment, name)) for name in SECTIONS}
+    return flat(experiment.student) | {"run": flat(experiment.run)}
+
+
+def experiment_text(experiment: Experiment) -> str:
+    """`experiment_keys` as YAML; loading it gives the same experiment."""
+    return OmegaConf.to_yaml(OmegaConf.create(experiment_keys(experiment)))
 
 
 def _existing(path: Path) -> Path:

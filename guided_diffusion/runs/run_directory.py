@@ -1,7 +1,6 @@
 """A run's directory: chosen, described and closed in one place."""
 
 import argparse
-import dataclasses
 import datetime
 import hashlib
 import json
@@ -18,7 +17,7 @@ import torch as th
 
 from .. import dist_util
 from ..config import command_line
-from ..config.loading import experiment_text, load_experiment, project_root
+from ..config.loading import experiment_keys, experiment_text, load_experiment, project_root
 from ..config.settings import DistillationExperiment, Experiment
 from ..errors import UserError
 from ..io.files import atomic_path, held, remove_leftovers
@@ -134,7 +133,7 @@ def _recorded(
         active=launch.rank == 0,
         wandb=args.wandb,
         name=run_name(experiment.name, args.overrides),
-        config=dataclasses.asdict(experiment),
+        config=experiment_keys(experiment),
     )
     devices = dist_util.describe()
     record = _record(args.config, devices)
