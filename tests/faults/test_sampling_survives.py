@@ -67,6 +67,7 @@ def test_memory_does_not_grow_with_the_number_of_samples(tmp_path, monkeypatch):
 
     class Process:
         timestep_map = ()
+        num_timesteps = 0
 
     monkeypatch.setattr(sample_set, "sample_images", black)
     answers = FORK.SimpleQueue()
