@@ -127,7 +127,7 @@ def precision(tiny: bool) -> list[Row]:
     exact = loop_in("fp32")
     for module in (exact.source.teacher.network, exact.network):
         randomise(module)
-    batch = exact.source.next_batch()
+    batch = exact.source.next_batch(0)
     references = evaluate(exact)
     rows = []
     for name in ("bf16", "fp16") if not on_gpu() else ("tf32", "bf16", "fp16"):
@@ -192,7 +192,7 @@ def graph(tiny: bool) -> list[Row]:
                     if whole is not None:
                         whole()
                     else:
-                        loop.train_step(loop.source.next_batch())
+                        loop.train_step(loop.source.next_batch(loop.step))
                 assert loop.step == 8
                 ends.append(tensors_of(loop))
             first, again, replayed = ends

@@ -87,7 +87,7 @@ def original_iteration(loop: TrainLoop) -> Callable[[], None]:
     rate = loop.training.ema_rates[0]
 
     def iteration() -> None:
-        batch = loop.source.next_batch()
+        batch = loop.source.next_batch(0)
         for parameter in loop.parameters:
             parameter.grad = None
         total = th.zeros(len(batch))
@@ -132,7 +132,7 @@ def time_way(way: Way, tiny: bool) -> dict[str, Any]:
         x, t = source.pool.x[index], source.pool.levels[index] - 1
 
         def iteration() -> None:
-            loop.train_step(source.next_batch())
+            loop.train_step(source.next_batch(loop.step))
 
         @th.no_grad()
         def sample() -> None:

@@ -56,7 +56,9 @@ def loop_of(
     return TrainLoop(
         network=student,
         objective=objective,
-        source=TeacherSource(pool.stored_on(dist_util.dev(), th.float32), teacher, batch_size),
+        source=TeacherSource(
+            pool.stored_on(dist_util.dev(), th.float32), teacher, batch_size, experiment.distill
+        ),
         process=process,
         training=dataclasses.replace(experiment.student.training, batch_size=batch_size),
         run=run,
@@ -68,11 +70,11 @@ def parts_of(loop: TrainLoop) -> Parts:
     """The parts of an iteration, and a sampling step, each ready to be called again and again."""
     source, objective, model, diffusion = loop.source, loop.objective, loop.network, loop.process
     assert isinstance(source, TeacherSource) and isinstance(objective, Distillation)
-    batch = source.next_batch()
+    batch = source.next_batch(0)
     model.train()
 
     def iteration() -> None:
-        loop.train_step(source.next_batch())
+        loop.train_step(source.next_batch(loop.step))
 
     @th.no_grad()
     def sample() -> None:

@@ -52,7 +52,9 @@ def main() -> None:
         for values in spent.values():
             values.clear()
         for _ in range(args.iterations + 1):
-            spent["whole"].append(seconds_of(lambda loop=loop: loop.train_step(loop.source.next_batch())))
+            spent["whole"].append(
+                seconds_of(lambda loop=loop: loop.train_step(loop.source.next_batch(loop.step)))
+            )
         whole, waiting, averaging = (median(values[1:]) for values in spent.values())
         if launch.rank == 0:
             millions = sum(parameter.numel() for parameter in loop.parameters) / 1e6

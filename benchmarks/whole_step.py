@@ -48,7 +48,7 @@ class Captured:
 
 
 class WholeStep:
-    """One iteration of a distillation's loop at each call, the same as `train_step(source.next_batch())`.
+    """One iteration of a distillation's loop at each call, the same as `train_step(source.next_batch(step))`.
 
     From outside come the rows of the pool to train on and the learning rate, to the outside go the sums for
     the log; all else stays in place on the device. Of one rank, without `teacher.prob` and `run.ema_warmup`,

@@ -249,9 +249,9 @@ class GaussianDiffusion:
             t: int64 [B].
             clip_denoised: clip the predicted x_0 to `bounds`; a bool [B] says so per sample.
             denoised_fn: applied to the predicted x_0 before clipping.
-            s: int64 [B], 0 <= s < t: where the step leads, t - 1 when left out. It is the reverse step of the
-                process that keeps only s and t (Improved DDPM section 4, respacing, per sample instead of
-                per process).
+            s: int64 [B], -1 <= s < t: where the step leads, t - 1 when left out. It is the reverse step of
+                the process that keeps only s and t (Improved DDPM section 4, respacing, per sample instead
+                of per process); -1 is the clean image, and the mean is then the predicted x_0.
 
         Raises:
             ValueError: the output has a wrong number of channels.
@@ -267,7 +267,7 @@ class GaussianDiffusion:
             elif clip_denoised:
                 pred_xstart = pred_xstart.clamp(*self.bounds)
 
-        coef_start, coef_x, small, large = self._step(t) if s is None else self._jump(t, s)
+        coef_start, coef_x, small, large = self._step(t) if s is None else self.jump(t, s)
         if values is not None:
             # Improved DDPM eq. 15: v in [-1, 1] interpolates between the two bounds in the log domain.
             fraction = (values + 1) / 2
@@ -292,15 +292,20 @@ class GaussianDiffusion:
             self.at("_fixed_large_log_variance" if fixed else "_log_betas", t),
         )
 
-    def _jump(self, t: th.Tensor, s: th.Tensor) -> tuple[th.Tensor, th.Tensor, th.Tensor, th.Tensor]:
-        """What `_step` gives, for the posterior of x_s, computed in float64."""
-        alpha_bar = th.from_numpy(self.alphas_cumprod).to(t.device)
-        bar_t, bar_s = (alpha_bar[i].reshape(-1, 1, 1, 1) for i in (t, s))
+    def jump(self, t: th.Tensor, s: th.Tensor) -> tuple[th.Tensor, th.Tensor, th.Tensor, th.Tensor]:
+        """Of the posterior of x_s for steps -1 <= s < t: the factors of x_0 and x_t, the smallest and largest
+        log variance, float32 [B, 1, 1, 1] each, computed in float64. At s = -1 the smallest is the largest.
+        """
+        key = ("alphas_cumprod from s = -1", t.device)
+        if key not in self._tables:
+            self._tables[key] = th.from_numpy(np.append(1.0, self.alphas_cumprod)).to(t.device)
+        bar_t, bar_s = (self._tables[key][i + 1].reshape(-1, 1, 1, 1) for i in (t, s))
         beta = 1 - bar_t / bar_s
+        small = th.where(bar_s < 1, beta * (1 - bar_s) / (1 - bar_t), beta)
         return (
             (bar_s.sqrt() * beta / (1 - bar_t)).float(),
             ((1 - bar_s) * (1 - beta).sqrt() / (1 - bar_t)).float(),
-            (beta * (1 - bar_s) / (1 - bar_t)).log().float(),
+            small.log().float(),
             beta.log().float(),
         )
 
@@ -339,6 +344,11 @@ class GaussianDiffusion:
     def predict_xstart_from_eps(self, x_t: th.Tensor, t: th.Tensor, eps: th.Tensor) -> th.Tensor:
         """x_0 = x_t / sqrt(abar) - eps sqrt(1 / abar - 1), DDPM eq. 4 solved for x_0."""
         return self.at("sqrt_recip_alphas_cumprod", t) * x_t - self.at("sqrt_recipm1_alphas_cumprod", t) * eps
+
+    def clipped_xstart(self, x_t: th.Tensor, t: th.Tensor, eps: th.Tensor) -> th.Tensor:
+        """`predict_xstart_from_eps`, clipped to `bounds`."""
+        pred_xstart = self.predict_xstart_from_eps(x_t, t, eps)
+        return pred_xstart if self.bounds is None else pred_xstart.clamp(*self.bounds)
 
     def predict_eps_from_xstart(self, x_t: th.Tensor, t: th.Tensor, pred_xstart: th.Tensor) -> th.Tensor:
         """The inverse of `predict_xstart_from_eps`."""

@@ -131,7 +131,7 @@ class TrainLoop:
             stop = False
             while not stop and (not self.iterations or self.step < self.iterations):
                 reseed(self.run_settings.seed, dist_util.rank(), self.step)
-                batch = self.source.next_batch()
+                batch = self.source.next_batch(self.step)
                 self.train_step(batch)
                 bar.update()
                 log_due = self.step % self.training.log_interval == 0 or self.step == self.iterations
@@ -164,7 +164,7 @@ class TrainLoop:
             for out in self.objective.passes(self.network, micro):
                 self.scaler.scale(out.loss.mean() * (len(micro) / len(batch))).backward()
                 self.metrics.add_pass(out, self.process.num_timesteps)
-                total = total + out.loss.detach()
+                total = total + out.loss.detach().mean()
             assert isinstance(total, th.Tensor)
             self.metrics.add("loss", total)
         dist_util.average_gradients(self.parameters)

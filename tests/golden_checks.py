@@ -132,7 +132,7 @@ def teacher_step(case) -> Iterator[Comparison]:
         step = teacher_of(lambda x, t, y: output, diffusion).step(a["x_t"], a["t"])
     yield Comparison("mean", step.mean, a["teacher/mean"])
     yield Comparison("log variance", step.log_variance, a["teacher/log_variance"])
-    yield Comparison("x_{t-1}", step.x_prev, a["x_t_minus_1"])
+    yield Comparison("x_{t-1}", step.x_next, a["x_t_minus_1"])
 
 
 def stage(case, name) -> Iterator[Comparison]:

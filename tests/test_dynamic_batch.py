@@ -88,8 +88,8 @@ def test_levels_go_down_by_one_and_restart_from_pure_noise(teacher):
 def test_no_noise_is_added_at_the_last_step(teacher):
     x = th.randn(2, 3, 8, 8)
     step = teacher.step(x, th.tensor([0, 3]))
-    assert th.equal(step.x_prev[0], step.mean[0])
-    assert not th.equal(step.x_prev[1], step.mean[1])
+    assert th.equal(step.x_next[0], step.mean[0])
+    assert not th.equal(step.x_next[1], step.mean[1])
 
 
 def test_every_entry_is_visited_and_levels_stay_in_range(teacher):
@@ -162,3 +162,75 @@ def test_a_pool_whose_header_begins_like_a_pickle_is_read(tmp_path):
         first.add((tmp_path / "pool.cache").read_bytes()[0])
         assert th.equal(read_pool(tmp_path / "pool.cache", 10, (3, 4, 4)).x, pool.x)
     assert 0x80 in first
+
+
+# --- entries that advance by hops, and entries that follow the student -----------------------------
+
+
+def test_a_jump_to_the_clean_image_lands_on_the_predicted_x_0(teacher):
+    process = teacher.process
+    t = th.arange(process.num_timesteps)
+    x, output = th.randn(len(t), 3, 4, 4), 30 * th.randn(len(t), 6, 4, 4)
+    clean = process.p_distribution(output, x, t, s=th.full_like(t, -1))
+    assert clean["log_variance"].isfinite().all()
+    th.testing.assert_close(clean["mean"], clean["pred_xstart"])
+    th.testing.assert_close(clean["mean"][:1], process.p_distribution(output, x, t)["mean"][:1])
+
+
+def test_hops_advance_by_the_stride_in_the_mean_and_leave_the_target_alone(teacher):
+    total, stride = teacher.process.num_timesteps, 4
+    pool = noise_pool(400, teacher.process)
+    pool.levels = th.arange(400) % (total + 1)
+    before = pool.levels.clone()
+    th.manual_seed(3)
+    batch = pool.advance(th.arange(400), teacher, stride=stride)
+    assert th.equal(batch.t, th.where(before == 0, total, before) - 1)  # level 0 restarts
+    hops = batch.t - batch.s
+    assert th.equal(pool.levels, batch.s + 1) and th.equal(batch.index, th.arange(400))
+    inside = batch.t >= 2 * stride - 1
+    assert set(hops[inside].tolist()) == set(range(1, 2 * stride))
+    assert abs(float(hops[inside].float().mean()) - stride) < 0.3
+    assert (batch.s >= -1).all() and (batch.s == -1).any()
+    step = teacher.step(batch.x_t, batch.t)  # the step to t - 1, as ever
+    for name in ("eps", "mean", "log_variance"):
+        th.testing.assert_close(getattr(batch, name), getattr(step, name))
+    clean = batch.s == -1
+    x_0 = teacher.process.clipped_xstart(batch.x_t, batch.t, batch.eps)
+    th.testing.assert_close(pool.x[clean], x_0[clean])
+
+
+def test_hops_visit_every_level(teacher):
+    pool = noise_pool(64, teacher.process)
+    seen = {int(t) for _ in range(40) for t in pool.next_batch(32, teacher, stride=5).t}
+    assert seen == set(range(teacher.process.num_timesteps))
+
+
+@pytest.mark.parametrize("dtype", [th.float32, th.float16])
+@pytest.mark.parametrize("stride", [1, 6])
+def test_an_entry_that_follows_the_student_lies_where_the_students_jump_leads(teacher, stride, dtype):
+    process = teacher.process
+    pool = noise_pool(40, process).stored_on("cpu", dtype)
+    pool.levels = th.arange(40) % process.num_timesteps + 1
+    batch = pool.advance(th.arange(40), teacher, stride=stride)
+    teachers = pool.x.clone()
+    pool.follow(batch, batch.eps, process, 1.0)  # a student that says what the teacher says
+    th.testing.assert_close(pool.x, teachers)
+    students = th.randn_like(batch.eps)
+    pool.follow(batch, students, process, 0.0)
+    th.testing.assert_close(pool.x, teachers)
+
+    pool.follow(batch[:20], students[:20], process, 1.0)
+    assert th.equal(pool.x[20:], teachers[20:]) and th.equal(pool.levels, batch.s + 1)
+    values = th.zeros_like(students)  # any variance: the mean alone differs
+    means = [
+        process.p_distribution(th.cat([eps, values], 1), batch.x_t, batch.t, s=batch.s)["mean"]
+        for eps in (batch.eps, students)
+    ]
+    moved = (teachers.float() + means[1] - means[0])[:20]
+    tolerance = 1e-5 if dtype == th.float32 else 1e-2
+    th.testing.assert_close(pool.x[:20].float(), moved, atol=tolerance, rtol=tolerance)
+    assert float((moved - teachers[:20]).abs().max()) <= 2.1  # however far off the student is
+    pool.x.copy_(teachers)
+    pool.follow(batch, students, process, 0.5)
+    share = float((pool.x != teachers).flatten(1).any(1).float().mean())
+    assert 0.2 < share < 0.8

@@ -12,6 +12,7 @@ from guided_diffusion.distill.dynamic_batch import DistillationBatch, DynamicBat
 from guided_diffusion.distill.objectives import Distillation
 from guided_diffusion.logger import RunLog
 from guided_diffusion.losses import contrastive_loss
+from guided_diffusion.networks.base import Evaluation
 from guided_diffusion.resample import LossSecondMomentResampler, UniformSampler
 from guided_diffusion.script_util import build_network
 from guided_diffusion.train_util import TrainLoop
@@ -175,6 +176,78 @@ class TestStages:
                 th.distributions.Normal(mean, (0.5 * log_variance).exp()),
             ).mean(dim=(1, 2, 3)) / math.log(2)
             th.testing.assert_close(loss.loss, mse + kl, rtol=1e-3, atol=1e-4)
+
+    @pytest.mark.parametrize("kind", ["v", "min_snr"])
+    def test_loss_weights_are_1_in_the_mean_and_weight_every_squared_error(self, kind):
+        model, diffusion, plain = build(Distill(stage1_weight=0))
+        _, _, capped = build(Distill(stage1_weight=0, loss_weight=kind, loss_weight_cap=1e12))
+        _, _, weighted = build(Distill(stage1_weight=0, loss_weight=kind))
+        assert (plain.loss_weight == 1).all()
+        assert not any("loss_weight" in name for name in weighted.state_dict())
+        assert float(weighted.loss_weight.mean()) == pytest.approx(1)
+        batch = make_batch(diffusion, size=diffusion.num_timesteps)
+        for stage in ("stage1", "stage2"):
+            ours, theirs = (getattr(objective, stage)(model, batch) for objective in (weighted, plain))
+            difference = (
+                ours.terms[f"{stage}_mse"] - weighted.loss_weight[batch.t] * theirs.terms[f"{stage}_mse"]
+            )
+            assert difference.abs().max() < 1e-6 * theirs.terms[f"{stage}_mse"].max()
+            assert th.equal(ours.terms[f"{stage}_vb"], theirs.terms[f"{stage}_vb"])
+        bars = th.from_numpy(diffusion.alphas_cumprod)
+        snr = bars / (1 - bars)
+        ratio = weighted.loss_weight / weighted.loss_weight[0]
+        expected = (1 / bars).clamp(max=5) if kind == "v" else (5 / snr).clamp(max=1)
+        th.testing.assert_close(ratio, (expected / expected[0]).float(), rtol=1e-5, atol=0)
+        if kind == "v":  # without a cap it is the squared error of v = sqrt(abar) eps - sqrt(1 - abar) x_0
+            x, t = batch.x_t, batch.t
+            ours, target = th.randn_like(x), batch.eps
+            signal, noise = (
+                diffusion.at("sqrt_alphas_cumprod", t),
+                diffusion.at("sqrt_one_minus_alphas_cumprod", t),
+            )
+            v = [
+                signal * eps - noise * diffusion.predict_xstart_from_eps(x, t, eps) for eps in (ours, target)
+            ]
+            error = ((v[0] - v[1]) ** 2).mean(dim=(1, 2, 3))
+            rates = capped.squared_error(ours, target, t) / error
+            th.testing.assert_close(rates, rates[:1].expand_as(rates), rtol=1e-3, atol=0)
+
+    def test_stage_2_between_is_a_state_whose_noise_is_the_target(self):
+        model, diffusion, objective = build(Distill(stage1_weight=0, stage2_time="between"))
+        batch = make_batch(diffusion, size=200)
+        s, x_s = objective.between(batch)
+        assert (s >= batch.t).all() and (s < diffusion.num_timesteps).all()
+        early = batch.t == 0
+        assert len(set(s[early].tolist())) > 5 and (s == diffusion.num_timesteps - 1).any()
+        x_0 = diffusion.predict_xstart_from_eps(x_s, s, batch.eps)
+        expected = diffusion.clipped_xstart(batch.x_t, batch.t, batch.eps)
+        far = s < diffusion.num_timesteps - 2  # where x_s still shows x_0
+        th.testing.assert_close(x_0[far], expected[far], atol=1e-3, rtol=1e-3)
+        (_, out) = objective.passes(model, batch)
+        assert set(out.terms) == {"stage2_mse"} and (out.t >= batch.t).all()
+
+        class Perfect:
+            def evaluate(self, x, timesteps, y, emb_shift=None):
+                return Evaluation(th.cat([batch.eps, th.zeros_like(batch.eps)], 1), None, None)
+
+        assert objective.stage2(Perfect(), batch).loss.abs().max() == 0
+
+    def test_stage_2_may_see_a_share_of_the_batch(self, tmp_path):
+        model, diffusion, objective = build(Distill(stage2_fraction=0.3))
+        batch = make_batch(diffusion)
+        first, second = objective.passes(model, batch)
+        assert len(first.loss) == 8 and len(second.loss) == len(second.t) == 3
+        loop_for(model, diffusion, objective, tmp_path).train_step(batch)
+
+    def test_the_source_is_told_what_the_student_says_of_x_t(self):
+        model, diffusion, objective = build(Distill(stage1_weight=0))
+        batch, told = make_batch(diffusion), []
+        objective.follow = lambda *heard: told.append(heard)
+        list(objective.passes(model, batch))
+        ((where, eps),) = told
+        assert where is batch and not eps.requires_grad
+        with th.no_grad():
+            th.testing.assert_close(eps, model(batch.x_t, batch.t)[:, :3])
 
 
 def loop_for(model, diffusion, objective, tmp_path, **training):

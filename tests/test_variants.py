@@ -137,6 +137,36 @@ def distil(config, name, *overrides):
     return state_of(run, steps), th.load(run / f"model{steps:06d}.pt", weights_only=True)
 
 
+OPTIONS = [
+    *("distill.advance_stride=4", "distill.loss_weight=v", "distill.on_policy=0.7"),
+    *("distill.stage2_time=between", "distill.stage2_fraction=0.5", "distill.role_vector=true"),
+]
+
+
+def test_hops_weights_and_on_policy_resume_exactly_with_classes_16_bits_and_respacing(tmp_path):
+    config = tiny(tmp_path, class_cond=True, num_classes=3, distill__pool_dtype="float16")
+    more = [*OPTIONS, "teacher.timestep_respacing=10", "student.timestep_respacing=10"]
+    script_here("scripts/dynamic_prepare.py", "--config", config, *more)
+    kd = ["scripts/image_kd.py", "--config", config, *more, "student.save_interval=2"]
+    script(*kd, "--exp_dir", tmp_path / "whole", ranks=2)
+    log = (tmp_path / "whole/log.txt").read_text()
+    assert "stage 2 between t and T, loss weight v, hops of 4, on-policy 0.7" in log
+    before, after = (
+        read_pool(tmp_path / "whole" / f"teacher-state-00000{n}.cache", 10, (3, SIZE, SIZE)) for n in (4, 6)
+    )
+    assert after.x.dtype == th.float16 and (before.levels - after.levels).abs().max() > 1
+    resumed = [*kd, "--resume_checkpoint", tmp_path / "whole/model000004.pt", "--exp_dir", tmp_path / "again"]
+    script(*resumed, ranks=2)
+    for name in ("model000006.pt", "ema_0.99_000006.pt"):
+        one, two = (th.load(tmp_path / run / name, weights_only=True) for run in ("whole", "again"))
+        assert all(th.equal(one[key], two[key]) for key in one)
+    pools = [
+        read_pool(tmp_path / run / "teacher-state-000006.cache", 10, (3, SIZE, SIZE))
+        for run in ("whole", "again")
+    ]
+    assert all(th.equal(getattr(pools[0], key), getattr(pools[1], key)) for key in ("x", "levels", "y"))
+
+
 def test_prob_walks_further_between_the_batches(config):
     before = pool_of(config.parent)
     total = {}

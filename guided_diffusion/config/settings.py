@@ -265,6 +265,20 @@ class Distill:
     share_equal_timesteps: bool = key(False, "equal timesteps in a batch share the target's mass")
     gather_negatives: bool = key(False, "contrast with the negatives of all ranks, not the rank's own")
     role_vector: bool = key(False, "mark stage 2's input by a learned vector added to its timestep embedding")
+    stage2_time: str = key(
+        "same", "stage 2's input: same (eps_T at t), or between (a state of noise eps_T at a later timestep)"
+    )
+    stage2_fraction: float = key(1.0, "share of each batch that stage 2 sees")
+    loss_weight: str = key(
+        "eps", "weight of the squared error of eps over t, 1 in the mean: eps (1), v (1/abar) or min_snr"
+    )
+    loss_weight_cap: float = key(5.0, "loss_weight v: largest 1/abar; min_snr: gamma")
+    advance_stride: int = key(
+        1, "timesteps by which a drawn entry advances, in the mean (1: each by one; N: by 1 to 2N-1)"
+    )
+    on_policy: float = key(
+        0.0, "probability that an entry goes on where the student leads, raised from 0 in the first third"
+    )
     stride: int = key(1, "timesteps per teacher jump while preparing the pool (1: every step)")
     pool_seed: int = key(-1, "seed of the pool (-1: run.seed); each has a file of its own beside tempfile")
     pool_dtype: str = key("float32", "how the pool is kept, in memory and in its file: float32 or float16")
@@ -274,8 +288,17 @@ class Distill:
         """Raise `UserError` for values that cannot be right."""
         for name in ("stage1_weight", "stage2_weight"):
             _require(getattr(self, name) >= 0, f"{where}{name} must not be negative")
-        _require(self.temperature > 0, f"{where}temperature must be positive, not {self.temperature}")
-        _require(self.stride >= 1, f"{where}stride must be at least 1, not {self.stride}")
+        for name in ("temperature", "loss_weight_cap"):
+            _require(getattr(self, name) > 0, f"{where}{name} must be positive, not {getattr(self, name)}")
+        for name in ("stride", "advance_stride"):
+            _require(getattr(self, name) >= 1, f"{where}{name} must be at least 1, not {getattr(self, name)}")
+        _require(
+            0 < self.stage2_fraction <= 1,
+            f"{where}stage2_fraction must be in (0, 1], not {self.stage2_fraction}",
+        )
+        _require(0 <= self.on_policy <= 1, f"{where}on_policy must be in [0, 1], not {self.on_policy}")
+        _require_one_of(self.loss_weight, ("eps", "v", "min_snr"), f"{where}loss_weight")
+        _require_one_of(self.stage2_time, ("same", "between"), f"{where}stage2_time")
         _require(self.pool_seed >= -1, f"{where}pool_seed must be -1 or more, not {self.pool_seed}")
         _require_one_of(self.pool_dtype, ("float32", "float16"), f"{where}pool_dtype")
         _require_one_of(self.pool_device, ("auto", "cpu"), f"{where}pool_device")
@@ -362,6 +385,15 @@ class DistillationExperiment(Experiment):
             self.student.training.schedule_sampler == "uniform",
             "student.schedule_sampler must be uniform: in distillation the pool gives the timesteps",
         )
+        if self.distill.on_policy:
+            _require(
+                bool(self.run.iterations or self.student.training.lr_anneal_steps),
+                "distill.on_policy is raised over a third of the run, which needs an end: set run.iterations",
+            )
+            _require(
+                not self.teacher.input_perturb,
+                "distill.on_policy follows the student from x_t itself: teacher.input_perturb must be 0",
+            )
 
 
 # What a student must have in common with its teacher: the samples, and the process that they run through.

@@ -7,10 +7,12 @@ denoised. Steps are those of the (possibly respaced) process.
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch as th
 
 from ..errors import UserError
+from ..gaussian_diffusion import GaussianDiffusion
 from .teacher import Teacher
 
 
@@ -24,6 +26,8 @@ class DistillationBatch:
         eps, mean, log_variance: the teacher's outputs at (x_t, t); see `TeacherStep`.
         y: int64 [B] class labels, or None.
         features: the teacher's features, float32 [B, C', H', W'], or None where nobody asked for them.
+        index: int64 [B], the pool's entries that these were, or None for samples of no pool.
+        s: int64 [B], the steps at which those are now (-1: clean), or None.
     """
 
     x_t: th.Tensor
@@ -33,15 +37,21 @@ class DistillationBatch:
     log_variance: th.Tensor
     y: th.Tensor | None = None
     features: th.Tensor | None = None
+    index: th.Tensor | None = None
+    s: th.Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.t)
 
+    def __getitem__(self, samples: slice) -> "DistillationBatch":
+        """Some of the samples."""
+        piece = {k: None if v is None else v[samples] for k, v in vars(self).items()}
+        return DistillationBatch(**piece)  # type: ignore[arg-type]
+
     def split(self, size: int) -> Iterator["DistillationBatch"]:
         """Yield consecutive pieces of at most `size` samples."""
         for start in range(0, len(self), size):
-            piece = {k: None if v is None else v[start : start + size] for k, v in vars(self).items()}
-            yield DistillationBatch(**piece)  # type: ignore[arg-type]
+            yield self[start : start + size]
 
 
 class DynamicBatch:
@@ -112,24 +122,54 @@ class DynamicBatch:
         """Indices of a batch, int64 [B], at random without replacement."""
         return th.randperm(len(self))[:batch_size].to(self.levels.device)
 
-    def advance(self, index: th.Tensor, teacher: Teacher, *, features: bool = False) -> DistillationBatch:
-        """Take some entries one teacher step further and return what the student learns from it.
+    def advance(
+        self, index: th.Tensor, teacher: Teacher, *, stride: int = 1, features: bool = False
+    ) -> DistillationBatch:
+        """Take some entries further by one teacher evaluation and return what the student learns from it.
 
-        Entries at level 0 are restarted from fresh noise at level T first. The pool holds x_{t-1}
-        and level t as soon as this returns.
+        Entries at level 0 are restarted from fresh noise at level T first. The pool holds the next states
+        and their levels as soon as this returns.
 
         Args:
             index: int64 [B], which entries.
             teacher: the teacher.
+            stride: how far each goes in the mean: one step each (1, as published), or by a random number of
+                steps in {1..2 stride - 1}, at most to the clean image. The more, the more different images
+                the student sees the way to; the states are those of a sampler with as few steps.
             features: the batch carries the teacher's features too.
         """
         x_t, level, y = self.take(index)
         restart = level == 0
         x_t = th.where(restart.reshape(-1, 1, 1, 1), th.randn_like(x_t), x_t)
         t = th.where(restart, self.num_timesteps, level) - 1
-        step = teacher.step(x_t, t, y, features=features)
-        self.put(index, step.x_prev, t)
-        return DistillationBatch(x_t, t, step.eps, step.mean, step.log_variance, y, step.features)
+        s = None
+        if stride > 1:
+            s = (t - th.randint(1, 2 * stride, (len(t),)).to(t)).clamp(min=-1)
+        step = teacher.step(x_t, t, y, s=s, features=features)
+        s = t - 1 if s is None else s
+        self.put(index, step.x_next, s + 1)
+        return DistillationBatch(x_t, t, step.eps, step.mean, step.log_variance, y, step.features, index, s)
+
+    def follow(
+        self, batch: DistillationBatch, eps: th.Tensor, process: GaussianDiffusion, probability: float
+    ) -> None:
+        """Let some entries go on where the student would have gone from x_t, instead of the teacher.
+
+        Their x_s moves by what the two predicted x_0 differ, each clipped to the process's bounds; the noise
+        and its variance stay the teacher's, so that an untrained student cannot throw them far.
+
+        Args:
+            batch: what `advance` returned, or a piece of it.
+            eps: the student's prediction at (x_t, t), float32 [B, C, H, W].
+            process: the teacher's.
+            probability: of each entry.
+        """
+        assert batch.index is not None and batch.s is not None
+        chosen = (th.rand(len(batch)) < probability).to(batch.t.device)
+        teachers, students = (process.clipped_xstart(batch.x_t, batch.t, e) for e in (batch.eps, eps))
+        shift = process.jump(batch.t, batch.s)[0] * (students - teachers)
+        x_s, level, _ = self.take(batch.index)
+        self.put(batch.index, x_s + chosen.reshape(-1, 1, 1, 1) * shift, level)
 
     def take(self, index: th.Tensor) -> tuple[th.Tensor, th.Tensor, th.Tensor | None]:
         """Entries x float32 [B, C, H, W], levels [B] and labels [B] or None, on the batches' device."""
@@ -142,13 +182,15 @@ class DynamicBatch:
         self.levels[index] = levels.to(self.levels)
 
     def next_batch(
-        self, batch_size: int, teacher: Teacher, prob: float = 1.0, *, features: bool = False
+        self, batch_size: int, teacher: Teacher, prob: float = 1.0, **options: Any
     ) -> DistillationBatch:
-        """One iteration's batch; with `prob` < 1 the same samples first advance a random while longer."""
+        """One iteration's batch; with `prob` < 1 the same samples first advance a random while longer.
+        Further options are those of `advance`.
+        """
         index = self.draw(batch_size)
-        batch = self.advance(index, teacher, features=features)
+        batch = self.advance(index, teacher, **options)
         while prob < 1 and float(th.rand(())) >= prob:
-            batch = self.advance(index, teacher, features=features)
+            batch = self.advance(index, teacher, **options)
         return batch
 
 

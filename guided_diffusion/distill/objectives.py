@@ -1,9 +1,10 @@
 """The objectives of distillation: TCCD, and DKDM with both stages off."""
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
+import numpy as np
 import torch as th
 from torch import nn
 
@@ -36,10 +37,13 @@ class Distillation(Objective):
 
     Attributes:
         needs_teacher_features: whether batches must carry the teacher's features.
+        follow: told the student's prediction at each batch's x_t, if not None.
     """
 
     Settings: type[Distill] = Distill
     needs_teacher_features = False
+
+    loss_weight: th.Tensor
 
     def __init__(
         self,
@@ -54,6 +58,8 @@ class Distillation(Objective):
         super().__init__()
         self.process, self.settings = process, settings
         self.clip_last, self.input_perturb = clip_last, input_perturb
+        self.follow: Callable[[DistillationBatch, th.Tensor], None] | None = None
+        self.register_buffer("loss_weight", loss_weight(process, settings), persistent=False)
         self.noise_encoder: NoiseEncoder | None = None
         self.role: nn.Parameter | None = None
         if settings.stage1_weight > 0:
@@ -65,26 +71,50 @@ class Distillation(Objective):
         """Stage 1 (or DKDM's only pass), then stage 2. Each yields terms "mse", "vb" and "align"."""
         yield self.stage1(student, batch)
         if self.settings.stage2_weight > 0:
-            yield self.stage2(student, batch)
+            yield self.stage2(student, batch[: math.ceil(self.settings.stage2_fraction * len(batch))])
 
     def stage1(self, student: DenoisingNetwork, batch: DistillationBatch) -> PassLoss:
         """The student at (x_t, t): MSE + KL, plus the weighted alignment of h with the timestep."""
         x_t = self.perturbed(batch)
         out = student.evaluate(x_t, self.process.model_timesteps(batch.t), batch.y)
         terms = self.distillation_terms(out.output, batch, x_in=x_t, x_t=x_t)
-        return self._weighted("stage1", 1.0, self.noise_encoder is not None, terms, out, batch)
+        if self.follow is not None:
+            self.follow(batch, self.prediction(out.output, batch.x_t, batch.t).detach())
+        return self._weighted("stage1", 1.0, self.noise_encoder is not None, terms, out, batch.t)
 
     def stage2(self, student: DenoisingNetwork, batch: DistillationBatch) -> PassLoss:
         """The student at (eps_T, t), the teacher's noise prediction being both input and target.
 
         The role vector tells the network "this is a noise prediction", which it cannot see from
         eps_T alone; without it sampling learns to hand noise back.
+
+        With `stage2_time: between` the input is a state that has this noise and the label that says so,
+        x_s = sqrt(abar_s) x_0 + sqrt(1 - abar_s) eps_T with the teacher's x_0 and s uniform in {t..T-1},
+        and "mse" at s is the only term: the teacher's variance there is not known.
         """
-        timesteps = self.process.model_timesteps(batch.t)
-        out = student.evaluate(batch.eps, timesteps, batch.y, emb_shift=self.role)
-        terms = self.distillation_terms(out.output, batch, x_in=batch.eps, x_t=self.perturbed(batch))
-        settings = self.settings
-        return self._weighted("stage2", settings.stage2_weight, settings.stage2_align, terms, out, batch)
+        settings, between = self.settings, self.settings.stage2_time == "between"
+        s, x_in = self.between(batch) if between else (batch.t, batch.eps)
+        out = student.evaluate(x_in, self.process.model_timesteps(s), batch.y, emb_shift=self.role)
+        if between:
+            terms = {"mse": self.squared_error(self.prediction(out.output, x_in, s), batch.eps, s)}
+        else:
+            terms = self.distillation_terms(out.output, batch, x_in=x_in, x_t=self.perturbed(batch))
+        return self._weighted("stage2", settings.stage2_weight, settings.stage2_align, terms, out, s)
+
+    def between(self, batch: DistillationBatch) -> tuple[th.Tensor, th.Tensor]:
+        """Random steps s int64 [B] in {t..T-1}, and the states x_s [B, C, H, W] of noise eps_T there."""
+        process, t = self.process, batch.t
+        later = (th.rand(len(t)).to(t.device) * (process.num_timesteps - t)).long()
+        s = (t + later).clamp(max=process.num_timesteps - 1)
+        return s, process.q_sample(process.clipped_xstart(batch.x_t, t, batch.eps), s, batch.eps)
+
+    def prediction(self, output: th.Tensor, x_in: th.Tensor, t: th.Tensor) -> th.Tensor:
+        """The noise prediction [B, C, H, W] in a student's output at (x_in, t)."""
+        return self.process.predict_eps(x_in, t, self.process.split(output, x_in.shape[1])[0])
+
+    def squared_error(self, eps: th.Tensor, target: th.Tensor, t: th.Tensor) -> th.Tensor:
+        """Mean squared difference of noise predictions at steps t, weighted by `loss_weight`: [B]."""
+        return self.loss_weight[t] * mean_flat((target - eps) ** 2)
 
     def _weighted(
         self,
@@ -93,14 +123,14 @@ class Distillation(Objective):
         align: bool,
         terms: dict[str, th.Tensor],
         out: Evaluation,
-        batch: DistillationBatch,
+        t: th.Tensor,
     ) -> PassLoss:
         """A stage's loss: its weight times the sum of its terms and, with `align`, the weighted alignment."""
         loss = th.stack(list(terms.values())).sum(0)
         if align:
-            terms["align"] = self.alignment(out.features, out.emb, batch.t).expand_as(loss)
+            terms["align"] = self.alignment(out.features, out.emb, t).expand_as(loss)
             loss = loss + self.settings.stage1_weight * terms["align"]
-        return PassLoss(weight * loss, {f"{stage}_{k}": v for k, v in terms.items()}, batch.t)
+        return PassLoss(weight * loss, {f"{stage}_{k}": v for k, v in terms.items()}, t)
 
     def perturbed(self, batch: DistillationBatch) -> th.Tensor:
         """What the student takes for x_t, [B, C, H, W]; its further noise is drawn anew at every call."""
@@ -112,7 +142,7 @@ class Distillation(Objective):
     def distillation_terms(
         self, output: th.Tensor, batch: DistillationBatch, *, x_in: th.Tensor, x_t: th.Tensor
     ) -> dict[str, th.Tensor]:
-        """DKDM's loss for a student output: "mse" of eps, and the "vb" KL in bits/dim, [B] each.
+        """DKDM's loss for a student output: (weighted) "mse" of eps, and the "vb" KL in bits/dim, [B] each.
 
         KL(teacher's reverse step || student's), the student's prediction detached, so that the KL trains the
         variance alone; absent when the student's variance is fixed. Unlike the bound of plain
@@ -126,7 +156,7 @@ class Distillation(Objective):
         """
         prediction, values = self.process.split(output, x_t.shape[1])
         eps = self.process.predict_eps(x_in, batch.t, prediction)
-        terms = {"mse": mean_flat((batch.eps - eps) ** 2)}
+        terms = {"mse": self.squared_error(eps, batch.eps, batch.t)}
         if values is not None:
             frozen = th.cat([prediction.detach(), values], dim=1)
             clip = batch.t == self.process.num_timesteps - 1 if self.clip_last else False
@@ -162,7 +192,31 @@ class Distillation(Objective):
     def describe(self) -> str:
         """Which method this is, and the weights of its stages."""
         settings = self.settings
-        if not settings.stage1_weight and not settings.stage2_weight:
-            return "DKDM (both stages off)"
-        role = ", role vector" if self.role is not None else ""
-        return f"TCCD (stage 1 x {settings.stage1_weight:g}, stage 2 x {settings.stage2_weight:g}{role})"
+        name = "DKDM (both stages off"
+        if settings.stage1_weight or settings.stage2_weight:
+            name = f"TCCD (stage 1 x {settings.stage1_weight:g}, stage 2 x {settings.stage2_weight:g}"
+        options = {
+            "role vector": self.role is not None,
+            "stage 2 between t and T": settings.stage2_weight > 0 and settings.stage2_time == "between",
+            f"loss weight {settings.loss_weight}": settings.loss_weight != "eps",
+            f"hops of {settings.advance_stride}": settings.advance_stride > 1,
+            f"on-policy {settings.on_policy:g}": settings.on_policy > 0,
+        }
+        return ", ".join([name, *(option for option, used in options.items() if used)]) + ")"
+
+
+def loss_weight(process: GaussianDiffusion, settings: Distill) -> th.Tensor:
+    """The weight of the squared error of eps at each step, float32 [T], 1 in the mean.
+
+    "v": 1 / abar_t, which makes it the squared error of v (Salimans & Ho, 2022, appendix D), at most
+    `loss_weight_cap`. "min_snr": min(snr_t, gamma) / snr_t with snr_t = abar_t / (1 - abar_t) and gamma =
+    `loss_weight_cap` (Hang et al., 2023). "eps": 1.
+    """
+    bars, cap = process.alphas_cumprod, settings.loss_weight_cap
+    if settings.loss_weight == "v":
+        weight = np.minimum(1 / bars, cap)
+    elif settings.loss_weight == "min_snr":
+        weight = np.minimum(1, cap * (1 - bars) / bars)
+    else:
+        weight = np.ones_like(bars)
+    return th.from_numpy(weight / weight.mean()).float()

@@ -3,7 +3,10 @@
 from collections.abc import Callable
 from pathlib import Path
 
+import torch as th
+
 from .. import dist_util
+from ..config.settings import Distill
 from ..runs.checkpoint_writer import to_cpu
 from .dynamic_batch import DistillationBatch, DynamicBatch
 from .pool_file import write_pool
@@ -17,21 +20,40 @@ class TeacherSource:
         pool: of this rank.
         teacher: the teacher.
         batch_size: of this rank.
+        settings: how entries advance.
         prob: probability of training on a drawn batch instead of only advancing it.
+        ramp: iterations over which `settings.on_policy` is reached.
         features: whether batches carry the teacher's features.
     """
 
     has_state = True
 
     def __init__(
-        self, pool: DynamicBatch, teacher: Teacher, batch_size: int, prob: float = 1.0, features: bool = False
+        self,
+        pool: DynamicBatch,
+        teacher: Teacher,
+        batch_size: int,
+        settings: Distill,
+        *,
+        prob: float = 1.0,
+        ramp: float = 0.0,
+        features: bool = False,
     ):
-        self.pool, self.teacher = pool, teacher
-        self.batch_size, self.prob, self.features = batch_size, prob, features
+        self.pool, self.teacher, self.settings = pool, teacher, settings
+        self.batch_size, self.prob, self.ramp, self.features = batch_size, prob, ramp, features
+        self.probability = 0.0  # of following the student
 
-    def next_batch(self) -> DistillationBatch:
-        """One teacher step."""
-        return self.pool.next_batch(self.batch_size, self.teacher, self.prob, features=self.features)
+    def next_batch(self, step: int) -> DistillationBatch:
+        """One teacher evaluation."""
+        self.probability = self.settings.on_policy * min(1.0, step / self.ramp if self.ramp else 1.0)
+        stride = self.settings.advance_stride
+        return self.pool.next_batch(
+            self.batch_size, self.teacher, self.prob, stride=stride, features=self.features
+        )
+
+    def follow(self, batch: DistillationBatch, eps: th.Tensor) -> None:
+        """Let some entries go on where the student would have gone, with this iteration's probability."""
+        self.pool.follow(batch, eps, self.teacher.process, self.probability)
 
     def writer(self) -> Callable[[Path], None]:
         """The pools of all ranks, one after the other."""

@@ -16,14 +16,14 @@ class TeacherStep:
     Attributes:
         eps: the noise prediction, float32 [B, C, H, W].
         mean, log_variance: of the reverse step p(x_{t-1} | x_t), float32 [B, C, H, W].
-        x_prev: x_{t-1} drawn from it, float32 [B, C, H, W].
+        x_next: x_{t-1} drawn from it, or a jump's x_s, float32 [B, C, H, W].
         features: the network's last feature map, float32 [B, C', H', W'], if asked for.
     """
 
     eps: th.Tensor
     mean: th.Tensor
     log_variance: th.Tensor
-    x_prev: th.Tensor
+    x_next: th.Tensor
     features: th.Tensor | None = None
 
 
@@ -41,16 +41,25 @@ class Teacher:
 
     @th.no_grad()
     def step(
-        self, x_t: th.Tensor, t: th.Tensor, y: th.Tensor | None = None, *, features: bool = False
+        self,
+        x_t: th.Tensor,
+        t: th.Tensor,
+        y: th.Tensor | None = None,
+        *,
+        s: th.Tensor | None = None,
+        features: bool = False,
     ) -> TeacherStep:
         """Evaluate once: the student's target and the sample's own next state together.
 
-        The predicted x_0 is clipped to the process's bounds; no noise is added at t = 0 (DDPM algorithm 2).
+        The predicted x_0 is clipped to the process's bounds; no noise is added on the way to the clean image
+        (DDPM algorithm 2).
 
         Args:
             x_t: float32 [B, C, H, W].
             t: int64 [B], steps of the process.
             y: int64 [B] class labels if and only if the network is class-conditional.
+            s: int64 [B], -1 <= s < t, where the next state lies (-1: the clean image); t - 1 when left out.
+                The target is the step to t - 1 all the same.
             features: hand out the network's features too.
         """
         timesteps = self.process.model_timesteps(t)
@@ -60,11 +69,12 @@ class Teacher:
         else:
             output, feature_map = self.network(x_t, timesteps, y), None
         out = self.process.p_distribution(output, x_t, t)
-        nonzero = (t != 0).float().reshape(-1, 1, 1, 1)
-        x_prev = out["mean"] + nonzero * th.exp(0.5 * out["log_variance"]) * th.randn_like(x_t)
         prediction, _ = self.process.split(output, x_t.shape[1])
         eps = self.process.predict_eps(x_t, t, prediction)
-        return TeacherStep(eps, out["mean"], out["log_variance"], x_prev, feature_map)
+        way = out if s is None else self.process.p_distribution(output, x_t, t, s=s)
+        noisy = (t > 0 if s is None else s >= 0).float().reshape(-1, 1, 1, 1)
+        x_next = way["mean"] + noisy * th.exp(0.5 * way["log_variance"]) * th.randn_like(x_t)
+        return TeacherStep(eps, out["mean"], out["log_variance"], x_next, feature_map)
 
     @th.no_grad()
     def jump(self, x_t: th.Tensor, t: th.Tensor, s: th.Tensor, y: th.Tensor | None = None) -> th.Tensor:

@@ -199,12 +199,21 @@ def distillation_loop(
         f"objective: {objective.describe()}; student {count / 1e6:.2f}M parameters; pool of {len(pool)} "
         f"samples per rank (seed {pool_seed(experiment)}); {network.compute_dtype} arithmetic on {device}"
     )
+    source = TeacherSource(
+        pool,
+        teacher,
+        batch_size,
+        experiment.distill,
+        prob=experiment.teacher.prob,
+        ramp=(run.iterations or student.training.lr_anneal_steps) / 3,
+        features=objective.needs_teacher_features,
+    )
+    if experiment.distill.on_policy:
+        objective.follow = source.follow
     return TrainLoop(
         network=network,
         objective=objective,
-        source=TeacherSource(
-            pool, teacher, batch_size, experiment.teacher.prob, objective.needs_teacher_features
-        ),
+        source=source,
         process=process,
         training=student.training,
         run=run,

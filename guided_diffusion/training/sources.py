@@ -20,8 +20,8 @@ class Source(Protocol):
 
     has_state: bool
 
-    def next_batch(self) -> Any:
-        """The next iteration's batch, on the device."""
+    def next_batch(self, step: int) -> Any:
+        """The batch of the iteration after `step` others, on the device."""
         ...
 
     def writer(self) -> Callable[[Path], None] | None:
@@ -43,7 +43,7 @@ class ImageSource:
     def __init__(self, batches: Iterator[tuple[th.Tensor, th.Tensor]], space: SampleSpace, labelled: bool):
         self.batches, self.space, self.labelled = batches, space, labelled
 
-    def next_batch(self) -> ImageBatch:
+    def next_batch(self, step: int) -> ImageBatch:
         """The next images as samples, on the device."""
         images, labels = next(self.batches)
         device = dist_util.dev()
