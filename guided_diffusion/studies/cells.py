@@ -117,7 +117,7 @@ def _identity(study: Study, run: StudyRun, sha256: Callable[[Path], str]) -> dic
         "data": asdict(run.data) if run.data else None,
         "reference": reference if reference == "digits" else sha256(reference_path(study)),
         "backend": study.backend,
-        "metrics": asdict(study.metrics),
+        "metrics": {k: v for k, v in asdict(study.metrics).items() if k != "batch_size"},
         "score_at": list(study.score_at),
     }
 
