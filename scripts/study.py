@@ -9,6 +9,7 @@ import os
 from pathlib import Path
 
 from guided_diffusion.config.command_line import positive
+from guided_diffusion.errors import UserError
 from guided_diffusion.processes.launch import run_script
 from guided_diffusion.studies.cells import reference_path
 from guided_diffusion.studies.study_file import load_study
@@ -36,14 +37,21 @@ def main() -> None:
     if args.jobs > 1:
         os.environ.setdefault("OMP_NUM_THREADS", "1")
     from guided_diffusion.studies.commands import Commands
+    from guided_diffusion.studies.report import write_report
     from guided_diffusion.studies.runner import Runner, known_results
 
     reference = reference_path(study)
     if study.reference == "digits" and not reference.is_file():
         Commands(ROOT).run(out / "commands.log", "datasets/digits.py", "--out", reference.parent)
     results = known_results(study, out, ROOT)
+    failures = []
     if not args.report:
-        Runner(study, out, ROOT, results, scorer(study.backend), args.jobs).run(args.only)
+        failures = Runner(study, out, ROOT, results, scorer(study.backend), args.jobs).run(args.only)
+    report = ROOT / study.report if study.report else out / "report.md"
+    write_report(study, results, out, report, os.path.relpath(ROOT / "docs/studies.md", report.parent))
+    print(f"report: {report}")
+    if failures:
+        raise UserError(f"{len(failures)} cells failed and have no result; the first: {failures[0]}")
 
 
 def scorer(backend: str):

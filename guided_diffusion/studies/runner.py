@@ -27,6 +27,7 @@ from ..io.image_sets import open_images
 from ..logger import read_progress
 from ..processes.stopping import Stopped, StopSignals
 from ..runs.checkpoint import file_name, manifest_step
+from ..runs.figures import save_grid
 from ..runs.provenance import git_revision
 from ..script_util import build_process
 from ..setups.distillation import pool_identity
@@ -39,6 +40,7 @@ from .study_file import Study
 
 Scorer = Callable[[Path, Path], dict[str, float]]
 _DIVERGED = "gradients were not finite"  # what train_util says of a run that gives up
+_SHOWN = 16  # samples in the report's pictures
 _TIMED_ITERATIONS = 60  # of the trial run that tells how many iterations some seconds are
 
 
@@ -63,13 +65,16 @@ class Runner:
         self._machine = machine(jobs)
         self._revision = git_revision(root)
 
-    def run(self, only: str = "") -> None:
+    def run(self, only: str = "") -> list[str]:
         """Run all cells, or those of which `only` is a pattern of the run's or the cell's name.
+
+        Returns:
+            A line for each cell that failed for another reason than that training diverged, and so has no
+            result; the next time it is tried again.
 
         Raises:
             Stopped: a signal asked to stop; what was done is kept.
-            UserError: commands failed, for another reason than that training diverged; or another process is
-                running a study in the same folder.
+            UserError: another process is running a study in the same folder.
         """
         dist_util.setup_dist()
         self.out.mkdir(parents=True, exist_ok=True)
@@ -96,10 +101,7 @@ class Runner:
                         self.commands.stop()
                 if signals.received and self._open:
                     raise Stopped(f"stopped by {signals.received} with {len(self._open)} cells to go")
-        if self.failures:
-            raise UserError(
-                f"{len(self.failures)} cells failed and have no result; the first: {self.failures[0]}"
-            )
+        return self.failures
 
     def _missing(self, only: str) -> list[Cell]:
         known = self.results.read()
@@ -373,6 +375,11 @@ class CellRun:
             with self.runner.alone, self.steps.timed(f"score {step}"):
                 commands.check()
                 found["sets"].append(self.score(images))
+            if step == iterations and not number:
+                shown = NpzFile(images).load("arr_0")[:_SHOWN]
+                save_grid(
+                    self.folder / "pictures.png", shown, columns=_SHOWN, scale=max(1, 32 // shown.shape[1])
+                )
         first = found["sets"][0]
         found |= {key: sum(one[key] for one in found["sets"]) / metrics.sets for key in first}
         found["primary"] = found[next(key for key in ("fd", "fid") if key in first)]
