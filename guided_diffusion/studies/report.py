@@ -176,8 +176,8 @@ def _description(study: Study, rows: list[Row]) -> str:
     parts.append(_table(["run", "what it is", "differs by", "budgets", "seeds"], lines))
     metrics = study.metrics
     parts.append(
-        f"Scores: {metrics.sets} set(s) of {metrics.samples:,} samples in {metrics.respacing} steps, drawn "
-        f"with averaged weights; {metrics.held_out} held-out states; {metrics.chains} chains of the student's "
+        f"Scores: {metrics.sets} set(s) of {metrics.samples:,} samples in {metrics.respacing} steps, with "
+        f"averaged weights; {metrics.held_out} held-out states; {metrics.chains} chains of the student's "
         f"own, of {metrics.respacing} steps too. Reference: {study.reference}; features: {study.backend}.\n"
     )
     records = [record for row in rows for record in row.records.values()]
