@@ -119,7 +119,7 @@ def _identity(study: Study, run: StudyRun, sha256: Callable[[Path], str]) -> dic
         "backend": study.backend,
         "metrics": {k: v for k, v in asdict(study.metrics).items() if k != "batch_size"},
         "score_at": list(study.score_at),
-    }
+    } | ({"teacher_itself": True} if run.teacher else {})
 
 
 def _digest(content: Any) -> str:

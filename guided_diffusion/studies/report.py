@@ -111,7 +111,7 @@ def _scores_table(rows: list[Row], baseline: Row | None) -> str:
     compared = {
         row.run.name: difference
         for row in rows
-        if baseline is not None and row is not baseline and (difference := _difference(row, baseline))
+        if baseline and row is not baseline and not row.run.teacher and (difference := _difference(row, baseline))
     }
     corrected = dict(zip(compared, holm([found.p for found in compared.values()]), strict=True))
     primary = next((_primary(record) for row in rows for record in row.done.values()), "fd")
@@ -145,7 +145,7 @@ def _quarters_table(rows: list[Row]) -> str:
     lines = [
         [row.run.name, *(_number(row.mean(f"{kind}.quarters.{q}")) for kind in kinds for q in range(4))]
         for row in rows
-        if row.done
+        if row.final("held_out.all") or row.final("on_policy.all")
     ]
     return _table(head, lines)
 
@@ -228,6 +228,9 @@ def _plot(path: Path, rows: list[Row]) -> None:
     for axes, (label, cost) in zip(figure.subplots(1, 3, sharey=True), costs.items(), strict=True):
         for number, row in enumerate(row for row in rows if row.done):
             records = list(row.done.values())
+            if row.run.teacher:
+                axes.axhline(row.mean("primary") or 0, color="k", linewidth=0.8, label=row.run.name)
+                continue
             x = [[cost(record, score["fraction"]) for score in record["scores"]] for record in records]
             y = [[score["primary"] for score in record["scores"]] for record in records]
             look: dict[str, Any] = {

@@ -83,6 +83,7 @@ class StudyRun:
         seeds: how many, from 0.
         budgets: names of the budgets it is run with.
         data: train on images instead of distilling.
+        teacher: no run at all, but the teacher itself, to compare with.
     """
 
     name: str
@@ -92,6 +93,7 @@ class StudyRun:
     seeds: int = 3
     budgets: tuple[str, ...] = ()
     data: Data | None = None
+    teacher: bool = False
 
 
 @dataclass(frozen=True)
