@@ -17,8 +17,7 @@ from ..distill.teacher import Teacher
 from ..gaussian_diffusion import GaussianDiffusion
 from ..networks.base import DenoisingNetwork
 from ..resample import create_named_schedule_sampler
-from ..respace import space_timesteps
-from ..script_util import build_network, build_space
+from ..script_util import build_network, build_process, build_space
 from ..setups.distillation import build_objective
 from ..training.objective import DiffusionTraining, ImageBatch, Objective
 from .study_file import Data
@@ -73,7 +72,7 @@ def ledger_of(experiment: DistillationExperiment, data: Data | None, images: int
     with sdpa_kernel(SDPBackend.MATH):
         if data is not None:
             evaluation = _count(lambda: teacher.step(x, t, y)) / rows
-            steps = len(space_timesteps(experiment.teacher.process.diffusion_steps, data.respacing))
+            steps = build_process(experiment.teacher, "data.respacing", data.respacing).num_timesteps
             sampler = create_named_schedule_sampler("uniform", process.num_timesteps)
             trained = _passes(DiffusionTraining(process, sampler), network, ImageBatch(x, y))
             synthetic = images - round(data.real * images)

@@ -111,7 +111,7 @@ def _scores_table(rows: list[Row], baseline: Row | None) -> str:
     compared = {
         row.run.name: difference
         for row in rows
-        if baseline and row is not baseline and not row.run.teacher and (difference := _difference(row, baseline))
+        if row is not baseline and not row.run.teacher and (difference := _difference(row, baseline))
     }
     corrected = dict(zip(compared, holm([found.p for found in compared.values()]), strict=True))
     primary = next((_primary(record) for row in rows for record in row.done.values()), "fd")
@@ -150,8 +150,8 @@ def _quarters_table(rows: list[Row]) -> str:
     return _table(head, lines)
 
 
-def _difference(row: Row, baseline: Row) -> PairedDifference | None:
-    ours, theirs = row.final("primary"), baseline.final("primary")
+def _difference(row: Row, baseline: Row | None) -> PairedDifference | None:
+    ours, theirs = row.final("primary"), baseline.final("primary") if baseline else {}
     both = sorted(ours.keys() & theirs.keys())
     return paired_difference([ours[seed] - theirs[seed] for seed in both]) if both else None
 

@@ -18,6 +18,7 @@ from ..errors import UserError
 from ..io.files import held
 from ..processes.stopping import Stopped, StopSignals
 from ..runs.provenance import git_revision
+from ..script_util import build_process
 from .cell_run import CellRun, Scorer, Shared
 from .cells import Cell, cells_of
 from .commands import Steps, StudyStopped
@@ -89,7 +90,21 @@ class Runner:
         for cell in cells_of(self.study):
             if cell.id not in known and (not only or _matches(cell, only)):
                 cells.setdefault(cell.id, cell)
+        self._require_respacings({cell.run.name for cell in cells.values()})
         return list(cells.values())
+
+    def _require_respacings(self, names: set[str]) -> None:
+        """Refuse numbers of sampling steps that a run's process has not.
+
+        Raises:
+            UserError: it has not.
+        """
+        for name in names:
+            run = self.study.runs[name]
+            teacher, where = self.study.experiment(run).teacher, f"{self.study.path}: runs.{name}"
+            build_process(teacher, f"{where}: metrics.respacing", self.study.metrics.respacing)
+            if run.data is not None:
+                build_process(teacher, f"{where}: data.respacing", run.data.respacing)
 
     def _work(self) -> None:
         """Run cells until there are none left: a thread's life."""
@@ -131,9 +146,9 @@ class Runner:
             return
         with self._lock:
             seeds = {cell.seed for cell in self._open} | {-1}
-        for path in [*self.out.glob("pools/*/steps.json"), *self.out.glob("data/*/steps.json")]:
-            if Steps(path).done["seed"] not in seeds:
-                shutil.rmtree(path.parent)
+            for path in [*self.out.glob("pools/*/steps.json"), *self.out.glob("data/*/steps.json")]:
+                if Steps(path).done["seed"] not in seeds:
+                    shutil.rmtree(path.parent)
 
 
 def machine(jobs: int) -> dict[str, Any]:
