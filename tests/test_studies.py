@@ -320,7 +320,8 @@ class TestCommands:
                 raise KeyError
 
         for _ in range(2):
-            pytest.raises(KeyError, stopped)
+            with pytest.raises(KeyError):
+                stopped()
         steps = Steps(tmp_path / "s.json")
         assert steps.seconds("train") >= 0.02 and "trained" not in steps.done
 
@@ -351,26 +352,27 @@ def commands_of(out):
     return [line for log in logs for line in log.read_text().splitlines() if line.startswith("$ python")]
 
 
+@pytest.fixture(scope="module")
+def out(tmp_path_factory):
+    """A study that was asked to stop, went on, was killed, and went on to its end."""
+    out = tmp_path_factory.mktemp("study")
+    stopped = start(out)
+    wait_for(lambda: [*out.glob("cells/*/run/config.yaml")])
+    stopped.send_signal(signal.SIGTERM)
+    told, _ = stopped.communicate(timeout=60)
+    assert stopped.returncode == 75, told
+    killed = start(out, "--jobs", "2")
+    wait_for(lambda: len(commands_of(out)) > 6)
+    second = start(out)
+    killed.kill()
+    killed.communicate()
+    told, _ = second.communicate(timeout=300)  # it has waited for the one that was killed
+    assert second.returncode == 0, told
+    return out
+
+
 @pytest.mark.slow
 class TestWholeStudy:
-    @pytest.fixture(scope="class")
-    def out(self, tmp_path_factory):
-        """A study that was asked to stop, went on, was killed, and went on to its end."""
-        out = tmp_path_factory.mktemp("study")
-        stopped = start(out)
-        wait_for(lambda: [*out.glob("cells/*/run/config.yaml")])
-        stopped.send_signal(signal.SIGTERM)
-        told, _ = stopped.communicate(timeout=60)
-        assert stopped.returncode == 75, told
-        killed = start(out, "--jobs", "2")
-        wait_for(lambda: len(commands_of(out)) > 6)
-        second = start(out)
-        killed.kill()
-        killed.communicate()
-        told, _ = second.communicate(timeout=300)  # it has waited for the one that was killed
-        assert second.returncode == 0, told
-        return out
-
     def test_every_cell_has_its_scores(self, out):
         records = Results(out / "results.jsonl").read()
         assert records.keys() == set(ids(SMOKE).values())
