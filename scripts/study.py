@@ -31,6 +31,9 @@ def main() -> None:
         "--only", default="", metavar="PATTERN", help="of the runs, RUN or RUN/BUDGET/SEED alone"
     )
     parser.add_argument("--report", action="store_true", help="run nothing, only make the report")
+    parser.add_argument(
+        "--fresh", action="store_true", help="forget results that came along: only what --out holds counts"
+    )
     args = parser.parse_args()
     study = load_study(args.study)
     out = (args.out or ROOT / f"experiments/study/{study.name}").resolve()
@@ -43,11 +46,11 @@ def main() -> None:
     reference = reference_path(study)
     if study.reference == "digits" and not reference.is_file():
         Commands(ROOT).run(out / "commands.log", "datasets/digits.py", "--out", reference.parent)
-    results = known_results(study, out, ROOT)
+    results = known_results(study, out, ROOT, args.fresh)
     failures = []
     if not args.report:
         failures = Runner(study, out, ROOT, results, scorer(study.backend), args.jobs).run(args.only)
-    report = ROOT / study.report if study.report else out / "report.md"
+    report = ROOT / study.report if study.report and not args.fresh else out / "report.md"
     write_report(study, results, out, report, os.path.relpath(ROOT / "docs/studies.md", report.parent))
     print(f"report: {report}")
     if failures:

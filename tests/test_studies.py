@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -17,10 +18,12 @@ from test_study_file import study
 from tiny import ROOT
 
 from guided_diffusion import dist_util
-from guided_diffusion.config.loading import load_distillation
+from guided_diffusion.config.loading import load_distillation, load_experiment
+from guided_diffusion.config.settings import DistillationExperiment
+from guided_diffusion.errors import UserError
 from guided_diffusion.script_util import build_network
 from guided_diffusion.studies import runner as runner_module
-from guided_diffusion.studies.cell_run import CellRun
+from guided_diffusion.studies.cell_run import CellRun, Prepared, Shared
 from guided_diffusion.studies.cells import cells_of, changed_keys
 from guided_diffusion.studies.commands import CommandFailed, Commands, Steps
 from guided_diffusion.studies.comparison import Comparison, by_quarter, held_out_states
@@ -226,6 +229,80 @@ def record_of(cell, score, seconds=1.0):
             {"fraction": 1.0, "fd": score, "primary": score, "held_out": {"all": 0.1, "quarters": [0.1] * 4}}
         ],
     }
+
+
+class TestCell:
+    @pytest.fixture
+    def cell_run(self, tmp_path, monkeypatch):
+        """Makes the run of a cell whose commands do as they are told instead of running."""
+
+        def make(do=lambda *_: None, seed=0, **more):
+            monkeypatch.setattr(Commands, "run", lambda self, log, *words: do(*words))
+            found = load_study(study(tmp_path, **more))
+            cells = {cell.name: cell for cell in cells_of(found)}
+            shared = Shared(found, tmp_path / "out", ROOT, lambda *_: {"fd": 1.0})
+            return CellRun(shared, cells[f"plain/{next(iter(found.budgets))}/{seed}"])
+
+        return make
+
+    def test_a_run_that_diverges_is_a_result(self, cell_run):
+        def do(script, *_):
+            if "image_kd" in script:
+                raise CommandFailed("image_kd.py: gradients were not finite for 50 iterations in a row")
+
+        found = cell_run(do).run()
+        assert found["failed"].startswith("image_kd.py: gradients were not finite") and found["scores"] == []
+        assert found["iterations"] == 4 and found["flops"]["total"] > 0
+        assert "gradients were not finite" in (ROOT / "guided_diffusion/train_util.py").read_text()
+
+    def test_a_disk_that_is_full_is_none(self, cell_run):
+        def do(script, *_):
+            raise CommandFailed(f"{script}: no space left on device")
+
+        with pytest.raises(CommandFailed, match="no space left"):
+            cell_run(do).run()
+
+    def test_a_budget_of_operations_pays_for_the_preparation_first(self, cell_run):
+        unit = cell_run()
+        ledger = ledger_of(unit.experiment, None, 0)
+        budget = {"flops": ledger.preparation + 7.5 * ledger.iteration}
+        run = cell_run(budgets={"equal": budget}, score_at=[0.5])
+        assert run._iterations(ledger, Prepared(Path(), 0.0)) == 6  # a multiple of two
+        run = cell_run(budgets={"equal": {"flops": ledger.preparation}})
+        with pytest.raises(UserError, match=r"budgets.equal: does not pay for 1 iterations of plain"):
+            run._iterations(ledger, Prepared(Path(), 0.0))
+
+    def test_seconds_buy_all_seeds_the_same_iterations(self, cell_run, monkeypatch):
+        for seed, seconds in ((0, 0.5), (1, 0.7)):
+            monkeypatch.setattr(CellRun, "_seconds_per_iteration", lambda *_, s=seconds: s)
+            run = cell_run(seed=seed, budgets={"quick": {"seconds": 10}})
+            ledger = ledger_of(run.experiment, None, 0)
+            assert run._iterations(ledger, Prepared(Path(), 2.0)) == 16
+
+    def test_a_trial_tells_what_an_iteration_takes(self, cell_run):
+        """The first ten iterations, which take longer, do not count."""
+
+        def do(script, *words):
+            folder = Path(words[words.index("--exp_dir") + 1])
+            folder.mkdir()
+            rows = ["step,iterations_per_second", "10,2.0", "20,2.5", "60,4.0"]  # after 5, 8 and 15 seconds
+            (folder / "progress.csv").write_text("\n".join(rows) + "\n")
+
+        assert cell_run(do)._seconds_per_iteration(Prepared(Path(), 0.0)) == pytest.approx(10 / 50)
+
+    def test_what_a_command_is_given(self, cell_run):
+        run = cell_run(overrides=["student.lr_anneal_steps=100"], score_at=[0.5])
+        path = run._config(run.folder / "plain.yaml", run.folder / "pool.cache", 4)
+        found = load_distillation(path)
+        training = found.student.training
+        assert (found.run.iterations, training.lr_anneal_steps, training.save_interval) == (4, 4, 2)
+        constant = cell_run(budgets={"x": {"iterations": 6}})
+        path = constant._config(run.folder / "plain.yaml", run.folder / "pool.cache", 6)
+        assert load_distillation(path).student.training.lr_anneal_steps == 0
+        pictures = cell_run(runs={"plain": {"data": {"real": 1, "random_flip": False}}})
+        found = load_experiment(pictures._config(run.folder / "plain.yaml", Path("images.npz"), 4))
+        assert not isinstance(found, DistillationExperiment)
+        assert not found.student.training.random_flip and found.student.training.lr == 1e-3
 
 
 class TestReport:

@@ -28,7 +28,7 @@ def test_what_is_not_said_has_defaults(tmp_path):
     found = load_study(study(tmp_path))
     assert [*found.runs] == ["plain", "fast"]
     assert found.runs["fast"].budgets == ("short",)
-    assert found.runs["plain"].seeds == 3
+    assert found.runs["plain"].seeds == (0, 1, 2)
     assert found.budgets["short"] == Budget("short", "iterations", 4)
     assert found.score_at == (1.0,)
     assert found.experiment(found.runs["fast"]).student.training.lr == 0.01
@@ -77,7 +77,8 @@ def test_score_points_are_whole_iterations(tmp_path):
         ({"runs": {"plain": {"overrides": ["student.lrr=1"]}}}, "runs.plain: "),
         ({"runs": {"plain": {"overrides": "lr"}}}, "runs.plain.overrides must be keys and values"),
         ({"runs": {"plain": {"budgets": ["shot"]}}}, "runs.plain.budgets: no 'shot'; did you mean 'short'?"),
-        ({"runs": {"plain": {"seeds": 0}}}, "runs.plain.seeds must be 1 to 20, not 0"),
+        ({"runs": {"plain": {"seeds": 0}}}, "runs.plain.seeds must be a number, 1 to 20, or"),
+        ({"runs": {"plain": {"seeds": [1, 1]}}}, "as many seeds, not [1, 1]"),
         ({"runs": {"plain": {"data": {"real": 2}}}}, "runs.plain.data.real must lie in [0, 1], not 2"),
     ],
 )

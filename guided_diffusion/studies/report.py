@@ -168,7 +168,9 @@ def _description(study: Study, rows: list[Row]) -> str:
         own = [f"`{key}={value}`" for key, value in changed[run.name].items() if (key, value) not in common]
         if run.data is not None:
             own.append(f"trained on images, {run.data.real:.0%} of them real, the others by the teacher")
-        lines.append([run.name, run.about, ", ".join(own), ", ".join(run.budgets), str(run.seeds)])
+        lines.append(
+            [run.name, run.about, ", ".join(own), ", ".join(run.budgets), ", ".join(map(str, run.seeds))]
+        )
     parts = ["## What was run\n", f"Configuration: `{_short(study.config)}`; for all runs "]
     parts[-1] += (
         ", ".join(f"`{key}={value}`" for key, value in sorted(common)) + ".\n" if common else "as it is.\n"
@@ -181,7 +183,7 @@ def _description(study: Study, rows: list[Row]) -> str:
         f"own, of {metrics.respacing} steps too. Reference: {study.reference}; features: {study.backend}.\n"
     )
     records = [record for row in rows for record in row.records.values()]
-    missing = sum(seed not in row.records for row in rows for seed in range(row.run.seeds))
+    missing = sum(seed not in row.records for row in rows for seed in row.run.seeds)
     machines = {
         f"{m['gpu'] or m['cpu']}, {m['cores']} cores, {m['threads']} thread(s) a run, {m['jobs']} run(s) "
         f"at a time, torch {m['torch']}"

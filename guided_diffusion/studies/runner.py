@@ -178,8 +178,10 @@ def _matches(cell: Cell, pattern: str) -> bool:
     return fnmatch.fnmatch(cell.run.name, pattern) or fnmatch.fnmatch(cell.name, pattern)
 
 
-def known_results(study: Study, out: Path, root: Path) -> Results:
-    """The results of a study: its own file, and those that came with the repository."""
+def known_results(study: Study, out: Path, root: Path, fresh: bool) -> Results:
+    """The results of a study; with `fresh` only those that lie where it is run."""
+    if fresh:
+        return Results(out / "results.jsonl")
     own = root / study.results if study.results else out / "results.jsonl"
     committed: Sequence[Path] = [root / f"docs/study/{study.name}.jsonl", out / "results.jsonl"]
     return Results(own, committed)

@@ -80,7 +80,7 @@ class StudyRun:
         about: one line for the report.
         group: the table it stands in, beside the baseline.
         overrides: "key=value", later ones winning: those of all runs, those of its presets, its own.
-        seeds: how many, from 0.
+        seeds: of everything random in it; the file may say how many, from 0.
         budgets: names of the budgets it is run with.
         data: train on images instead of distilling.
         teacher: no run at all, but the teacher itself, to compare with.
@@ -90,7 +90,7 @@ class StudyRun:
     about: str = ""
     group: str = ""
     overrides: tuple[str, ...] = ()
-    seeds: int = 3
+    seeds: tuple[int, ...] = (0, 1, 2)
     budgets: tuple[str, ...] = ()
     data: Data | None = None
     teacher: bool = False
@@ -210,10 +210,19 @@ def _run(
     for budget in values["budgets"]:
         if budget not in budgets:
             raise _unknown(path, f"{where}budgets", budget, budgets)
-    run = _build(StudyRun, values | {"name": name, "budgets": tuple(values["budgets"])}, path, where)
-    if not 1 <= run.seeds <= MOST_SEEDS:
-        raise UserError(f"{path}: {where}seeds must be 1 to {MOST_SEEDS}, not {run.seeds}")
-    return run
+    values |= {"name": name, "budgets": tuple(values["budgets"])}
+    values["seeds"] = _seeds(values["seeds"], path, f"{where}seeds")
+    return _build(StudyRun, values, path, where)
+
+
+def _seeds(value: Any, path: Path, where: str) -> tuple[int, ...]:
+    seeds = [*range(value)] if isinstance(value, int) and value <= MOST_SEEDS else value
+    whole = isinstance(seeds, list) and all(type(seed) is int and seed >= 0 for seed in seeds)
+    if not whole or not 0 < len(set(seeds)) == len(seeds) <= MOST_SEEDS:
+        raise UserError(
+            f"{path}: {where} must be a number, 1 to {MOST_SEEDS}, or as many seeds, not {value!r}"
+        )
+    return tuple(seeds)
 
 
 def _budget(name: str, value: Any, path: Path) -> Budget:
