@@ -27,6 +27,7 @@ LAYERS = [
     {"train_util"},
     {"distill"},
     {"setups"},
+    {"studies"},
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 FILES = sorted(PACKAGE.rglob("*.py"))

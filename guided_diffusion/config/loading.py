@@ -124,6 +124,20 @@ def load_distillation(path: str | os.PathLike, overrides: Sequence[str] = ()) ->
     return experiment
 
 
+def read_mapping(path: Path) -> dict[str, Any]:
+    """The keys and values of a YAML file that is no configuration, laid over its `base`.
+
+    Raises:
+        UserError: it is not readable, or holds something else.
+    """
+    return OmegaConf.to_container(_read(path), resolve=True)  # type: ignore[return-value]
+
+
+def mapping_text(content: dict[str, Any]) -> str:
+    """Keys and values as YAML."""
+    return OmegaConf.to_yaml(OmegaConf.create(content))
+
+
 def resolve_path(name: str, beside: Path) -> Path:
     """The existing file that `name` means in the configuration file `beside`.
 
@@ -168,7 +182,7 @@ def experiment_keys(experiment: Experiment) -> dict[str, Any]:
 
 def experiment_text(experiment: Experiment) -> str:
     """`experiment_keys` as YAML; loading it gives the same experiment."""
-    return OmegaConf.to_yaml(OmegaConf.create(experiment_keys(experiment)))
+    return mapping_text(experiment_keys(experiment))
 
 
 def _existing(path: Path) -> Path:

@@ -1,0 +1,1 @@
+"""Studies: many runs of a method, compared honestly. `scripts/study.py` runs them."""

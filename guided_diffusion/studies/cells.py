@@ -1,0 +1,126 @@
+"""What a study consists of, and by what each part of it is known again elsewhere. Imports no torch."""
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from ..config import command_line
+from ..config.settings import SECTIONS, Denoiser, DistillationExperiment, flat
+from ..errors import UserError
+from ..io.files import sha256_of
+from .study_file import Budget, Study, StudyRun
+
+# Keys that say where a run's files lie, how far it goes, or what it tells: not what it is.
+_NOT_IDENTITY = {
+    "teacher": {"model_path", "tempfile"},
+    "student": {
+        *("lr_anneal_steps", "log_interval", "save_interval", "cache_save_interval", "resume_checkpoint"),
+    },
+    "distill": {"pool_device"},
+    "run": {
+        *("iterations", "seed", "keep_last", "keep_every"),
+        *("sample_interval", "num_samples", "sample_respacing"),
+    },
+}
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One run with one budget and one seed.
+
+    Attributes:
+        digest: of what is run and how it is scored, whatever the budget and the seed.
+        id: of all of it. The same on every machine, whatever the run is called.
+    """
+
+    run: StudyRun
+    budget: Budget
+    seed: int
+    digest: str
+    id: str
+
+    @property
+    def name(self) -> str:
+        """For people, and for `--only`."""
+        return f"{self.run.name}/{self.budget.name}/{self.seed}"
+
+
+def cells_of(study: Study) -> Iterator[Cell]:
+    """All of them, seed by seed, so that every run has its first before any has its second.
+
+    What two runs have in common comes twice, with the same id.
+
+    Raises:
+        UserError: the teacher or the reference is not there.
+    """
+    digests = {}
+    sha256 = cache(sha256_of)
+    for name, run in study.runs.items():
+        digests[name] = _digest(_identity(study, run, sha256))
+    for seed in sorted({seed for run in study.runs.values() for seed in run.seeds}):
+        for run in study.runs.values():
+            for name in run.budgets if seed in run.seeds else ():
+                budget = study.budgets[name]
+                own = {"run": digests[run.name], "budget": [budget.kind, float(budget.amount)], "seed": seed}
+                yield Cell(run, budget, seed, digests[run.name], _digest(own))
+
+
+def teacher_path(study: Study, experiment: DistillationExperiment) -> Path:
+    """The teacher's checkpoint.
+
+    Raises:
+        UserError: it is not there.
+    """
+    name = command_line.input_file(experiment.teacher.model_path, study.config, "teacher.model_path")
+    path = Path(name)
+    if not path.is_file():
+        raise UserError(f"{study.path}: teacher.model_path must be a file here, not {name}")
+    return path.resolve()
+
+
+def reference_path(study: Study) -> Path:
+    """Where the real images lie; "digits" are written there by `datasets/digits.py`."""
+    name = "datasets/digits/digits.npz" if study.reference == "digits" else study.reference
+    return command_line.output_path(name, study.path)
+
+
+def changed_keys(experiment: DistillationExperiment) -> dict[str, dict[str, Any]]:
+    """The keys, section by section, that are not at their defaults and are part of what a run is.
+
+    Keys that a later version adds do not occur here as long as they are at their defaults.
+    """
+    changed = {}
+    for name, without in _NOT_IDENTITY.items():
+        section = getattr(experiment, name)
+        own = {"architecture": type(section.architecture)()} if isinstance(section, Denoiser) else {}
+        defaults = flat(type(section)(**own))
+        changed[name] = {
+            key: value
+            for key, value in flat(section).items()
+            if key not in without and value != defaults[key]
+        }
+    assert changed.keys() == SECTIONS.keys()
+    return changed
+
+
+def _identity(study: Study, run: StudyRun, sha256: Callable[[Path], str]) -> dict[str, Any]:
+    experiment = study.experiment(run)
+    reference = study.reference
+    return {
+        "settings": changed_keys(experiment),
+        "annealed": experiment.student.training.lr_anneal_steps > 0,
+        "teacher": sha256(teacher_path(study, experiment)),
+        "data": asdict(run.data) if run.data else None,
+        "reference": reference if reference == "digits" else sha256(reference_path(study)),
+        "backend": study.backend,
+        "metrics": {k: v for k, v in asdict(study.metrics).items() if k != "batch_size"},
+        "score_at": list(study.score_at),
+    } | ({"teacher_itself": True} if run.teacher else {})
+
+
+def _digest(content: Any) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]

@@ -1,0 +1,150 @@
+"""What a run costs in floating point operations, counted instead of timed: the same on every machine.
+
+PyTorch's counter counts matrix products and convolutions, two operations for a multiplication and an
+addition; element-wise work, the optimizer and averaging are not counted. It looks at one batch of few rows,
+and what it finds is taken for all.
+"""
+
+from dataclasses import dataclass
+
+import torch as th
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from ..config.settings import DistillationExperiment
+from ..distill.dynamic_batch import DynamicBatch, pool_size
+from ..distill.teacher import Teacher
+from ..gaussian_diffusion import GaussianDiffusion
+from ..networks.base import DenoisingNetwork
+from ..resample import create_named_schedule_sampler
+from ..script_util import build_network, build_process, build_space
+from ..setups.distillation import build_objective
+from ..training.objective import DiffusionTraining, ImageBatch, Objective
+from .study_file import Data
+
+_ROWS = 16  # or the batch's own, if fewer
+
+
+@dataclass(frozen=True)
+class Ledger:
+    """Floating point operations of a run.
+
+    Attributes:
+        preparation: of everything before the first iteration.
+        teacher, student, head: of an iteration: the teacher's evaluations; the student's forward and backward
+            passes; what is trained beside it, forward and backward.
+    """
+
+    preparation: float
+    teacher: float
+    student: float
+    head: float
+
+    @property
+    def iteration(self) -> float:
+        """Of an iteration."""
+        return self.teacher + self.student + self.head
+
+    def of(self, iterations: int) -> dict[str, float]:
+        """Part by part, and in all, after so many iterations."""
+        parts = {"preparation": self.preparation}
+        parts |= {name: iterations * getattr(self, name) for name in ("teacher", "student", "head")}
+        return parts | {"total": sum(parts.values())}
+
+
+def ledger_of(experiment: DistillationExperiment, data: Data | None, images: int) -> Ledger:
+    """Count what a run costs.
+
+    Args:
+        experiment: its configuration.
+        data: what it trains on instead of distilling, if so.
+        images: how many images that are.
+    """
+    batch = experiment.student.training.batch_size
+    rows = min(batch, _ROWS)
+    network, process = build_network(experiment.student, "student.")
+    teacher_network, teacher_process = build_network(experiment.teacher, "teacher.")
+    teacher = Teacher(
+        teacher_network.eval().requires_grad_(False), teacher_process, build_space(experiment.teacher)
+    )
+    x, y = _inputs(network, rows)
+    t = th.randint(process.num_timesteps, (rows,))
+    with sdpa_kernel(SDPBackend.MATH):
+        if data is not None:
+            evaluation = _count(lambda: teacher.step(x, t, y)) / rows
+            steps = build_process(experiment.teacher, "data.respacing", data.respacing).num_timesteps
+            sampler = create_named_schedule_sampler("uniform", process.num_timesteps)
+            trained = _passes(DiffusionTraining(process, sampler), network, ImageBatch(x, y))
+            synthetic = images - round(data.real * images)
+            return Ledger(synthetic * steps * evaluation, 0.0, trained * batch / rows, 0.0)
+        objective = build_objective(experiment, teacher, network, process)
+        pool = DynamicBatch(x.clone(), t + 1, process.num_timesteps, y)
+        features = objective.needs_teacher_features
+        evaluation = _count(lambda: teacher.step(x, t, y)) / rows
+        taught = _count(lambda: pool.advance(th.arange(rows), teacher, features=features)) / rows
+        piece = pool.advance(th.arange(rows), teacher, features=features)
+        passes = _passes(objective, network, piece) / rows
+        student = _student(objective, network, process, piece, passes * rows) / rows
+    prepared = _prepared_rows(experiment, teacher_process)
+    return Ledger(
+        prepared * evaluation,
+        batch * taught / experiment.teacher.prob,
+        batch * student,
+        batch * (passes - student),
+    )
+
+
+def _prepared_rows(experiment: DistillationExperiment, process: GaussianDiffusion) -> float:
+    """Rows of teacher calls that the preparation is expected to take; its levels are drawn evenly."""
+    teacher, total = experiment.teacher, process.num_timesteps
+    if teacher.iter_choice == "iterative_distillation" or total < 2:
+        return 0.0
+    size = pool_size(teacher.iter_choice, teacher.BATCH, total, experiment.student.training.batch_size)
+    jumps = [-(-steps // experiment.distill.stride) for steps in range(1, total)]
+    return size * sum(jumps) / len(jumps)
+
+
+def _student(
+    objective: Objective, network: DenoisingNetwork, process: GaussianDiffusion, batch: object, passes: float
+) -> float:
+    """What of all passes is the student's own: the same passes, with its evaluations alone counted."""
+    counted = 0.0
+    evaluate = network.evaluate
+
+    def watched(x: th.Tensor, *args, **kwargs):
+        nonlocal counted
+        counted += _count(
+            lambda: _train(lambda: evaluate(x.detach(), *args, **kwargs).output.square().mean())
+        )
+        return evaluate(x, *args, **kwargs)
+
+    network.evaluate = watched  # type: ignore[method-assign]
+    try:
+        for out in objective.passes(network, batch):
+            out.loss.mean().backward()
+    finally:
+        del network.evaluate
+    return min(counted, passes)
+
+
+def _passes(objective: Objective, network: DenoisingNetwork, batch: object) -> float:
+    def run() -> None:
+        for out in objective.passes(network, batch):
+            out.loss.mean().backward()
+
+    return _count(run)
+
+
+def _train(loss) -> None:
+    loss().backward()
+
+
+def _inputs(network: DenoisingNetwork, rows: int) -> tuple[th.Tensor, th.Tensor | None]:
+    y = None if network.num_classes is None else th.randint(network.num_classes, (rows,))
+    return th.randn(rows, *network.shape), y
+
+
+def _count(call) -> float:
+    with FlopCounterMode(display=False) as counter:
+        call()
+    return float(counter.get_total_flops())

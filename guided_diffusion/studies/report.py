@@ -1,0 +1,310 @@
+"""The report of a study: a page of tables and plots, made from its results alone."""
+
+import math
+import re
+import shutil
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..io.files import atomic_path
+from .cells import cells_of
+from .results import Results
+from .statistics import PairedDifference, holm, paired_difference
+from .study_file import Budget, Study, StudyRun
+
+_NAMES = {"fd": "digits-FD", "fid": "FID", "sfid": "sFID", "precision": "precision", "recall": "recall"}
+_HOW_TO_READ = """Lower is better in every column but precision and recall. Seeds are paired: with one seed
+all runs have the same initial weights, pool, order and sampling noise, as far as their configurations allow.
+A difference is the mean over the seeds that both runs have, with its 95 % interval (Student's t). p is the
+exact two-sided sign-flip test's, which cannot be below 2^(1-n) for n seeds; p (Holm) is corrected for the
+number of comparisons in its table. Held-out error: the mean squared difference of the noise predictions of
+student and teacher on states of the teacher's full chain. On-policy error: the same at the states of the
+student's own chain. Path KL: the sum over that chain's steps of KL(student's step ‖ teacher's step), in nats
+an image. Wall time and FLOPs are of preparation and training together: FLOPs are counted ([how]({how})), wall
+times depend on the machine and on what ran beside, both of which stand at the end."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """A run with a budget: its records, by seed."""
+
+    run: StudyRun
+    budget: Budget
+    records: Mapping[int, dict[str, Any]]
+
+    @property
+    def done(self) -> dict[int, dict[str, Any]]:
+        """The records of those that did not diverge, by seed."""
+        return {seed: record for seed, record in self.records.items() if "failed" not in record}
+
+    def final(self, key: str) -> dict[int, float]:
+        """A score at the end of the budget, by seed, where there is one."""
+        found = {seed: _at(record["scores"][-1], key) for seed, record in self.done.items()}
+        return {seed: value for seed, value in found.items() if value is not None}
+
+    def mean(self, key: str) -> float | None:
+        """Of `final`; None without."""
+        return _mean(self.final(key).values())
+
+
+def write_report(study: Study, results: Results, out: Path, path: Path, how: str) -> None:
+    """Write a study's page, and its pictures into the folder of the same name beside it.
+
+    Args:
+        study: the study.
+        results: its results.
+        out: where it was run; pictures of samples are taken from there if they are there.
+        path: the page, Markdown.
+        how: a link to what explains the counting.
+    """
+    rows = _rows(study, results)
+    pictures = path.with_suffix("")
+    title = f"# Study: {study.name}\n\n{study.about[:1].upper()}{study.about[1:]}\n" if study.about else ""
+    parts = [title or f"# Study: {study.name}\n"]
+    parts.append(
+        f"*Written by `python scripts/study.py {_short(study.path)}` from its results: edit neither.*\n"
+    )
+    parts.append(_HOW_TO_READ.replace("{how}", how) + "\n")
+    for budget in study.budgets.values():
+        of_budget = [row for row in rows if row.budget == budget]
+        baseline = next((row for row in of_budget if row.run.name == study.baseline), None)
+        parts.append(f"## {budget.name}: {budget.amount:,.10g} {budget.kind}\n")
+        for number, group in enumerate(dict.fromkeys(row.run.group for row in of_budget)):
+            shown = [row for row in of_budget if row.run.group == group or row is baseline]
+            shown.sort(key=lambda row: row is not baseline)
+            if group:
+                parts.append(f"### {group[:1].upper()}{group[1:]}\n")
+            parts.append(_scores_table(shown, baseline))
+            if any(row.final("held_out.all") for row in shown):
+                parts.append("Errors by quarters of the chain, from the cleanest states to the noisiest:\n")
+                parts.append(_quarters_table(shown))
+            if any(row.done for row in shown):
+                image = pictures / f"{study.name}-{budget.name}-{number}.png"
+                _plot(image, shown)
+                parts.append(f"![Scores over cost]({pictures.name}/{image.name})\n")
+            found = {row.run.name: _samples(study, row, out, pictures) for row in shown}
+            samples = [[name, f"![{name}]({pictures.name}/{i.name})"] for name, i in found.items() if i]
+            if samples:
+                parts.append("What each makes of the same sixteen noises (the first seed's):\n")
+                parts.append(_table(["run", "samples"], samples))
+    parts.append(_description(study, rows))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_path(path) as temporary:
+        temporary.write_text("\n".join(parts))
+
+
+def _rows(study: Study, results: Results) -> list[Row]:
+    known = results.read()
+    found: dict[tuple[str, str], dict[int, dict[str, Any]]] = {}
+    for cell in cells_of(study):
+        records = found.setdefault((cell.run.name, cell.budget.name), {})
+        if cell.id in known:
+            records[cell.seed] = known[cell.id]
+    return [Row(study.runs[run], study.budgets[budget], records) for (run, budget), records in found.items()]
+
+
+def _scores_table(rows: list[Row], baseline: Row | None) -> str:
+    compared = {
+        row.run.name: difference
+        for row in rows
+        if row is not baseline and not row.run.teacher and (difference := _difference(row, baseline))
+    }
+    corrected = dict(zip(compared, holm([found.p for found in compared.values()]), strict=True))
+    primary = next((_primary(record) for row in rows for record in row.done.values()), "fd")
+    more = [name for name in ("sfid", "precision", "recall") if any(row.final(name) for row in rows)]
+    head = ["run", _NAMES[primary], "each seed", f"difference to {baseline.run.name if baseline else '-'}"]
+    head += ["p", "p (Holm)", *(_NAMES[name] for name in more)]
+    head += ["held-out error", "on-policy error", "path KL", "iterations", "wall time", "TFLOPs"]
+    lines = []
+    for row in rows:
+        seeds = [
+            "diverged" if "failed" in record else _number(record["scores"][-1]["primary"])
+            for _, record in sorted(row.records.items())
+        ]
+        difference = compared.get(row.run.name)
+        line = [row.run.name, _number(row.mean("primary")), " / ".join(seeds) or "not run yet"]
+        line += [
+            _interval(difference),
+            _p(difference.p if difference else None),
+            _p(corrected.get(row.run.name)),
+        ]
+        line += [_number(row.mean(name)) for name in more]
+        line += [_number(row.mean(name)) for name in ("held_out.all", "on_policy.all", "path_kl")]
+        line += [_cost(row, lambda record: record["iterations"], "{:,.0f}"), _cost(row, _wall, "{:,.0f} s")]
+        lines.append([*line, _cost(row, lambda record: record["flops"]["total"] / 1e12, "{:.3g}")])
+    return _table(head, lines)
+
+
+def _quarters_table(rows: list[Row]) -> str:
+    kinds = {"held_out": "held-out", "on_policy": "on-policy"}
+    head = ["run", *(f"{kinds[kind]}, {q + 1}" for kind in kinds for q in range(4))]
+    lines = [
+        [row.run.name, *(_number(row.mean(f"{kind}.quarters.{q}")) for kind in kinds for q in range(4))]
+        for row in rows
+        if row.final("held_out.all") or row.final("on_policy.all")
+    ]
+    return _table(head, lines)
+
+
+def _difference(row: Row, baseline: Row | None) -> PairedDifference | None:
+    ours, theirs = row.final("primary"), baseline.final("primary") if baseline else {}
+    both = sorted(ours.keys() & theirs.keys())
+    return paired_difference([ours[seed] - theirs[seed] for seed in both]) if both else None
+
+
+def _description(study: Study, rows: list[Row]) -> str:
+    """What the runs are, where they were run, and what is not there."""
+    changed = {  # the last override of a key is what counts
+        run.name: dict(override.partition("=")[::2] for override in run.overrides)
+        for run in study.runs.values()
+    }
+    common = set.intersection(*(set(keys.items()) for keys in changed.values()))
+    lines = []
+    for run in study.runs.values():
+        own = [f"`{key}={value}`" for key, value in changed[run.name].items() if (key, value) not in common]
+        if run.data is not None:
+            own.append(f"trained on images, {run.data.real:.0%} of them real, the others by the teacher")
+        lines.append(
+            [run.name, run.about, ", ".join(own), ", ".join(run.budgets), ", ".join(map(str, run.seeds))]
+        )
+    parts = ["## What was run\n", f"Configuration: `{_short(study.config)}`; for all runs "]
+    parts[-1] += (
+        ", ".join(f"`{key}={value}`" for key, value in sorted(common)) + ".\n" if common else "as it is.\n"
+    )
+    parts.append(_table(["run", "what it is", "differs by", "budgets", "seeds"], lines))
+    metrics = study.metrics
+    parts.append(
+        f"Scores: {metrics.sets} set(s) of {metrics.samples:,} samples in {metrics.respacing} steps, with "
+        f"averaged weights; {metrics.held_out} held-out states; {metrics.chains} chains of the student's "
+        f"own, of {metrics.respacing} steps too. Reference: {study.reference}; features: {study.backend}.\n"
+    )
+    records = [record for row in rows for record in row.records.values()]
+    missing = sum(seed not in row.records for row in rows for seed in row.run.seeds)
+    machines = {
+        f"{m['gpu'] or m['cpu']}, {m['cores']} cores, {m['threads']} thread(s) a run, {m['jobs']} run(s) "
+        f"at a time, torch {m['torch']}"
+        for record in records
+        for m in [record["machine"]]
+    }
+    revisions = sorted({re.sub(r"(\w{12})\w*", r"\1", str(record["revision"])) for record in records})
+    parts.append(
+        f"{len(records)} results; {missing} not run yet. Machines: {'; '.join(sorted(machines)) or '-'}. "
+    )
+    parts[-1] += f"Revisions: {', '.join(revisions) or '-'}.\n"
+    failed = [
+        f"- {row.run.name}/{row.budget.name}, seed {seed}: {record['failed']}"
+        for row in rows
+        for seed, record in row.records.items()
+        if "failed" in record
+    ]
+    return "\n".join(parts + (["Diverged:\n", *failed, ""] if failed else []))
+
+
+def _samples(study: Study, row: Row, out: Path, pictures: Path) -> Path | None:
+    """The picture of a run's samples beside the page, brought from where it was run; None without."""
+    if not row.done:
+        return None
+    record = row.done[min(row.done)]
+    path = pictures / f"{study.name}-{row.budget.name}-{row.run.name}.png"
+    for own in (out / "cells").glob(f"*-{record['id'][:8]}/pictures.png"):
+        pictures.mkdir(parents=True, exist_ok=True)
+        with atomic_path(path) as temporary:
+            shutil.copyfile(own, temporary)
+    return path if path.is_file() else None
+
+
+def _plot(path: Path, rows: list[Row]) -> None:
+    """Draw the score over iterations, wall time and FLOPs: a line a run, a dot a seed."""
+    from matplotlib.figure import Figure
+
+    costs: dict[str, Callable[[dict[str, Any], float], float]] = {
+        "iterations": lambda record, at: at * record["iterations"],
+        "wall time, seconds": lambda record, at: _wall(record, at),
+        "TFLOPs": lambda record, at: _flops(record, at) / 1e12,
+    }
+    figure = Figure(figsize=(13, 3.8), layout="constrained")
+    for axes, (label, cost) in zip(figure.subplots(1, 3, sharey=True), costs.items(), strict=True):
+        for number, row in enumerate(row for row in rows if row.done):
+            records = list(row.done.values())
+            if row.run.teacher:
+                axes.axhline(row.mean("primary") or 0, color="k", linewidth=0.8, label=row.run.name)
+                continue
+            x = [[cost(record, score["fraction"]) for score in record["scores"]] for record in records]
+            y = [[score["primary"] for score in record["scores"]] for record in records]
+            look: dict[str, Any] = {
+                "color": f"C{number % 10}",
+                "linestyle": ["-", "--", ":"][number // 10 % 3],
+            }
+            axes.plot(np.mean(x, axis=0), np.mean(y, axis=0), marker="o", ms=4, label=row.run.name, **look)
+            axes.plot(np.ravel(x), np.ravel(y), ".", color=look["color"], alpha=0.35, ms=4)
+        axes.set_xlabel(label)
+        axes.set_yscale("log")
+        axes.grid(alpha=0.25, which="both")
+    primary = next(_primary(record) for row in rows for record in row.done.values())
+    figure.axes[0].set_ylabel(_NAMES[primary])
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside right upper", fontsize=8, frameon=False)
+    with atomic_path(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=80)
+
+
+def _primary(record: dict[str, Any]) -> str:
+    return next(name for name in ("fd", "fid") if name in record["scores"][-1])
+
+
+def _wall(record: dict[str, Any], at: float = 1.0) -> float:
+    return record["seconds"]["preparation"] + at * record["seconds"]["train"]
+
+
+def _flops(record: dict[str, Any], at: float = 1.0) -> float:
+    return record["flops"]["preparation"] + at * (record["flops"]["total"] - record["flops"]["preparation"])
+
+
+def _cost(row: Row, of: Callable[[dict[str, Any]], float], form: str) -> str:
+    mean = _mean(of(record) for record in row.records.values())
+    return "-" if mean is None else form.format(mean)
+
+
+def _at(score: Any, key: str) -> float | None:
+    """What "held_out.quarters.0" means in a score."""
+    for name in key.split("."):
+        score = score[int(name)] if isinstance(score, list) else (score or {}).get(name)
+    return score
+
+
+def _mean(values: Iterable[float]) -> float | None:
+    found = list(values)
+    return sum(found) / len(found) if found else None
+
+
+def _number(value: float | None) -> str:
+    if value is None:
+        return "-"
+    return f"{value:.3g}" if abs(value) < 100 else f"{value:,.0f}"
+
+
+def _p(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3f}"
+
+
+def _interval(difference: PairedDifference | None) -> str:
+    if difference is None:
+        return "-"
+    pairs = f" (n = {difference.n})"
+    if math.isinf(difference.low):
+        return f"{difference.mean:+.3g}{pairs}"
+    return f"{difference.mean:+.3g} [{difference.low:+.3g}, {difference.high:+.3g}]{pairs}"
+
+
+def _table(head: list[str], rows: list[list[str]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
+
+
+def _short(path: Path) -> str:
+    """From the project's yaml folder on."""
+    parts = path.parts
+    return "/".join(parts[parts.index("yaml") :]) if "yaml" in parts else path.name

@@ -1,0 +1,319 @@
+"""What a study file says, checked before anything is run. Imports no torch."""
+
+import dataclasses
+import difflib
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from fractions import Fraction
+from pathlib import Path
+from typing import Any, TypeVar
+
+from ..config.loading import load_distillation, read_mapping, resolve_path
+from ..config.settings import DistillationExperiment
+from ..errors import UserError
+
+_T = TypeVar("_T")
+_NAME = re.compile(r"[A-Za-z0-9][\w.+=-]*", re.ASCII)
+BUDGET_KINDS = ("iterations", "flops", "seconds")
+MOST_SEEDS = 20  # the exact test looks at all 2^n signs
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What each run of a comparison may spend.
+
+    Attributes:
+        name: in tables.
+        kind: "iterations"; or "flops" or "seconds" of preparation and training together.
+        amount: how many.
+    """
+
+    name: str
+    kind: str
+    amount: float
+
+
+@dataclass(frozen=True)
+class Metrics:
+    """What is measured at every score point.
+
+    Attributes:
+        samples: images in a set.
+        sets: sets, each with noise of its own; scores are their means.
+        respacing: steps of the sampler, as `image_sample.py --timestep_respacing`.
+        batch_size: images at a time while sampling.
+        held_out: states of the teacher's full chain on which student and teacher are compared.
+        chains: chains of the student's own along which they are compared.
+    """
+
+    samples: int = 1000
+    sets: int = 2
+    respacing: str = "50"
+    batch_size: int = 125
+    held_out: int = 256
+    chains: int = 64
+
+
+@dataclass(frozen=True)
+class Data:
+    """Images to train on instead of distilling (`image_train.py`).
+
+    Attributes:
+        real: share of real images, 0 to 1; the others are sampled by the teacher, so many that all are as
+            many as the reference's.
+        respacing: steps of the teacher's sampler.
+        random_flip: mirror each image with probability 1/2.
+    """
+
+    real: float = 1.0
+    respacing: str = "50"
+    random_flip: bool = True
+
+
+@dataclass(frozen=True)
+class StudyRun:
+    """One row of the study.
+
+    Attributes:
+        about: one line for the report.
+        group: the table it stands in, beside the baseline.
+        overrides: "key=value", later ones winning: those of all runs, those of its presets, its own.
+        seeds: of everything random in it; the file may say how many, from 0.
+        budgets: names of the budgets it is run with.
+        data: train on images instead of distilling.
+        teacher: no run at all, but the teacher itself, to compare with.
+    """
+
+    name: str
+    about: str = ""
+    group: str = ""
+    overrides: tuple[str, ...] = ()
+    seeds: tuple[int, ...] = (0, 1, 2)
+    budgets: tuple[str, ...] = ()
+    data: Data | None = None
+    teacher: bool = False
+
+
+@dataclass(frozen=True)
+class Study:
+    """A whole study file; docs/studies.md describes the keys."""
+
+    path: Path
+    config: Path
+    runs: Mapping[str, StudyRun]
+    budgets: Mapping[str, Budget]
+    baseline: str
+    about: str = ""
+    reference: str = "digits"
+    backend: str = "digits"
+    score_at: tuple[float, ...] = (1.0,)
+    metrics: Metrics = field(default_factory=Metrics)
+    keep: str = "little"
+    results: str = ""
+    report: str = ""
+
+    @property
+    def name(self) -> str:
+        """The file's."""
+        return self.path.stem
+
+    @property
+    def divisor(self) -> int:
+        """What a number of iterations must be a multiple of, so that each score point is a whole one."""
+        return math.lcm(*(Fraction(at).limit_denominator(1000).denominator for at in self.score_at))
+
+    def points(self, iterations: int) -> list[int]:
+        """The iterations after which to score, ascending, for a multiple of `divisor`."""
+        return [round(at * iterations) for at in self.score_at]
+
+    def experiment(self, run: StudyRun, *more: str) -> DistillationExperiment:
+        """A run's configuration, with further overrides.
+
+        Raises:
+            UserError: it has a mistake.
+        """
+        try:
+            return load_distillation(self.config, [*run.overrides, *more])
+        except UserError as error:
+            raise UserError(f"{self.path}: runs.{run.name}: {error}") from None
+
+
+def load_study(path: Path) -> Study:
+    """Read and check a study file, and the configuration of each of its runs.
+
+    Raises:
+        UserError: a mistake in one of them, in one line.
+    """
+    path = path.resolve()
+    content = read_mapping(path)
+    plain = {f.name for f in dataclasses.fields(Study)} - {"path"}
+    _require_known(content, {*plain, "overrides", "seeds"}, path, "")
+    for name in ("config", "runs", "budgets", "baseline"):
+        if not content.get(name):
+            raise UserError(f"{path}: '{name}' is missing")
+    budgets = {
+        name: _budget(name, value, path) for name, value in _named(content["budgets"], path, "budgets")
+    }
+    defaults = {"seeds": content.pop("seeds", 3), "budgets": [next(iter(budgets))]}
+    overrides = _overrides(content.pop("overrides", None), path, "overrides")
+    content["runs"] = {
+        name: _run(name, defaults | dict(value or {}), overrides, budgets, path)
+        for name, value in _named(content["runs"], path, "runs")
+    }
+    content |= {
+        "path": path,
+        "budgets": budgets,
+        "config": resolve_path(str(content["config"]), path),
+        "metrics": _build(Metrics, content.get("metrics", {}), path, "metrics."),
+        "score_at": _score_at(content.get("score_at", [1.0]), path),
+    }
+    study = _build(Study, content, path, "")
+    _check(study)
+    return study
+
+
+def _check(study: Study) -> None:
+    """Refuse what cannot be right in several keys together."""
+    if study.baseline not in study.runs:
+        raise _unknown(study.path, "baseline", study.baseline, study.runs)
+    if study.keep not in ("little", "all"):
+        raise UserError(f"{study.path}: keep must be little or all, not '{study.keep}'")
+    for name, value in vars(study.metrics).items():
+        if name != "respacing" and value < (name in ("samples", "sets", "batch_size")):
+            raise UserError(f"{study.path}: metrics.{name} must not be {value}")
+    for budget in study.budgets.values():
+        if budget.kind == "iterations" and budget.amount % study.divisor:
+            raise UserError(
+                f"{study.path}: budgets.{budget.name}: {budget.amount:g} iterations are no multiple of "
+                f"{study.divisor}, as score_at needs"
+            )
+    for run in study.runs.values():
+        study.experiment(run)
+
+
+def _run(
+    name: str, values: dict[str, Any], overrides: tuple[str, ...], budgets: Mapping[str, Budget], path: Path
+) -> StudyRun:
+    where = f"runs.{name}."
+    presets = values.pop("presets", [])
+    for preset in [presets] if isinstance(presets, str) else presets:
+        overrides += _overrides(read_mapping(resolve_path(str(preset), path)), path, f"{where}presets")
+    values["overrides"] = overrides + _overrides(values.get("overrides"), path, f"{where}overrides")
+    if values.get("data") is not None:
+        values["data"] = _build(Data, values["data"], path, f"{where}data.")
+        if not 0 <= values["data"].real <= 1:
+            raise UserError(f"{path}: {where}data.real must lie in [0, 1], not {values['data'].real:g}")
+    if not isinstance(values["budgets"], list):
+        raise UserError(f"{path}: {where}budgets must be a list of names")
+    for budget in values["budgets"]:
+        if budget not in budgets:
+            raise _unknown(path, f"{where}budgets", budget, budgets)
+    values |= {"name": name, "budgets": tuple(values["budgets"])}
+    values["seeds"] = _seeds(values["seeds"], path, f"{where}seeds")
+    return _build(StudyRun, values, path, where)
+
+
+def _seeds(value: Any, path: Path, where: str) -> tuple[int, ...]:
+    seeds = [*range(value)] if isinstance(value, int) and value <= MOST_SEEDS else value
+    whole = isinstance(seeds, list) and all(type(seed) is int and seed >= 0 for seed in seeds)
+    if not whole or not 0 < len(set(seeds)) == len(seeds) <= MOST_SEEDS:
+        raise UserError(
+            f"{path}: {where} must be a number, 1 to {MOST_SEEDS}, or as many seeds, not {value!r}"
+        )
+    return tuple(seeds)
+
+
+def _budget(name: str, value: Any, path: Path) -> Budget:
+    if isinstance(value, dict):
+        _require_known(value, set(BUDGET_KINDS), path, f"budgets.{name}.")
+    if not isinstance(value, dict) or len(value) != 1:
+        raise UserError(f"{path}: budgets.{name} must be one of {', '.join(f'{k}: N' for k in BUDGET_KINDS)}")
+    kind, amount = next(iter(value.items()))
+    whole = kind != "iterations" or isinstance(amount, int)
+    if (
+        not isinstance(amount, int | float)
+        or isinstance(amount, bool)
+        or not whole
+        or not 0 < amount < math.inf
+    ):
+        raise UserError(f"{path}: budgets.{name}.{kind} must be a positive number, not {amount!r}")
+    return Budget(name, kind, amount)
+
+
+def _score_at(value: Any, path: Path) -> tuple[float, ...]:
+    points = value if isinstance(value, list) else [value]
+    if not all(isinstance(at, int | float) and 0 < at <= 1 for at in points):
+        raise UserError(f"{path}: score_at must be fractions of a budget in (0, 1], not {value!r}")
+    return tuple(sorted({float(at) for at in points} | {1.0}))
+
+
+def _overrides(value: Any, path: Path, where: str) -> tuple[str, ...]:
+    """ "key=value" from a list of those, or from a mapping whose sections may be nested."""
+    if value is None:
+        return ()
+    if isinstance(value, dict):
+        return tuple(f"{key}={_text(v)}" for key, v in _flatten(value))
+    if not isinstance(value, list) or not all(isinstance(item, str) and "=" in item for item in value):
+        raise UserError(f"{path}: {where} must be keys and values, or a list of 'key=value'")
+    return tuple(value)
+
+
+def _flatten(tree: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
+    pairs: list[tuple[str, Any]] = []
+    for key, value in tree.items():
+        pairs += (
+            _flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else [(f"{prefix}{key}", value)]
+        )
+    return pairs
+
+
+def _text(value: Any) -> str:
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def _named(content: Any, path: Path, where: str) -> list[tuple[str, Any]]:
+    """The entries of a mapping whose keys are names of folders too."""
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: '{where}' must hold names and what belongs to each")
+    for name, value in content.items():
+        if not _NAME.fullmatch(str(name)):
+            raise UserError(f"{path}: {where}.{name}: a name is made of letters, digits and . + = - _")
+        if value is not None and not isinstance(value, dict):
+            raise UserError(f"{path}: {where}.{name} must hold keys and values, not {value!r}")
+    return [(str(name), value) for name, value in content.items()]
+
+
+def _build(kind: type[_T], values: Any, path: Path, where: str) -> _T:
+    """A dataclass of this module from a file's keys, whose types are compared with its defaults'."""
+    if not isinstance(values, dict):
+        raise UserError(f"{path}: {where.rstrip('.')} must hold keys and values, not {values!r}")
+    fields = {f.name: f for f in dataclasses.fields(kind)}  # type: ignore[arg-type]
+    _require_known(values, set(fields), path, where)
+    given = {}
+    for name, value in values.items():
+        default = fields[name].default
+        wanted = type(default)
+        if wanted is str and isinstance(value, int) and not isinstance(value, bool):
+            value = str(value)  # respacing: 50
+        if wanted is float and isinstance(value, int) and not isinstance(value, bool):
+            value = float(value)
+        if wanted in (str, int, float, bool) and type(value) is not wanted:
+            raise UserError(f"{path}: {where}{name} must be {wanted.__name__}, not {value!r}")
+        given[name] = value
+    return kind(**given)
+
+
+def _require_known(values: Mapping[str, Any], known: set[str], path: Path, where: str) -> None:
+    for name in values:
+        if name not in known:
+            raise _unknown(path, "unknown key", f"{where}{name}", [f"{where}{k}" for k in sorted(known)])
+
+
+def _unknown(path: Path, what: str, name: Any, known: Any) -> UserError:
+    nearest = difflib.get_close_matches(str(name), list(known), n=1, cutoff=0.4)
+    hint = f"did you mean '{nearest[0]}'?" if nearest else f"there are {', '.join(known)}"
+    return UserError(
+        f"{path}: {what} '{name}': {hint}" if " " in what else f"{path}: {what}: no '{name}'; {hint}"
+    )

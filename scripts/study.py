@@ -1,0 +1,75 @@
+"""Run a study: many runs with several seeds and equal budgets, scored alike, compared in one report.
+
+A study that was stopped or killed continues with the same command; what has a result is never run again.
+docs/studies.md describes the study's file and everything that is written.
+"""
+
+import argparse
+import os
+from pathlib import Path
+
+from guided_diffusion.config.command_line import positive
+from guided_diffusion.errors import UserError
+from guided_diffusion.processes.launch import run_script
+from guided_diffusion.studies.cells import reference_path
+from guided_diffusion.studies.study_file import load_study
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def main() -> None:
+    """Parse, run, report."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("study", type=Path, help="the study's YAML file")
+    parser.add_argument("--out", type=Path, help="where it is run (default: experiments/study/NAME)")
+    parser.add_argument(
+        "--jobs", type=positive, default=1, help="runs at a time, of one thread each if several"
+    )
+    parser.add_argument(
+        "--only", default="", metavar="PATTERN", help="of the runs, RUN or RUN/BUDGET/SEED alone"
+    )
+    parser.add_argument("--report", action="store_true", help="run nothing, only make the report")
+    parser.add_argument(
+        "--fresh", action="store_true", help="forget results that came along: only what --out holds counts"
+    )
+    args = parser.parse_args()
+    study = load_study(args.study)
+    out = (args.out or ROOT / f"experiments/study/{study.name}").resolve()
+    if args.jobs > 1:
+        os.environ.setdefault("OMP_NUM_THREADS", "1")
+    from guided_diffusion.studies.commands import Commands
+    from guided_diffusion.studies.report import write_report
+    from guided_diffusion.studies.runner import Runner, known_results
+
+    reference = reference_path(study)
+    if study.reference == "digits" and not reference.is_file():
+        Commands(ROOT).run(out / "commands.log", "datasets/digits.py", "--out", reference.parent)
+    results = known_results(study, out, ROOT, args.fresh)
+    failures = []
+    if not args.report:
+        failures = Runner(study, out, ROOT, results, scorer(study.backend), args.jobs).run(args.only)
+    report = ROOT / study.report if study.report and not args.fresh else out / "report.md"
+    write_report(study, results, out, report, os.path.relpath(ROOT / "docs/studies.md", report.parent))
+    print(f"report: {report}")
+    if failures:
+        raise UserError(f"{len(failures)} cells failed and have no result; the first: {failures[0]}")
+
+
+def scorer(backend: str):
+    """A function that scores an npz of samples against a reference's."""
+    from evaluations.evaluation import evaluate_files
+    from evaluations.results import values
+    from evaluations.settings import Settings
+
+    settings = Settings(backend=backend)  # type: ignore[arg-type]
+
+    def score(reference: Path, images: Path) -> dict[str, float]:
+        return values(next(evaluate_files(reference, [images], settings)))
+
+    return score
+
+
+if __name__ == "__main__":
+    run_script(main)

@@ -1,0 +1,525 @@
+"""Studies: what a result is known by, what is counted and measured, and that nothing is done twice."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tiny
+import torch as th
+from scipy import stats
+from test_study_file import study
+from tiny import ROOT
+
+from guided_diffusion import dist_util
+from guided_diffusion.config.loading import load_distillation, load_experiment
+from guided_diffusion.config.settings import DistillationExperiment
+from guided_diffusion.errors import UserError
+from guided_diffusion.script_util import build_network
+from guided_diffusion.studies import runner as runner_module
+from guided_diffusion.studies.cell_run import CellRun, Prepared, Shared
+from guided_diffusion.studies.cells import cells_of, changed_keys
+from guided_diffusion.studies.commands import CommandFailed, Commands, Steps
+from guided_diffusion.studies.comparison import Comparison, by_quarter, held_out_states
+from guided_diffusion.studies.ledger import ledger_of
+from guided_diffusion.studies.report import write_report
+from guided_diffusion.studies.results import Results
+from guided_diffusion.studies.runner import Runner
+from guided_diffusion.studies.statistics import holm, paired_difference, sign_flip_p
+from guided_diffusion.studies.study_file import Data, load_study
+
+
+def ids(path):
+    return {cell.name: cell.id for cell in cells_of(load_study(path))}
+
+
+class TestIdentity:
+    def test_each_cell_has_one_of_its_own(self, tmp_path):
+        found = ids(study(tmp_path, budgets={"short": {"iterations": 4}, "long": {"iterations": 8}}))
+        assert [*found] == [f"{run}/short/{seed}" for seed in range(3) for run in ("plain", "fast")]
+        assert len(set(found.values())) == 6
+
+    def test_names_and_places_are_no_part_of_it(self, tmp_path):
+        before = ids(study(tmp_path))
+        elsewhere = tmp_path / "elsewhere"
+        elsewhere.mkdir()
+        runs = {"base": {"overrides": ["student.log_interval=7"], "about": "x", "group": "y", "seeds": 1}}
+        after = ids(study(elsewhere, runs=runs, baseline="base", budgets={"other": {"iterations": 4}}))
+        assert after["base/other/0"] == before["plain/short/0"]
+
+    @pytest.mark.parametrize(
+        "more",
+        [
+            {"metrics": {"samples": 7}},
+            {"budgets": {"short": {"iterations": 5}}},
+            {"score_at": [0.5]},
+            {"overrides": ["run.warmup_steps=3"]},
+            {"runs": {"plain": {"data": {"real": 1}}}},
+            {"runs": {"plain": {"teacher": True}}},
+        ],
+    )
+    def test_what_is_run_and_measured_is_part_of_it(self, tmp_path, more):
+        before = ids(study(tmp_path))["plain/short/0"]
+        assert ids(study(tmp_path, **more))["plain/short/0"] != before
+
+    def test_another_teacher_is_part_of_it(self, tmp_path):
+        path = study(tmp_path)
+        before = ids(path)["plain/short/0"]
+        weights = th.load(tmp_path / "teacher.pt")
+        th.save({name: value * 2 for name, value in weights.items()}, tmp_path / "teacher.pt")
+        assert ids(path)["plain/short/0"] != before
+
+    def test_keys_at_their_defaults_are_no_part_of_it(self, tmp_path):
+        """So that results stay known when a later version has further keys."""
+        found = changed_keys(load_distillation(tiny.distillation(tmp_path)))
+        assert "grad_clip" not in found["run"] and "temperature" not in found["distill"]
+        assert found["student"]["lr"] == 1e-3
+
+
+class TestResults:
+    def test_a_line_that_was_cut_short_harms_no_other(self, tmp_path, capsys):
+        path = tmp_path / "results.jsonl"
+        results = Results(path)
+        results.append({"id": "a", "value": float("nan")})
+        path.write_text(path.read_text() + '{"id": "b", "val')
+        results.append({"id": "c", "value": 1 / 3})
+        assert results.read() == {"a": {"id": "a", "value": None}, "c": {"id": "c", "value": 0.3333333}}
+        assert "no record" in capsys.readouterr().err
+
+    def test_others_results_are_read_and_left_alone(self, tmp_path):
+        (tmp_path / "others.jsonl").write_text('{"id": "a", "value": 1}\n')
+        results = Results(tmp_path / "own.jsonl", [tmp_path / "others.jsonl"])
+        results.append({"id": "b", "value": 2})
+        assert results.read().keys() == {"a", "b"}
+        assert (tmp_path / "others.jsonl").read_text() == '{"id": "a", "value": 1}\n'
+
+    def test_many_threads_add_whole_lines(self, tmp_path):
+        results = Results(tmp_path / "results.jsonl")
+        threads = [
+            threading.Thread(target=results.append, args=({"id": str(n), "text": "x" * 5000},))
+            for n in range(16)
+        ]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert len(results.read()) == 16
+
+
+class TestStatistics:
+    def test_the_exact_p_is_scipys(self):
+        generator = np.random.default_rng(0)
+        for n in (1, 2, 5, 8):
+            found = generator.normal(0.5, 1, n)
+            expected = stats.permutation_test(
+                (found,), np.sum, permutation_type="samples", n_resamples=np.inf, vectorized=False
+            ).pvalue if n > 1 else 1.0  # fmt: skip
+            assert sign_flip_p(list(found)) == pytest.approx(expected)
+
+    def test_the_least_possible_p(self):
+        assert sign_flip_p([-1.0, -2.0, -3.0]) == 0.25
+        assert sign_flip_p([1.0] * 6) == 2 / 64
+        assert sign_flip_p([0.0, 0.0]) == 1.0
+
+    def test_the_interval_is_students(self):
+        values = [0.3, -0.2, 0.9, 0.4]
+        found = paired_difference(values)
+        expected = stats.ttest_1samp(values, 0).confidence_interval(0.95)
+        assert (found.low, found.high) == pytest.approx((expected.low, expected.high))
+        assert found.mean == pytest.approx(0.35) and found.n == 4
+
+    def test_one_pair_says_nothing_of_its_spread(self):
+        found = paired_difference([2.0])
+        assert (found.mean, found.low, found.high, found.p) == (2.0, -np.inf, np.inf, 1.0)
+
+    def test_holms_correction(self):
+        assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
+        assert holm([0.9, 0.8]) == [1.0, 1.0]
+        assert holm([]) == []
+
+
+class TestLedger:
+    def test_what_each_option_costs(self, tmp_path):
+        config = tiny.distillation(tmp_path, image_size=8)
+        off = ["distill.stage1_weight=0", "distill.stage2_weight=0"]
+        plain = ledger_of(load_distillation(config, off), None, 0)
+        stage1 = ledger_of(load_distillation(config, off[1:]), None, 0)
+        stage2 = ledger_of(load_distillation(config, off[:1]), None, 0)
+        assert plain.head == 0 and stage1.head > 0
+        assert stage1.student == plain.student
+        assert stage2.student == 2 * plain.student
+        # The student is the teacher's size: forward is one evaluation, backward about two.
+        assert 2.5 < plain.student / plain.teacher <= 3
+        total = plain.of(10)
+        assert total["total"] == total["preparation"] + 10 * plain.iteration
+        half = ledger_of(load_distillation(config, [*off, "teacher.prob=0.5"]), None, 0)
+        assert half.teacher == 2 * plain.teacher
+
+    def test_the_preparation_is_what_it_does(self, tmp_path):
+        """8 batches of 4, each sample on average half the chain of 20 steps: 10 evaluations."""
+        config = tiny.distillation(tmp_path, image_size=8)
+        one = ledger_of(load_distillation(config), None, 0)
+        assert one.preparation == pytest.approx(8 * 4 * 10 * one.teacher / 4)
+        strided = ledger_of(load_distillation(config, ["distill.stride=19"]), None, 0)
+        assert strided.preparation == pytest.approx(one.preparation / 10)
+
+    def test_images_that_the_teacher_makes_are_paid_for(self, tmp_path):
+        experiment = load_distillation(tiny.distillation(tmp_path, image_size=8))
+        found = ledger_of(experiment, Data(real=0.25, respacing="5"), 100)
+        evaluation = ledger_of(experiment, None, 0).teacher / 4
+        assert found.preparation == pytest.approx(75 * 5 * evaluation)
+        assert (
+            found.teacher == 0 and ledger_of(experiment, Data(real=1.0, respacing="5"), 100).preparation == 0
+        )
+
+
+class TestComparison:
+    def test_a_student_that_is_the_teacher_has_no_error(self, tmp_path):
+        experiment = load_distillation(tiny.distillation(tmp_path, image_size=8))
+        weights = tmp_path / "teacher.pt"
+        states = held_out_states(experiment, weights, 9, tmp_path / "states.safetensors", lambda: None)
+        same = Comparison(experiment, weights, weights)
+        assert same.held_out(states)["all"] == pytest.approx(0, abs=1e-10)
+        chain = same.own_chain(3, "5", lambda: None)
+        assert chain["eps"]["all"] == pytest.approx(0, abs=1e-10)
+        assert chain["path_kl"] == pytest.approx(0, abs=1e-4)
+
+    def test_another_student_has_one_and_states_are_drawn_once(self, tmp_path):
+        experiment = load_distillation(tiny.distillation(tmp_path, image_size=8))
+        weights, other, cache = tmp_path / "teacher.pt", tmp_path / "student.pt", tmp_path / "states.st"
+        network, _ = build_network(experiment.student)
+        th.save(tiny.randomise(network).state_dict(), other)
+        states = held_out_states(experiment, weights, 9, cache, lambda: None)
+        th.manual_seed(5)
+        again = held_out_states(experiment, weights, 9, cache, lambda: None)
+        assert th.equal(states.x, again.x)
+        found = Comparison(experiment, weights, other)
+        with th.no_grad():
+            eps = network.eval()(states.x, states.t)[:, :3]
+        expected = float((eps - states.eps).square().mean())
+        assert found.held_out(states)["all"] == pytest.approx(expected, rel=1e-4)
+        assert found.own_chain(3, "5", lambda: None)["path_kl"] > 0
+        assert found.own_chain(3, "5", lambda: None) == found.own_chain(3, "5", lambda: None)
+
+    def test_quarters_of_the_chain(self):
+        found = by_quarter(th.tensor([1.0, 3.0, 5.0]), th.tensor([0, 4, 19]), 20)
+        assert found == {"all": 3.0, "quarters": [2.0, None, None, 5.0]}
+
+
+def record_of(cell, score, seconds=1.0):
+    return {
+        "id": cell.id,
+        "digest": cell.digest,
+        "run": cell.run.name,
+        "budget": cell.budget.name,
+        "spent": {cell.budget.kind: cell.budget.amount},
+        "seed": cell.seed,
+        "revision": "f" * 40,
+        "machine": {"cpu": "a processor", "gpu": None, "cores": 2, "threads": 1, "jobs": 1, "torch": "2"},
+        "iterations": 4,
+        "flops": {"preparation": 1e9, "total": 5e9},
+        "seconds": {"preparation": 1.0, "train": seconds, "sample": 0.0, "score": 0.0},
+        "scores": [
+            {"fraction": 1.0, "fd": score, "primary": score, "held_out": {"all": 0.1, "quarters": [0.1] * 4}}
+        ],
+    }
+
+
+class TestCell:
+    @pytest.fixture
+    def cell_run(self, tmp_path, monkeypatch):
+        """Makes the run of a cell whose commands do as they are told instead of running."""
+
+        def make(do=lambda *_: None, seed=0, **more):
+            monkeypatch.setattr(Commands, "run", lambda self, log, *words: do(*words))
+            found = load_study(study(tmp_path, **more))
+            cells = {cell.name: cell for cell in cells_of(found)}
+            shared = Shared(found, tmp_path / "out", ROOT, lambda *_: {"fd": 1.0})
+            return CellRun(shared, cells[f"plain/{next(iter(found.budgets))}/{seed}"])
+
+        return make
+
+    def test_a_run_that_diverges_is_a_result(self, cell_run):
+        def do(script, *_):
+            if "image_kd" in script:
+                raise CommandFailed("image_kd.py: gradients were not finite for 50 iterations in a row")
+
+        found = cell_run(do).run()
+        assert found["failed"].startswith("image_kd.py: gradients were not finite") and found["scores"] == []
+        assert found["iterations"] == 4 and found["flops"]["total"] > 0
+        assert "gradients were not finite" in (ROOT / "guided_diffusion/train_util.py").read_text()
+
+    def test_a_disk_that_is_full_is_none(self, cell_run):
+        def do(script, *_):
+            raise CommandFailed(f"{script}: no space left on device")
+
+        with pytest.raises(CommandFailed, match="no space left"):
+            cell_run(do).run()
+
+    def test_a_budget_of_operations_pays_for_the_preparation_first(self, cell_run):
+        unit = cell_run()
+        ledger = ledger_of(unit.experiment, None, 0)
+        budget = {"flops": ledger.preparation + 7.5 * ledger.iteration}
+        run = cell_run(budgets={"equal": budget}, score_at=[0.5])
+        assert run._iterations(ledger, Prepared(Path(), 0.0)) == 6  # a multiple of two
+        run = cell_run(budgets={"equal": {"flops": ledger.preparation}})
+        with pytest.raises(UserError, match=r"budgets.equal: does not pay for 1 iterations of plain"):
+            run._iterations(ledger, Prepared(Path(), 0.0))
+
+    def test_seconds_buy_all_seeds_the_same_iterations(self, cell_run, monkeypatch):
+        for seed, seconds in ((0, 0.5), (1, 0.7)):
+            monkeypatch.setattr(CellRun, "_seconds_per_iteration", lambda *_, s=seconds: s)
+            run = cell_run(seed=seed, budgets={"quick": {"seconds": 10}})
+            ledger = ledger_of(run.experiment, None, 0)
+            assert run._iterations(ledger, Prepared(Path(), 2.0)) == 16
+
+    def test_a_trial_tells_what_an_iteration_takes(self, cell_run):
+        """The first ten iterations, which take longer, do not count."""
+
+        def do(script, *words):
+            folder = Path(words[words.index("--exp_dir") + 1])
+            folder.mkdir()
+            rows = ["step,iterations_per_second", "10,2.0", "20,2.5", "60,4.0"]  # after 5, 8 and 15 seconds
+            (folder / "progress.csv").write_text("\n".join(rows) + "\n")
+
+        assert cell_run(do)._seconds_per_iteration(Prepared(Path(), 0.0)) == pytest.approx(10 / 50)
+
+    def test_what_a_command_is_given(self, cell_run):
+        run = cell_run(overrides=["student.lr_anneal_steps=100"], score_at=[0.5])
+        path = run._config(run.folder / "plain.yaml", run.folder / "pool.cache", 4)
+        found = load_distillation(path)
+        training = found.student.training
+        assert (found.run.iterations, training.lr_anneal_steps, training.save_interval) == (4, 4, 2)
+        constant = cell_run(budgets={"x": {"iterations": 6}})
+        path = constant._config(run.folder / "plain.yaml", run.folder / "pool.cache", 6)
+        assert load_distillation(path).student.training.lr_anneal_steps == 0
+        pictures = cell_run(runs={"plain": {"data": {"real": 1, "random_flip": False}}})
+        found = load_experiment(pictures._config(run.folder / "plain.yaml", Path("images.npz"), 4))
+        assert not isinstance(found, DistillationExperiment)
+        assert not found.student.training.random_flip and found.student.training.lr == 1e-3
+
+
+class TestReport:
+    def test_tables_compare_pairs(self, tmp_path):
+        found = load_study(study(tmp_path))
+        results = Results(tmp_path / "results.jsonl")
+        scores = {"plain": [4.0, 3.0, 5.0], "fast": [3.0, 2.5, 3.5]}
+        for cell in cells_of(found):
+            results.append(record_of(cell, scores[cell.run.name][cell.seed]))
+        write_report(found, results, tmp_path, tmp_path / "report.md", "studies.md")
+        text = (tmp_path / "report.md").read_text()
+        assert "| plain | 4 | 4 / 3 / 5 | - |" in text
+        assert "| fast | 3 | 3 / 2.5 / 3.5 | -1 [-2.24, +0.242] (n = 3) | 0.250 | 0.250 |" in text
+        assert "`student.lr=0.01`" in text and "a processor" in text
+        assert (tmp_path / "report/study-short-0.png").is_file()
+
+    def test_what_diverged_or_is_missing_is_said(self, tmp_path):
+        found = load_study(study(tmp_path))
+        results = Results(tmp_path / "results.jsonl")
+        for cell in [*cells_of(found)][:4]:
+            record = record_of(cell, 4.0)
+            if cell.name == "fast/short/1":
+                record |= {"scores": [], "failed": "gradients were not finite"}
+            results.append(record)
+        write_report(found, results, tmp_path, tmp_path / "report.md", "studies.md")
+        text = (tmp_path / "report.md").read_text()
+        assert "| fast | 4 | 4 / diverged | +0 (n = 1) |" in text
+        assert "2 not run yet" in text
+        assert "- fast/short, seed 1: gradients were not finite" in text
+
+    def test_a_study_without_results_has_a_page_too(self, tmp_path):
+        write_report(load_study(study(tmp_path)), Results(tmp_path / "no"), tmp_path, tmp_path / "r.md", "x")
+        assert "| plain | - | not run yet |" in (tmp_path / "r.md").read_text()
+
+
+class TestRunner:
+    @pytest.fixture
+    def ran(self, monkeypatch):
+        """The names of the cells that were run, without running them."""
+        names = []
+
+        def run(self):
+            names.append(self.cell.name)
+            if self.cell.name == "fast/short/1":
+                raise CommandFailed("image_kd.py: disk full")
+            return record_of(self.cell, 2.0)
+
+        monkeypatch.setattr(CellRun, "run", run)
+        monkeypatch.setattr(runner_module.dist_util, "setup_dist", dist_util.setup_dist)
+        return names
+
+    def runner(self, tmp_path, path, jobs=2):
+        results = Results(tmp_path / "results.jsonl")
+        return Runner(load_study(path), tmp_path / "out", ROOT, results, lambda *_: {}, jobs)
+
+    def test_each_cell_runs_once_and_a_failure_stops_no_other(self, tmp_path, ran, capsys):
+        path = study(tmp_path)
+        failures = self.runner(tmp_path, path).run()
+        assert sorted(ran) == sorted(ids(path))
+        assert failures == ["fast/short/1: image_kd.py: disk full"]
+        assert len(Results(tmp_path / "results.jsonl").read()) == 5
+        ran.clear()
+        self.runner(tmp_path, path).run()
+        assert ran == ["fast/short/1"]  # which has no result
+
+    def test_further_seeds_and_renamed_runs_are_recognised(self, tmp_path, ran):
+        self.runner(tmp_path, study(tmp_path)).run()
+        ran.clear()
+        runs = {"base": {"seeds": 4}, "copy": {"seeds": 4}}
+        self.runner(tmp_path, study(tmp_path, runs=runs, baseline="base")).run()
+        assert ran == ["base/short/3"]  # of two names for one thing the first
+
+    @pytest.mark.parametrize(
+        "pattern, expected", [("fa*", 3), ("*/short/0", 2), ("plain/short/2", 1), ("x", 0)]
+    )
+    def test_only_those_asked_for(self, tmp_path, ran, pattern, expected):
+        self.runner(tmp_path, study(tmp_path)).run(pattern)
+        assert len(ran) == expected
+
+
+class TestCommands:
+    def test_a_failure_is_told_by_its_own_line(self, tmp_path):
+        commands = Commands(ROOT)
+        with pytest.raises(CommandFailed, match=r"scripts/image_kd.py: no such configuration file: nowhere"):
+            commands.run(tmp_path / "log", "scripts/image_kd.py", "--config", "nowhere")
+        assert "$ python scripts/image_kd.py --config nowhere" in (tmp_path / "log").read_text()
+
+    def test_time_of_steps_that_were_stopped_counts(self, tmp_path):
+        def stopped():
+            with Steps(tmp_path / "s.json").timed("train"):
+                time.sleep(0.01)
+                raise KeyError
+
+        for _ in range(2):
+            with pytest.raises(KeyError):
+                stopped()
+        steps = Steps(tmp_path / "s.json")
+        assert steps.seconds("train") >= 0.02 and "trained" not in steps.done
+
+
+SMOKE = ROOT / "yaml/study/smoke.yaml"
+
+
+def start(out, *more):
+    return subprocess.Popen(
+        [sys.executable, str(ROOT / "scripts/study.py"), str(SMOKE), "--out", str(out), *more],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+
+
+def wait_for(found, seconds=120):
+    deadline = time.monotonic() + seconds
+    while not found():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def commands_of(out):
+    """The commands that were run, as often as they were."""
+    logs = sorted(out.glob("cells/*/commands.log"))
+    return [line for log in logs for line in log.read_text().splitlines() if line.startswith("$ python")]
+
+
+@pytest.fixture(scope="module")
+def out(tmp_path_factory):
+    """A study that was asked to stop, went on, was killed, and went on to its end."""
+    out = tmp_path_factory.mktemp("study")
+    stopped = start(out)
+    wait_for(lambda: [*out.glob("cells/*/run/config.yaml")])
+    stopped.send_signal(signal.SIGTERM)
+    told, _ = stopped.communicate(timeout=60)
+    assert stopped.returncode == 75, told
+    killed = start(out, "--jobs", "2")
+    wait_for(lambda: len(commands_of(out)) > 6)
+    second = start(out)
+    killed.kill()
+    killed.communicate()
+    told, _ = second.communicate(timeout=300)  # it has waited for the one that was killed
+    assert second.returncode == 0, told
+    return out
+
+
+@pytest.mark.slow
+class TestWholeStudy:
+    def test_every_cell_has_its_scores(self, out):
+        records = Results(out / "results.jsonl").read()
+        assert records.keys() == set(ids(SMOKE).values())
+        for record in records.values():
+            points = [1.0] if record["run"] == "teacher" else [0.5, 1.0]
+            if record["run"] == "teacher":
+                assert record["scores"][0]["fd"] > 0
+            else:
+                assert [score["fraction"] for score in record["scores"]] == points
+                assert record["scores"][-1]["held_out"]["all"] > 0 and record["iterations"] == 4
+            assert record["flops"]["total"] >= record["flops"]["preparation"]
+
+    def test_scores_are_those_of_a_study_that_was_not_disturbed(self, out, tmp_path):
+        undisturbed = start(tmp_path, "--only", "stage2/tiny/0")
+        told, _ = undisturbed.communicate(timeout=200)
+        assert undisturbed.returncode == 0, told
+        (record,) = Results(tmp_path / "results.jsonl").read().values()
+        assert Results(out / "results.jsonl").read()[record["id"]]["scores"] == record["scores"]
+
+    def test_nothing_is_done_twice(self, out):
+        before = (out / "results.jsonl").read_bytes(), commands_of(out)
+        again = start(out)
+        told, _ = again.communicate(timeout=100)
+        assert again.returncode == 0 and "0 cells to run" in told
+        assert ((out / "results.jsonl").read_bytes(), commands_of(out)) == before
+
+    def test_runs_of_a_seed_share_pool_and_noise(self, out):
+        commands = commands_of(out)
+        pools = {c for c in commands if "dynamic_prepare" in c}
+        assert len(pools) == 2  # of four distillations
+        for seed in (0, 1):
+            configs = [
+                (path.parent / "run/config.yaml").read_text()
+                for path in out.glob(f"cells/*,{seed}-*/steps.json")
+                if path.parent.name.startswith(("DKDM", "stage2"))
+            ]
+            files = {line for text in configs for line in text.splitlines() if "tempfile" in line}
+            assert len(configs) == 2 and len(files) == 1
+        seeds = {
+            name: {
+                re.search(r"run.seed=(\d+)", c)[1] for c in commands if f"/{name},tiny" in c and "sample" in c
+            }
+            for name in ("DKDM", "stage2")
+        }
+        assert seeds["DKDM"] == seeds["stage2"] and len(seeds["DKDM"]) == 2
+
+    def test_large_files_are_gone(self, out):
+        kept = {path.suffix for path in out.glob("cells/*/run/*") if path.stat().st_size > 100_000}
+        assert kept == {".pt"}
+        assert len([*out.glob("cells/*/run/*.pt")]) == 5
+        assert not [*out.glob("pools/*")] and not [*out.glob("**/samples_*.npz")]
+
+    def test_results_are_known_elsewhere(self, out, tmp_path):
+        """As in a fresh clone, where only the results are."""
+        (tmp_path / "results.jsonl").write_bytes((out / "results.jsonl").read_bytes())
+        there = start(tmp_path)
+        told, _ = there.communicate(timeout=100)
+        assert there.returncode == 0 and "0 cells to run" in told
+        tables = [
+            [line for line in (folder / "report.md").read_text().splitlines() if "tiny" not in line]
+            for folder in (out, tmp_path)
+        ]
+        assert tables[0][:30] == tables[1][:30]
+
+    def test_a_second_runner_is_refused(self, out, tmp_path):
+        first = start(tmp_path)
+        wait_for(lambda: (tmp_path / "cells").is_dir())
+        second = start(tmp_path)
+        told, _ = second.communicate(timeout=60)
+        first.send_signal(signal.SIGINT)
+        first.communicate(timeout=60)
+        assert second.returncode == 1 and "another process is writing there" in told
+        assert first.returncode == 75

@@ -1,0 +1,100 @@
+"""A study's file: what it may say, and how it is told what is wrong with it."""
+
+import pytest
+import tiny
+import yaml
+from in_process import script_here
+
+from guided_diffusion.errors import UserError
+from guided_diffusion.studies.study_file import Budget, load_study
+
+
+def study(folder, **more):
+    """Write a study of a tiny configuration; return its path."""
+    config = tiny.distillation(folder, image_size=8)
+    content = {
+        "config": str(config),
+        "baseline": "plain",
+        "metrics": {"respacing": 5},
+        "budgets": {"short": {"iterations": 4}},
+        "runs": {"plain": None, "fast": {"overrides": ["student.lr=0.01"]}},
+    }
+    path = folder / "study.yaml"
+    path.write_text(yaml.safe_dump(content | more, sort_keys=False))
+    return path
+
+
+def test_what_is_not_said_has_defaults(tmp_path):
+    found = load_study(study(tmp_path))
+    assert [*found.runs] == ["plain", "fast"]
+    assert found.runs["fast"].budgets == ("short",)
+    assert found.runs["plain"].seeds == (0, 1, 2)
+    assert found.budgets["short"] == Budget("short", "iterations", 4)
+    assert found.score_at == (1.0,)
+    assert found.experiment(found.runs["fast"]).student.training.lr == 0.01
+
+
+def test_overrides_of_all_runs_give_way_to_presets_and_those_to_the_runs_own(tmp_path):
+    (tmp_path / "preset.yaml").write_text("student: {lr: 0.02, weight_decay: 0.3}\n")
+    runs = {
+        "plain": None,
+        "preset": {"presets": "preset.yaml"},
+        "own": {"presets": ["preset.yaml"], "overrides": {"student": {"lr": 0.04}}},
+    }
+    path = study(tmp_path, runs=runs, overrides={"student": {"lr": 0.01}, "distill": {"role_vector": True}})
+    found = load_study(path)
+    training = {name: found.experiment(run).student.training for name, run in found.runs.items()}
+    assert {name: t.lr for name, t in training.items()} == {"plain": 0.01, "preset": 0.02, "own": 0.04}
+    assert training["own"].weight_decay == 0.3
+    assert found.experiment(found.runs["own"]).distill.role_vector
+
+
+def test_score_points_are_whole_iterations(tmp_path):
+    found = load_study(study(tmp_path, score_at=[0.25, 0.5]))
+    assert found.score_at == (0.25, 0.5, 1.0)
+    assert found.divisor == 4
+    assert found.points(8) == [2, 4, 8]
+
+
+@pytest.mark.parametrize(
+    "more, told",
+    [
+        ({"metric": {}}, "unknown key 'metric': did you mean 'metrics'?"),
+        ({"metrics": {"sample": 3}}, "unknown key 'metrics.sample': did you mean 'metrics.samples'?"),
+        ({"metrics": {"samples": "many"}}, "metrics.samples must be int, not 'many'"),
+        ({"metrics": {"sets": 0}}, "metrics.sets must not be 0"),
+        ({"baseline": "plan"}, "baseline: no 'plan'; did you mean 'plain'?"),
+        ({"budgets": {"short": {"iteration": 4}}}, "did you mean 'budgets.short.iterations'?"),
+        ({"budgets": {"short": {"iterations": 4, "seconds": 1}}}, "budgets.short must be one of"),
+        ({"budgets": {"short": {"iterations": 2.5}}}, "must be a positive number, not 2.5"),
+        ({"score_at": [0.3]}, "4 iterations are no multiple of 10"),
+        ({"score_at": [1.5]}, "score_at must be fractions"),
+        ({"keep": "some"}, "keep must be little or all"),
+        ({"config": "nowhere.yaml"}, "'nowhere.yaml' is to be found neither"),
+        ({"runs": None}, "'runs' is missing"),
+        ({"runs": {"a/b": None}}, "runs.a/b: a name is made of"),
+        ({"runs": {"plain": {"overides": []}}}, "did you mean 'runs.plain.overrides'?"),
+        ({"runs": {"plain": {"overrides": ["student.lrr=1"]}}}, "runs.plain: "),
+        ({"runs": {"plain": {"overrides": "lr"}}}, "runs.plain.overrides must be keys and values"),
+        ({"runs": {"plain": {"budgets": ["shot"]}}}, "runs.plain.budgets: no 'shot'; did you mean 'short'?"),
+        ({"runs": {"plain": {"seeds": 0}}}, "runs.plain.seeds must be a number, 1 to 20, or"),
+        ({"runs": {"plain": {"seeds": [1, 1]}}}, "as many seeds, not [1, 1]"),
+        ({"runs": {"plain": {"data": {"real": 2}}}}, "runs.plain.data.real must lie in [0, 1], not 2"),
+    ],
+)
+def test_mistakes_are_told_with_the_key_and_what_it_may_be(tmp_path, more, told):
+    with pytest.raises(UserError) as error:
+        load_study(study(tmp_path, **more))
+    assert told in str(error.value)
+    assert str(error.value).startswith(str(tmp_path))
+    assert "\n" not in str(error.value)
+
+
+def test_the_command_tells_a_mistake_in_one_line(tmp_path):
+    done = script_here("scripts/study.py", study(tmp_path, runs={"plain": {"seed": 1}}), check=False)
+    assert "did you mean 'runs.plain.seeds'?" in tiny.one_line_error(done)
+
+
+@pytest.mark.parametrize("path", sorted(tiny.ROOT.glob("yaml/study/*.yaml")), ids=lambda path: path.stem)
+def test_the_studies_that_come_along_are_right(path):
+    assert load_study(path).runs
