@@ -6,6 +6,7 @@ from pathlib import Path
 
 from ..errors import UserError
 from ..io.remote import is_url, local_path, normalised
+from .foreign import find_folder
 from .loading import load_distillation, load_experiment, project_root
 from .settings import SECTIONS, DistillationExperiment, Experiment, describe_keys
 
@@ -74,10 +75,10 @@ def positive(text: str) -> int:
 
 
 def input_file(name: str, config: Path, what: str) -> str:
-    """The file a key or flag names: from the working directory, or the configuration's project.
+    """The model a key or flag names: from the working directory, the configuration's project, or the Hub.
 
     Returns:
-        The path of an existing file, or a URL, which `dist_util.local_copy` fetches.
+        The path of an existing file or folder, or a URL, which `dist_util.local_copy` fetches.
 
     Raises:
         UserError: no name, no such file, or no URL that is known.
@@ -89,6 +90,8 @@ def input_file(name: str, config: Path, what: str) -> str:
     for path in (Path(name), output_path(name, config)):
         if path.is_file():
             return str(path)
+    if folder := find_folder(name, [project_root(config)]):
+        return str(folder)
     raise UserError(f"{what}: no such file: {name}")
 
 

@@ -44,7 +44,7 @@ def _require_one_of(value: str, choices: tuple[str, ...], where: str) -> None:
 class Architecture:
     """What every network has."""
 
-    architecture: str = key("adm", "adm, or package.module:Class of your own")
+    architecture: str = key("adm", "adm, diffusers_unet2d, dit, or package.module:Class of your own")
     image_size: int = key(64, "height and width of the images")
     class_cond: bool = key(False, "condition on class labels")
     num_classes: int = key(1000, "number of classes, if class_cond")
@@ -158,7 +158,7 @@ class Teacher(Denoiser):
     BATCH: float = key(0.4, "rho: the pool holds round(rho T) batches")
     input_perturb: float = key(0.0, "gamma: noise added to the student's x_t, in units of its own")
     batch_size: int = key(128, "rows per teacher call and rank while preparing the pool")
-    model_path: str = key("", "the teacher's checkpoint")
+    model_path: str = key("", "the teacher's checkpoint, a diffusers folder, or owner/name on the Hub")
     iter_choice: str = key(
         "dynamic_iterative_distillation",
         "dynamic_iterative_distillation, shuffled_iterative_distillation or iterative_distillation",
@@ -202,7 +202,7 @@ class Training:
     ema_rate: str = key("0.9999", "decay of the averaged weights; several: '0.99,0.9999'")
     resume_checkpoint: str = key("", "run directory or modelNNNNNN.pt to continue from")
     fp16_scale_growth: float = key(1e-3, "growth of log2(loss scale) per iteration in float16")
-    model_path: str = key("", "initial weights ('': random)")
+    model_path: str = key("", "initial weights: a checkpoint or a diffusers folder ('': random)")
     log_interval: int = key(100, "iterations between log lines")
     save_interval: int = key(10000, "iterations between checkpoints")
     cache_save_interval: int = key(
@@ -402,7 +402,6 @@ SHARED_KEYS = (
     *("diffusion_steps", "noise_schedule", "beta_start", "beta_end"),
     *("timestep_respacing", "rescale_timesteps"),
 )
-BUILT_IN: dict[str, type] = {"adm": AdmArchitecture, "tccd": Distill}  # keys of what config.registry names
 SECTIONS: dict[str, type] = {"teacher": Teacher, "student": Student, "distill": Distill, "run": Run}
 
 

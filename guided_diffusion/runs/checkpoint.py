@@ -17,12 +17,17 @@ from pathlib import Path
 from typing import Any
 
 import torch as th
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import nn
 
-from ..config.settings import Denoiser, Run, Training, free_to_differ
+from ..config.foreign import folder_keys
+from ..config.settings import Denoiser, Run, Training, flat, free_to_differ
 from ..errors import UserError
 from ..io.files import atomic_path, sha256_of
+from ..io.model_folder import read_model_folder
 from ..io.torch_file import read_torch_file
+from ..networks.base import DenoisingNetwork
 
 HEAD_PREFIX = "out_embed."  # of the noise encoder inside the original TCCD's checkpoints
 _DESCRIPTION = "guided_diffusion"  # in a state dict's metadata, which other programs pass over
@@ -30,6 +35,9 @@ _MANIFEST = re.compile(r"checkpoint(\d{6,})\.json", re.ASCII)
 _OF_A_SET = re.compile(
     r"(?:model|ema_[^/]*_|opt|head|teacher-state-)(\d{6}|[1-9]\d{6,})\.(?:pt|cache)", re.ASCII
 )
+# What attention was called in a UNet2DModel before diffusers 0.15.
+_OLD_ATTENTION = re.compile(r"(.*attentions\.\d+\.)(query|key|value|proj_attn)\.")
+_OLD_NAMES = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 MANIFEST_BYTES = 1 << 20  # a larger file is none
 logger = logging.getLogger(__name__)
 
@@ -92,7 +100,7 @@ def require_agreement(denoiser: Denoiser, path: str | os.PathLike, where: str = 
     Raises:
         UserError: a key on which the two differ, with both values.
     """
-    description = read_description(path)
+    description = _told_by_folder(denoiser, path) if Path(path).is_dir() else read_description(path)
     for part in ("architecture", "process"):
         told, configured = description.get(part, {}), getattr(denoiser, part)
         if not isinstance(told, dict):
@@ -106,12 +114,21 @@ def require_agreement(denoiser: Denoiser, path: str | os.PathLike, where: str = 
                 )
 
 
-def load_network(module: nn.Module, path: str | os.PathLike) -> dict[str, th.Tensor]:
-    """Load a network's checkpoint strictly, fp16 or fp32, of ADM's, DKDM's, TCCD's or our making.
+def _told_by_folder(denoiser: Denoiser, path: str | os.PathLike) -> dict[str, Any]:
+    """What a diffusers folder says, as `read_description` has it."""
+    told = folder_keys(read_model_folder(Path(path)), flat(denoiser))
+    return {
+        part: {name: told[name] for name in vars(getattr(denoiser, part)) if name in told}
+        for part in ("architecture", "process")
+    }
+
+
+def load_network(module: DenoisingNetwork, path: str | os.PathLike) -> dict[str, th.Tensor]:
+    """Load a network's checkpoint strictly, fp16 or fp32, of ADM's, DKDM's, TCCD's, diffusers' or our making.
 
     Args:
         module: receives the weights, in its own dtype.
-        path: the checkpoint.
+        path: the checkpoint, or a diffusers folder.
 
     Returns:
         The noise encoder's entries that the original TCCD stores along (prefix `out_embed.` removed);
@@ -120,11 +137,29 @@ def load_network(module: nn.Module, path: str | os.PathLike) -> dict[str, th.Ten
     Raises:
         UserError: entries missing, unexpected or of another shape: a few of each, and how many.
     """
+    if Path(path).is_dir():
+        load_strictly(module, module.from_diffusers(load_model_folder(path)), path)
+        return {}
     state = load_state_dict(path)
     head = {k.removeprefix(HEAD_PREFIX): v for k, v in state.items() if k.startswith(HEAD_PREFIX)}
     body = {k: v for k, v in state.items() if not k.startswith(HEAD_PREFIX)}
     load_strictly(module, body, path)
     return head
+
+
+def load_model_folder(path: str | os.PathLike) -> dict[str, th.Tensor]:
+    """The weights of a diffusers folder, under the names of today's diffusers.
+
+    Raises:
+        UserError: as `read_model_folder`, or damaged weights.
+    """
+    state: dict[str, th.Tensor] = {}
+    for file in read_model_folder(Path(path)).weights:
+        try:
+            state |= load_file(file)
+        except (SafetensorError, OSError, ValueError) as error:
+            raise UserError(f"{file}: not a readable safetensors file ({error})") from None
+    return {_OLD_ATTENTION.sub(lambda m: f"{m[1]}{_OLD_NAMES[m[2]]}.", name): v for name, v in state.items()}
 
 
 def load_strictly(module: nn.Module, state: Mapping[str, th.Tensor], origin: Any) -> None:

@@ -13,7 +13,8 @@ import numpy as np
 from .. import dist_util
 from ..errors import UserError
 from ..gaussian_diffusion import GaussianDiffusion
-from ..io.files import NpzFile, atomic_path, remove_leftovers, sha256_of
+from ..io.files import NpzFile, atomic_path, remove_leftovers
+from ..io.model_folder import weights_sha256
 from ..io.npz_writer import create_npz
 from ..io.progress import progress_bar
 from ..networks.base import DenoisingNetwork
@@ -96,7 +97,7 @@ class SampleSet:
         provenance = {**provenance, "steps": process.num_timesteps}
         final = self.directory / f"samples_{self.num_samples}x{size}x{size}x3.npz"
         settings = {
-            "model_sha256": sha256_of(weights),
+            "model_sha256": weights_sha256(weights),
             "timesteps": process.timestep_map,
             "seed": self.seed,
             "sampler": self.sampler_name,
