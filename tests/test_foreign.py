@@ -8,20 +8,22 @@ import numpy as np
 import pytest
 import torch as th
 import yaml
-
 from in_process import script_here
 from tiny import denoiser
 from tiny import network as network_keys
 
 from guided_diffusion.config.loading import load_experiment
-from guided_diffusion.config.settings import Process, flat
-from guided_diffusion.errors import UserError
+from guided_diffusion.config.settings import Process
 from guided_diffusion.io.diffusers_library import import_diffusers
 from guided_diffusion.runs.checkpoint import load_network, load_state_dict, read_description
 from guided_diffusion.script_util import build_network
 
 diffusers = import_diffusers("the tests")
-DDPMPipeline, DDPMScheduler, DDIMScheduler = diffusers.DDPMPipeline, diffusers.DDPMScheduler, diffusers.DDIMScheduler
+DDPMPipeline, DDPMScheduler, DDIMScheduler = (
+    diffusers.DDPMPipeline,
+    diffusers.DDPMScheduler,
+    diffusers.DDIMScheduler,
+)
 UNet2DModel, DiTTransformer2DModel = diffusers.UNet2DModel, diffusers.DiTTransformer2DModel
 T = 20
 SCHEDULE = {"num_train_timesteps": T, "beta_start": 0.001, "beta_end": 0.3}
@@ -154,8 +156,16 @@ FORWARD = {
 def test_a_folders_network_is_diffusers_own(tmp_path, name):
     make, keys, architecture = FORWARD[name]
     model = make(**keys)
-    settings, network, _ = loaded(save(tmp_path / "m", model, DDPMScheduler(**SCHEDULE, variance_type=(
-        "learned_range" if keys.get("out_channels") == 6 else "fixed_small"))))
+    settings, network, _ = loaded(
+        save(
+            tmp_path / "m",
+            model,
+            DDPMScheduler(
+                **SCHEDULE,
+                variance_type=("learned_range" if keys.get("out_channels") == 6 else "fixed_small"),
+            ),
+        )
+    )
     assert settings.architecture.architecture == architecture
     assert settings.architecture.class_cond == (network.num_classes is not None)
     x, t = th.randn(3, 3, 8, 8), th.tensor([0, 7, T - 1])
@@ -195,7 +205,9 @@ def test_adm_to_diffusers_and_back_bit_for_bit(tmp_path, more, order):
     x, t = th.randn(2, 3, 8, 8), th.tensor([3, 19])
     y = th.tensor([0, 2]) if keys.get("class_cond") else None
     with th.no_grad():
-        th.testing.assert_close(model.eval()(x, t, class_labels=y).sample, original(x, t, y), atol=1e-5, rtol=1e-5)
+        th.testing.assert_close(
+            model.eval()(x, t, class_labels=y).sample, original(x, t, y), atol=1e-5, rtol=1e-5
+        )
     back = original.from_diffusers(model.state_dict())
     assert back.keys() == original.state_dict().keys()
     assert all(th.equal(value, back[name]) for name, value in original.state_dict().items())
@@ -279,7 +291,9 @@ STUDENTS = {
         "norm_num_groups": 4,
     },
     "ViT": {"architecture": "dit", "num_attention_heads": 2, "attention_head_dim": 8, "num_layers": 2},
-    "ADM": {k: v for k, v in network_keys(8, 16, attention_resolutions="4").items() if k not in vars(Process())},
+    "ADM": {
+        k: v for k, v in network_keys(8, 16, attention_resolutions="4").items() if k not in vars(Process())
+    },
 }
 
 
@@ -302,7 +316,9 @@ def test_any_teacher_to_any_student(tmp_path, teacher, student):
     config = distillation_config(tmp_path, teacher_folder(tmp_path, teacher), STUDENTS[student])
     script_here("scripts/dynamic_prepare.py", "--config", config)
     flags = ["scripts/image_kd.py", "--config", config, "--exp_dir"]
-    script_here(*flags, tmp_path / "straight", "run.sample_interval=4", "run.num_samples=2", "run.sample_respacing=3")
+    script_here(
+        *flags, tmp_path / "straight", "run.sample_interval=4", "run.num_samples=2", "run.sample_respacing=3"
+    )
     script_here(*flags, tmp_path / "run", "run.iterations=2")
     script_here(*flags, tmp_path / "run")
     states = [load_state_dict(tmp_path / run / "model000004.pt") for run in ("straight", "run")]
@@ -315,7 +331,9 @@ def test_any_teacher_to_any_student(tmp_path, teacher, student):
     assert description["architecture"]["architecture"] == STUDENTS[student].get("architecture", "adm")
     if student != "ADM":
         settings = load_experiment(config).student
-        model = (UNet2DModel if student == "CNN" else DiTTransformer2DModel)(**settings.architecture.config(3, 6))
+        model = (UNet2DModel if student == "CNN" else DiTTransformer2DModel)(
+            **settings.architecture.config(3, 6)
+        )
         model.load_state_dict(th.load(tmp_path / "run/model000004.pt", weights_only=True))
     script_here(
         "scripts/image_sample.py", "--config", config, "--model_path", tmp_path / "run/ema_0.9_000004.pt",

@@ -243,7 +243,11 @@ def _transformer(
 
 
 def _as(
-    name: str, wanted: str | None, keys: Mapping[str, Any] | None, classes: dict[str, Any], folder: ModelFolder
+    name: str,
+    wanted: str | None,
+    keys: Mapping[str, Any] | None,
+    classes: dict[str, Any],
+    folder: ModelFolder,
 ) -> dict[str, Any]:
     """The keys of an architecture that reads a folder's network; one of the user's has keys of its own.
 
