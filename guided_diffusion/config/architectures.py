@@ -16,6 +16,8 @@ DOWN_BLOCKS = (
 )
 UP_BLOCKS = tuple(name.replace("Down", "Up", 1).replace("downsample", "upsample") for name in DOWN_BLOCKS)
 
+ACTIVATIONS = ("gelu", "gelu-approximate", "geglu", "geglu-approximate", "swiglu", "linear-silu")
+
 
 @dataclass
 class UNet2DArchitecture(Architecture):
@@ -68,6 +70,7 @@ class UNet2DArchitecture(Architecture):
         _require_one_of(
             self.resnet_time_scale_shift, ("default", "scale_shift"), f"{where}resnet_time_scale_shift"
         )
+        _require_one_of(self.act_fn, ("silu", "swish", "mish", "gelu", "relu"), f"{where}act_fn")
         for name in ("downsample_type", "upsample_type"):
             _require_one_of(getattr(self, name), ("conv", "resnet"), f"{where}{name}")
         _require(
@@ -131,6 +134,7 @@ class DiTArchitecture(Architecture):
             self.image_size % self.patch_size == 0,
             f"{where}patch_size {self.patch_size} does not divide {where}image_size {self.image_size}",
         )
+        _require_one_of(self.activation_fn, ACTIVATIONS, f"{where}activation_fn")
         for name in ("dropout", "class_dropout_prob"):
             _require(
                 0 <= getattr(self, name) < 1, f"{where}{name} must be in [0, 1), not {getattr(self, name)}"

@@ -20,6 +20,7 @@ _SCHEDULES = {"linear": "linear", "scaled_linear": "scaled_linear", "squaredcos_
 # say they do not; the others have no such choice.
 _CLIPPING = ("DDPMScheduler", "DDIMScheduler")
 _SCHEDULERS = (*_CLIPPING, "PNDMScheduler", "LMSDiscreteScheduler", "DPMSolverMultistepScheduler")
+_MOST_STEPS = 1_000_000
 _FIXED = {
     "fixed_small": True,
     "fixed_small_log": True,
@@ -274,9 +275,9 @@ def _require_fit(
     """
     for name, shape in expected.items():
         if (found := folder.shapes.get(name)) != shape:
-            held = f"has {name} of {list(found)}" if found else f"has no {name}"
+            held = "have none" if found is None else f"hold one of {list(found)}"
             raise UserError(
-                f"{folder.path}: its config.json tells of {name} {list(shape)}, but its weights {held}"
+                f"{folder.path}: by its config.json {name} is of {list(shape)}, but its weights {held}"
             )
     if last not in folder.shapes or beyond in folder.shapes:
         raise UserError(f"{folder.path}: its config.json and its weights differ in the number of layers")
@@ -308,8 +309,10 @@ def _process(config: _Config, learn_sigma: bool) -> dict[str, Any]:
     clipped = kind in _CLIPPING and config.truth("clip_sample", True)
     if clipped:
         config.require("clip_sample_range", 1, 1.0)
+    if not 0 < (steps := config.number("num_train_timesteps", 1000)) <= _MOST_STEPS:
+        raise UserError(f"{config.where}num_train_timesteps must be 1 to {_MOST_STEPS}, not {steps}")
     keys: dict[str, Any] = {
-        "diffusion_steps": config.number("num_train_timesteps", 1000),
+        "diffusion_steps": steps,
         "noise_schedule": _SCHEDULES[schedule],
         "beta_start": 0.0,
         "beta_end": 0.0,

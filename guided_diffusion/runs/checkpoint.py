@@ -57,7 +57,7 @@ def load_state_dict(path: str | os.PathLike) -> dict[str, th.Tensor]:
 
 
 def read_description(path: str | os.PathLike) -> dict[str, Any]:
-    """What a checkpoint of ours says of itself; {} for one of others.
+    """What a checkpoint of ours says of itself; {} for one of others, and for a folder.
 
     Returns:
         "architecture" and "process" (their configuration keys), "space", "config" (its name), "step",
@@ -66,7 +66,7 @@ def read_description(path: str | os.PathLike) -> dict[str, Any]:
     Raises:
         UserError: as `read_torch_file`, or what it says of itself is damaged.
     """
-    return _description(read_torch_file(path), path)
+    return {} if Path(path).is_dir() else _description(read_torch_file(path), path)
 
 
 def _description(state: Any, path: str | os.PathLike) -> dict[str, Any]:
