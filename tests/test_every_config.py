@@ -31,6 +31,7 @@ SMALL = [
     *("num_channels=32", "num_res_blocks=1", "channel_mult=1,2", "num_head_channels=32"),
     *("attention_resolutions=16", f"diffusion_steps={T}"),
 ]
+SMALL_DIT = ["num_layers=2", "num_attention_heads=2", "attention_head_dim=16", f"diffusion_steps={T}"]
 TRAINING = [f"batch_size={BATCH}", "microbatch=2", "log_interval=1"]
 RUN = ["run.iterations=1", "run.sample_interval=-1"]
 
@@ -59,7 +60,7 @@ def teachers(tmp_path_factory):
 def test_the_name_tells_the_students_size(path):
     student = load_experiment(path).student
     keys = tuple((flat(student.architecture) | flat(student.process)).items())
-    assert millions_of_parameters(keys) == int(re.search(r"-(\d+)M-", path.stem)[1])
+    assert millions_of_parameters(keys) == int(re.search(r"-(?:DiT)?(\d+)M-", path.stem)[1])
 
 
 @functools.cache
@@ -107,7 +108,8 @@ def test_one_iteration(path, teachers, tmp_path):
 
 
 def distillation(path, teachers, folder):
-    overrides = in_section("teacher", SMALL) + in_section("student", SMALL + TRAINING) + RUN
+    small = SMALL_DIT if "-DiT" in path.stem else SMALL
+    overrides = in_section("teacher", SMALL) + in_section("student", small + TRAINING) + RUN
     experiment = load_experiment(path, overrides)
     settings = experiment.teacher
     weights = teachers(settings)

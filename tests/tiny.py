@@ -9,7 +9,8 @@ import torch as th
 import yaml
 
 from guided_diffusion.config.loading import load_experiment
-from guided_diffusion.config.settings import AdmArchitecture, Denoiser, Process
+from guided_diffusion.config.registry import ARCHITECTURES, settings_of
+from guided_diffusion.config.settings import Architecture, Denoiser, Process
 from guided_diffusion.distill.teacher import Teacher
 from guided_diffusion.script_util import build_network
 from guided_diffusion.spaces import PixelSpace
@@ -38,7 +39,8 @@ def network(image_size=16, channels=32, **more):
 def denoiser(**keys):
     """The settings of a network and its process, from flat keys."""
     process = {field: keys.pop(field) for field in vars(Process()) if field in keys}
-    return Denoiser(AdmArchitecture(**keys), Process(**process))
+    settings = settings_of(ARCHITECTURES, keys.get("architecture", "adm"), "architecture", Architecture)
+    return Denoiser(settings(**keys), Process(**process))
 
 
 def teacher_of(model, diffusion, shape=(3, 32, 32)):
