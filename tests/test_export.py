@@ -1,4 +1,4 @@
-"""Students as diffusers pipelines: they load with diffusers' own class and compute the same, or are not written."""
+"""Students as diffusers pipelines: they load there and compute the same, or are not written."""
 
 import re
 

@@ -1,4 +1,4 @@
-"""Models of diffusers' as teachers and students: exact against diffusers' own, refused where they cannot be."""
+"""Models of diffusers' as teachers and students, compared with diffusers itself."""
 
 import json
 import sys
@@ -341,3 +341,56 @@ def test_any_teacher_to_any_student(tmp_path, teacher, student):
     )  # fmt: skip
     with np.load(tmp_path / "samples/samples_3x8x8x3.npz") as samples:
         assert samples["arr_0"].shape == (3, 8, 8, 3)
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize("make", [unet, dit])
+def test_sixteen_bits_stay_close(tmp_path, make, frozen):
+    folder = save(tmp_path / "m", make(), DDPMScheduler(**SCHEDULE))
+    _, network, _ = loaded(folder)
+    x, t = th.randn(2, 3, 8, 8), th.tensor([1, 19])
+    exact = network.evaluate(x, t)
+    network.use_dtype(th.bfloat16, frozen=frozen)
+    rough = network.evaluate(x, t)
+    assert rough.output.dtype == rough.features.dtype == rough.emb.dtype == th.float32
+    th.testing.assert_close(rough.emb, exact.emb)
+    error = float((rough.output - exact.output).detach().norm() / exact.output.detach().norm())
+    assert 0 < error < 0.03
+    assert {p.dtype for p in network.parameters()} == ({th.float32, th.bfloat16} if frozen else {th.float32})
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("make", [unet, dit])
+def test_compiled_blocks_give_the_same(tmp_path, make):
+    folder = save(tmp_path / "m", make(), DDPMScheduler(**SCHEDULE))
+    (_, plain, _), (_, compiled, _) = loaded(folder), loaded(folder)
+    compiled.compile_blocks(backend="aot_eager")
+    assert any(module._compiled_call_impl is not None for module in compiled.modules())
+    x, t = th.randn(2, 3, 8, 8), th.tensor([1, 19])
+    for shift in (None, th.ones(plain.emb_dim), None):
+        outputs = [network.evaluate(x, t, emb_shift=shift).output for network in (plain, compiled)]
+        th.testing.assert_close(*outputs, atol=1e-5, rtol=1e-4)
+
+
+def test_labels_are_dropped_in_training_alone_and_for_all_blocks_alike(tmp_path):
+    settings, network, _ = loaded(
+        save(tmp_path / "m", dit(num_embeds_ada_norm=3), DDPMScheduler(**SCHEDULE)), class_dropout_prob=0.5
+    )
+    assert settings.architecture.class_dropout_prob == 0.5
+    x, t, y = th.randn(1, 3, 8, 8).expand(64, -1, -1, -1), th.full((64,), 5), th.ones(64, dtype=th.int64)
+    with th.no_grad():
+        given, null = network(x, t, y)[0], network(x, t, y * 3)[0]  # 3 is the null class
+        network.train()
+        outputs = network(x, t, y)
+    kinds = [[th.allclose(row, kind, atol=1e-5) for row in outputs] for kind in (given, null)]
+    assert sum(kinds[0]) + sum(kinds[1]) == 64 and 16 < sum(kinds[1]) < 48
+
+
+def test_a_transformer_begins_as_the_identity():
+    network, _ = build_network(
+        denoiser(architecture="dit", image_size=8, num_layers=2, num_attention_heads=2)
+    )
+    out = network.evaluate(th.randn(2, 3, 8, 8), th.tensor([0, 900]))
+    assert not out.output.any()
+    tokens = network.pos_embed(th.zeros(1, 3, 8, 8))
+    assert tokens.shape == (1, 16, network.emb_dim) and tokens.any()

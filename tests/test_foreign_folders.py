@@ -1,4 +1,4 @@
-"""What is read of a diffusers folder, wherever it lies; and what is refused, in one line, without running anything."""
+"""What is read of a diffusers folder, and what is refused in one line, without running anything."""
 
 import json
 import shutil

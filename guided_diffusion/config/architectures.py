@@ -1,8 +1,8 @@
 """Configuration keys of diffusers' networks, under diffusers' names and with its defaults.
 
 What a folder's config.json says beside these follows from the rest of a configuration: `sample_size` is
-`image_size`, `in_channels` and `out_channels` come from the space and `learn_sigma`, the number of classes from
-`num_classes` if `class_cond`. What is null there is 0 or '' here. Imports no torch.
+`image_size`, `in_channels` and `out_channels` come from the space and `learn_sigma`, the number of classes
+from `num_classes` if `class_cond`. What is null there is 0 or '' here. Imports no torch.
 """
 
 from dataclasses import dataclass
@@ -61,7 +61,7 @@ class UNet2DArchitecture(Architecture):
             blocks = split(getattr(self, name))
             _require(
                 len(blocks) == len(levels),
-                f"{where}{name} must be as many as {where}block_out_channels: {len(levels)}, not {len(blocks)}",
+                f"{where}{name} must be {len(levels)}, as {where}block_out_channels, not {len(blocks)}",
             )
             for block in blocks:
                 _require_one_of(block, known, f"each of {where}{name}")

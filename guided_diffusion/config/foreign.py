@@ -16,8 +16,8 @@ from .architectures import DiTArchitecture, UNet2DArchitecture, own_keys
 from .settings import PREDICTION_TYPES, Architecture
 
 _SCHEDULES = {"linear": "linear", "scaled_linear": "scaled_linear", "squaredcos_cap_v2": "cosine"}
-# Those whose betas are of a process trained in discrete steps. The former two clip the predicted x_0 unless they
-# say they do not; the others have no such choice.
+# Those whose betas are of a process trained in discrete steps. The former two clip the predicted x_0 unless
+# they say they do not; the others have no such choice.
 _CLIPPING = ("DDPMScheduler", "DDIMScheduler")
 _SCHEDULERS = (*_CLIPPING, "PNDMScheduler", "LMSDiscreteScheduler", "DPMSolverMultistepScheduler")
 _MOST_STEPS = 1_000_000
@@ -60,7 +60,8 @@ def folder_keys(folder: ModelFolder, given: Mapping[str, Any]) -> dict[str, Any]
     kind = config.text("_class_name", "")
     if kind not in ("UNet2DModel", "DiTTransformer2DModel"):
         raise UserError(
-            f"{folder.path}: is a {kind or 'network without _class_name'}, not one of those known: UNet2DModel, DiTTransformer2DModel"
+            f"{folder.path}: is a {kind or 'network without _class_name'}; those that can be read are "
+            "UNet2DModel and DiTTransformer2DModel"
         )
     channels = config.number("in_channels", 3 if kind == "UNet2DModel" else 4)
     out_channels = (
@@ -68,11 +69,11 @@ def folder_keys(folder: ModelFolder, given: Mapping[str, Any]) -> dict[str, Any]
     )
     if out_channels not in (channels, 2 * channels):
         raise UserError(
-            f"{folder.path}: takes {channels} channels and gives {out_channels}, neither as many nor twice as many"
+            f"{folder.path}: gives {out_channels} channels of {channels}, neither as many nor twice as many"
         )
     if channels != 3 and not folder.vae and not given.get("vae_path"):
         raise UserError(
-            f"{folder.path}: takes {channels} channels, images have 3; if they are latents, give the VAE's vae_path"
+            f"{folder.path}: takes {channels} channels, images have 3; of latents give the VAE: vae_path"
         )
     keys: dict[str, Any] = {
         "image_size": _image_size(config, given),
@@ -330,6 +331,6 @@ def _process(config: _Config, learn_sigma: bool) -> dict[str, Any]:
     if kind == "DDPMScheduler" and (variance == "learned_range") != learn_sigma:
         does = "gives" if learn_sigma else "does not give"
         raise UserError(
-            f"{config.where}variance_type is {variance!r}, but the network {does} the channels of a learned one"
+            f"{config.where}variance_type is {variance!r}, but the network {does} a learned one's channels"
         )
     return keys | {"sigma_small": not learn_sigma and _FIXED.get(variance, True)}

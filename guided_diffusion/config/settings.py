@@ -37,7 +37,9 @@ def _require(condition: bool, message: str) -> None:
 
 
 def _require_one_of(value: str, choices: tuple[str, ...], where: str) -> None:
-    _require(value in choices, f"{where} must be {', '.join(choices[:-1])} or {choices[-1]}, not '{value:.60}'")
+    _require(
+        value in choices, f"{where} must be {', '.join(choices[:-1])} or {choices[-1]}, not '{value:.60}'"
+    )
 
 
 @dataclass

@@ -1,6 +1,7 @@
 """Folders in which diffusers keeps models: what their JSON and the headers of their weights say.
 
-Nothing of a folder is ever run, and no pickle in it is opened: only JSON and safetensors are read. Imports no torch.
+Nothing of a folder is ever run, and no pickle in it is opened: only JSON and safetensors are read. Imports
+no torch.
 """
 
 import hashlib
@@ -227,7 +228,7 @@ def _weight_files(folder: Path) -> list[Path]:
         raise UserError(f"{folder}: which of {', '.join(p.name for p in found)} is meant? Leave one")
     if pickled := sorted(p.name for p in folder.glob("*.bin")):
         raise UserError(
-            f"{folder}: has pickled weights alone ({pickled[0]}), which can run code and are not opened; where "
+            f"{folder}: has pickled weights alone ({pickled[0]}), which can run code and are not opened; if "
             "you trust them, save the model again by diffusers' save_pretrained, which writes safetensors"
         )
     raise UserError(f"{folder}: has no {_WEIGHTS}.safetensors")

@@ -1,7 +1,7 @@
 """The weights of ADM's U-Net under diffusers' names, and back, bit for bit.
 
-diffusers keeps one matrix each for queries, keys and values, in the order of ADM's new attention; ADM packs them into
-one. Everything else has another name alone, and 1-d convolutions are linear layers there.
+diffusers keeps one matrix each for queries, keys and values, in the order of ADM's new attention; ADM packs
+them into one. Everything else has another name alone, and 1-d convolutions are linear layers there.
 """
 
 from collections.abc import Iterator, Mapping
@@ -42,7 +42,7 @@ def diffusers_state(network: nn.Module, num_res_blocks: int) -> dict[str, th.Ten
         num_res_blocks: residual blocks per level.
     """
     own, attentions = network.state_dict(), attention_blocks(network)
-    state = {}
+    state: dict[str, th.Tensor] = {}
     for name, prefix, their_name in _names(own, num_res_blocks):
         value = own[name]
         if prefix in attentions and ".qkv." in name:

@@ -23,8 +23,9 @@ MOST_PARAMETERS = 20e9
 def adopt(network: nn.Module, model_class: type[nn.Module], config: dict[str, Any]) -> None:
     """Make a model's parts a network's own, under their own names, and the model its `model`.
 
-    The model is no submodule: what is called `conv_in.weight` in diffusers is called so in the network. Both hold the
-    same parts, so moving, casting, training and compiling the network does all this to the model.
+    The model is no submodule: what is called `conv_in.weight` in diffusers is called so in the network.
+    Both hold the same parts, so moving, casting, training and compiling the network does all this to the
+    model.
 
     Args:
         network: the network.

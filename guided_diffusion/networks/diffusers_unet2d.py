@@ -14,9 +14,9 @@ from .diffusers_models import Attention, ResnetBlock2D, UNet2DModel, adopt, cast
 class DiffusersUNet2D(DenoisingNetwork):
     """A UNet2DModel; parameters have diffusers' names.
 
-    The forward pass is diffusers' own, so what it computes is theirs to the last bit. The timestep embedding is taken,
-    and `emb_shift` added to it, where it leaves `time_embedding`, before a class embedding is added; the features
-    are what enters `conv_norm_out`.
+    The forward pass is diffusers' own, so what it computes is theirs to the last bit. The timestep
+    embedding is taken, and `emb_shift` added to it, where it leaves `time_embedding`, before a class
+    embedding is added; the features are what enters `conv_norm_out`.
 
     Args:
         config: the UNet2DModel's arguments.
@@ -24,6 +24,7 @@ class DiffusersUNet2D(DenoisingNetwork):
 
     Settings = UNet2DArchitecture
     block_types = (ResnetBlock2D, Attention)
+    model: Any
 
     def __init__(self, config: dict[str, Any]):
         super().__init__()
@@ -32,7 +33,7 @@ class DiffusersUNet2D(DenoisingNetwork):
         size, widths = config["sample_size"], config["block_out_channels"]
         self.num_classes = config["num_class_embeds"]
         self.shape = (config["in_channels"], size, size)
-        self.emb_dim = self.time_embedding.linear_2.out_features
+        self.emb_dim = self.model.time_embedding.linear_2.out_features
         self.feature_shape = (widths[0], size, size)
 
     @classmethod
@@ -66,20 +67,21 @@ class DiffusersUNet2D(DenoisingNetwork):
             seen["features"] = args[0].float()
 
         with ExitStack() as stack:
-            stack.enter_context(hooked(self.time_embedding.register_forward_hook(embed)))
-            stack.enter_context(hooked(self.conv_norm_out.register_forward_pre_hook(keep)))
+            stack.enter_context(hooked(self.model.time_embedding.register_forward_hook(embed)))
+            stack.enter_context(hooked(self.model.conv_norm_out.register_forward_pre_hook(keep)))
             stack.enter_context(self.autocast(x))
             output = self.model(x, timesteps, class_labels=y).sample
         return Evaluation(output.float(), seen["features"], seen["emb"])
 
     def use_dtype(self, dtype: th.dtype, *, frozen: bool = False, channels_last: bool = False) -> None:
-        """Choose the arithmetic and the layout of all maps; see `UNetModel.use_dtype`."""
+        """Choose the arithmetic and the layout, as ADM's U-Net does; see `DenoisingNetwork.use_dtype`."""
         super().use_dtype(dtype)
         layout = th.channels_last if channels_last or dtype != th.float32 else th.contiguous_format
         self.to(memory_format=layout)  # type: ignore[call-overload]
         if frozen and dtype != th.float32:
-            middle = [] if self.mid_block is None else [self.mid_block]
-            cast_weights([self.down_blocks, *middle, self.up_blocks, self.conv_out], dtype)
+            model = self.model
+            parts = (model.down_blocks, model.mid_block, model.up_blocks, model.conv_out)
+            cast_weights([part for part in parts if part is not None], dtype)
 
     def for_diffusers(self) -> ForDiffusers:
         """As it is."""

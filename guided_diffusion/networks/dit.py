@@ -13,13 +13,13 @@ from .diffusers_models import BasicTransformerBlock, DiTTransformer2DModel, adop
 class DiT(DenoisingNetwork):
     """A DiTTransformer2DModel ("Scalable Diffusion Models with Transformers", Peebles & Xie, 2023).
 
-    The forward pass is diffusers' own; parameters have diffusers' names. There every block has a timestep embedding of
-    its own (equal copies in the published models, one each in what diffusers trains); the network's is the first
-    block's, which is also the output layers', and `emb_shift` is added to that of every block. The features are
-    the tokens that enter `norm_out`, [B, D, H/p, W/p].
+    The forward pass is diffusers' own; parameters have diffusers' names. There every block has a timestep
+    embedding of its own (equal copies in the published models, one each in what diffusers trains); the
+    network's is the first block's, which is also the output layers', and `emb_shift` is added to that of
+    every block. The features are the tokens that enter `norm_out`, [B, D, H/p, W/p].
 
-    Labels are 0..num_classes - 1, and num_classes is the null class. A transformer without classes has one, and
-    is always given it.
+    Labels are 0..num_classes - 1, and num_classes is the null class. A transformer without classes has one,
+    and is always given it.
 
     Args:
         config: the DiTTransformer2DModel's arguments.
@@ -30,6 +30,7 @@ class DiT(DenoisingNetwork):
 
     Settings = DiTArchitecture
     block_types = (BasicTransformerBlock,)
+    model: Any
 
     def __init__(self, config: dict[str, Any], *, conditional: bool, class_dropout_prob: float = 0.0):
         super().__init__()
@@ -41,7 +42,7 @@ class DiT(DenoisingNetwork):
         self.emb_dim = config["num_attention_heads"] * config["attention_head_dim"]
         self.feature_shape = (self.emb_dim, size // self.patch_size, size // self.patch_size)
         self.shift: list[th.Tensor | None] = [None]  # in a list: nn.Module would take it for a parameter
-        for block in self.transformer_blocks:
+        for block in self.model.transformer_blocks:
             block.norm1.emb.class_embedder.dropout_prob = 0.0
             block.norm1.emb.timestep_embedder.register_forward_hook(self._add_shift)
 
@@ -60,22 +61,22 @@ class DiT(DenoisingNetwork):
 
     @th.no_grad()
     def initialise(self) -> None:
-        """Draw the weights as the paper does (section 3.2, adaLN-Zero): every block begins as the identity."""
+        """Draw weights as the paper does (section 3.2, adaLN-Zero): each block begins as the identity."""
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
-        projection = self.pos_embed.proj
+        projection = self.model.pos_embed.proj
         nn.init.xavier_uniform_(projection.weight.flatten(1))
         nn.init.zeros_(projection.bias)
-        for block in self.transformer_blocks:
+        for block in self.model.transformer_blocks:
             embedder = block.norm1.emb
             for layer in (embedder.timestep_embedder.linear_1, embedder.timestep_embedder.linear_2):
                 nn.init.normal_(layer.weight, std=0.02)
             nn.init.normal_(embedder.class_embedder.embedding_table.weight, std=0.02)
             nn.init.zeros_(block.norm1.linear.weight)
-        for layer in (self.proj_out_1, self.proj_out_2):
+        for layer in (self.model.proj_out_1, self.model.proj_out_2):
             nn.init.zeros_(layer.weight)
 
     def evaluate(
@@ -89,8 +90,8 @@ class DiT(DenoisingNetwork):
         """Apply the network; see `DenoisingNetwork.evaluate`."""
         self.require_labels_fit(y)
         labels = th.zeros(len(x), dtype=th.int64, device=x.device) if y is None else y
-        if self.training and self.class_dropout_prob and y is not None:
-            drop = th.rand(len(y), device=y.device) < self.class_dropout_prob
+        if self.training and self.class_dropout_prob and self.num_classes is not None:
+            drop = th.rand(len(x), device=x.device) < self.class_dropout_prob
             labels = th.where(drop, self.num_classes, labels)
         seen: dict[str, th.Tensor] = {}
 
@@ -98,12 +99,12 @@ class DiT(DenoisingNetwork):
             rows = self.feature_shape[1]
             seen["features"] = args[0].float().transpose(1, 2).unflatten(2, (rows, rows))
 
-        first = self.transformer_blocks[0].norm1.emb
+        first = self.model.transformer_blocks[0].norm1.emb
         with th.autocast(x.device.type, enabled=False):
             emb = first.timestep_embedder.forward(first.time_proj(timesteps))
         self.shift[0] = emb_shift
         try:
-            with hooked(self.norm_out.register_forward_pre_hook(keep)), self.autocast(x):
+            with hooked(self.model.norm_out.register_forward_pre_hook(keep)), self.autocast(x):
                 output = self.model(x, timesteps, class_labels=labels).sample
         finally:
             self.shift[0] = None
@@ -113,7 +114,9 @@ class DiT(DenoisingNetwork):
         """Choose the arithmetic; tokens have but one layout. See `DenoisingNetwork.use_dtype`."""
         super().use_dtype(dtype)
         if frozen and dtype != th.float32:
-            cast_weights([self.transformer_blocks, self.proj_out_2], dtype)
+            blocks = self.model.transformer_blocks
+            parts = [part for block in blocks for part in (block.attn1, block.ff, block.norm1.linear)]
+            cast_weights([*parts, self.model.proj_out_2], dtype)
 
     def for_diffusers(self) -> ForDiffusers:
         """As it is."""

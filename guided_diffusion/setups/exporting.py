@@ -1,4 +1,4 @@
-"""Exporting: a trained network as a folder that diffusers loads, compared with ours before it gets its name."""
+"""Exporting: a trained network as a folder that diffusers loads, compared with ours before it counts."""
 
 import shutil
 import tempfile
@@ -27,8 +27,8 @@ def export_pipeline(
 ) -> None:
     """Write a network and its process as a pipeline of diffusers'.
 
-    The folder is written under another name, loaded again by diffusers, and compared: a forward pass, and a chain of
-    ten steps from equal noise. It gets its name if both agree, and is removed if not.
+    The folder is written under another name, loaded again by diffusers, and compared: a forward pass, and a
+    chain of ten steps from equal noise. It gets its name if both agree, and is removed if not.
 
     Args:
         experiment: the configuration; its student is exported.
@@ -167,7 +167,8 @@ def _require_close(theirs: th.Tensor, ours: th.Tensor, most: float, what: str, o
     difference = float((theirs - ours).abs().max() / ours.abs().max().clamp(min=1))
     if not difference <= most:
         raise UserError(
-            f"{origin}: is not exported: {what} by diffusers differs from ours by {difference:.1e}, more than {most:.0e}"
+            f"{origin}: is not exported: {what} by diffusers differs from ours by {difference:.1e} "
+            f"(at most {most:.0e} is rounding)"
         )
 
 
@@ -177,6 +178,7 @@ def model_card(
     """The README.md of an exported folder."""
     description = read_description(weights) if weights.is_file() else {}
     student, conditional = experiment.student, experiment.student.architecture.class_cond
+    size = student.architecture.image_size
     lines = [
         "---",
         "library_name: diffusers",
@@ -187,7 +189,7 @@ def model_card(
         "",
         f"# {name}",
         "",
-        f"A {theirs.class_name} for {student.architecture.image_size}x{student.architecture.image_size} images"
+        f"A {theirs.class_name} for {size}x{size} images"
         + (f" of {student.architecture.num_classes} classes" if conditional else "")
         + f", {sum(v.numel() for v in theirs.state.values()) / 1e6:.2f}M parameters.",
         "",
