@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from guided_diffusion.config.architectures import DiTArchitecture, UNet2DArchitecture
 from guided_diffusion.config.settings import SECTIONS, AdmArchitecture, Process, describe_keys
 
 INTRODUCTION = """# Configuration keys
@@ -27,6 +28,15 @@ def table(rows: list[tuple[str, object, str]]) -> str:
     return "\n".join(lines)
 
 
+def other_architectures(adm: list[tuple[str, object, str]]) -> list[str]:
+    """The keys of the built-in architectures beside ADM's, with what every one has left out."""
+    parts = []
+    for name, settings in (("diffusers_unet2d", UNet2DArchitecture), ("dit", DiTArchitecture)):
+        rows = [row for row in describe_keys(settings) if row not in adm[:5]]
+        parts += [f"\n### `architecture: {name}` ([teachers.md](teachers.md))\n", table(rows)]
+    return parts
+
+
 def page() -> str:
     """The whole page."""
     architecture, process = describe_keys(AdmArchitecture), describe_keys(Process)
@@ -34,8 +44,9 @@ def page() -> str:
     parts = [
         INTRODUCTION,
         f"## Architecture: {where}\n",
-        "Those of `adm`; another architecture has keys of its own ([extending.md](extending.md)).\n",
+        "Those of `adm`. Another architecture has the first five and keys of its own.\n",
         table(architecture),
+        *other_architectures(architecture),
         f"\n## Process: {where}\n",
         table(process),
     ]

@@ -122,8 +122,8 @@ def unet2d_config(
     head_widths = {width // number for width, number in heads}
     if len(head_widths) > 1 and any(number > 1 for _, number in heads):
         raise ValueError(
-            f"its attention heads are {' and '.join(map(str, sorted(head_widths)))} wide, in diffusers all are of "
-            "one width (num_head_channels)"
+            f"its attention heads are {' and '.join(map(str, sorted(head_widths)))} wide, in diffusers all "
+            "are of one width (num_head_channels)"
         )
     plain = int(resblock_updown)
     kind = "resnet" if resblock_updown else "conv"
