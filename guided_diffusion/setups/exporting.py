@@ -63,7 +63,12 @@ def export_pipeline(
         folder = temporary / out.name
         pipeline.save_pretrained(folder, safe_serialization=True)
         (folder / "README.md").write_text(model_card(experiment, weights, out.name, theirs, scores))
-        require_same(diffusers.DiffusionPipeline.from_pretrained(folder), network, student, f"{weights}")
+        require_same(
+            diffusers.DiffusionPipeline.from_pretrained(folder, low_cpu_mem_usage=False),
+            network,
+            student,
+            f"{weights}",
+        )
         if out.exists():
             out.rename(temporary / "before")
         folder.rename(out)
