@@ -224,7 +224,7 @@ def test_a_student_begins_with_a_folders_weights(folder, tmp_path):
         ({"clip_sample_range": 2.0}, "clip_sample_range is 2.0"),
         ({"beta_schedule": "sigmoid"}, "beta_schedule is 'sigmoid'"),
         ({"variance_type": "learned"}, "variance_type is 'learned'"),
-        ({"variance_type": "learned_range"}, "the network does not give the channels of a learned one"),
+        ({"variance_type": "learned_range"}, "the network does not give a learned one's channels"),
         ({"prediction_type": "flow"}, "prediction_type is 'flow'"),
         ({"_class_name": "EulerDiscreteScheduler"}, "class is 'EulerDiscreteScheduler'"),
         ({"num_train_timesteps": "many"}, "num_train_timesteps cannot be 'many'"),
