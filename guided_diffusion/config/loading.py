@@ -92,6 +92,7 @@ def load_experiment(path: str | os.PathLike, overrides: Sequence[str] = ()) -> E
         if name in sections:
             sections[name] = _include(sections[name], path)
             _drop_settled(sections[name], path, f"{name}." if distilled else "")
+            _settle_space(sections[name], path)
     _refuse_idle(overrides, distilled)
 
     run = _build(Run, sections.get("run", {}), path, "run.")
@@ -104,7 +105,9 @@ def load_experiment(path: str | os.PathLike, overrides: Sequence[str] = ()) -> E
         experiment = DistillationExperiment(
             name=path.stem,
             teacher=teacher,
-            student=_build(Student, flat(teacher.process) | sections["student"], path, "student."),
+            student=_build(
+                Student, flat(teacher.process) | flat(teacher.space) | sections["student"], path, "student."
+            ),
             distill=_build(Distill, sections.get("distill", {}), path, "distill."),
             run=run,
         )
@@ -260,6 +263,16 @@ def _drop_settled(section: dict[str, Any], path: Path, where: str) -> None:
     for name, (value, why) in _SETTLED.items():
         if section.pop(name, value) != value:
             raise UserError(f"{path}: {where}{name} can only be {str(value).lower()}: {why}")
+
+
+def _settle_space(section: dict[str, Any], path: Path) -> None:
+    """Find the VAE's folder, from the working directory or the configuration's project. In its latents nothing
+    is clipped unless the configuration says so.
+    """
+    if name := section.get("vae_path"):
+        section.setdefault("clip_denoised", False)
+        folders = [Path(str(name)), project_root(path) / str(name)]
+        section["vae_path"] = next((str(f.resolve()) for f in folders if f.is_dir()), name)
 
 
 def _find_include(name: str, path: Path) -> Path:

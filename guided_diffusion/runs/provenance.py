@@ -14,7 +14,7 @@ def describe_network(name: str, denoiser: Denoiser, config: Path) -> dict[str, A
 
     Args:
         name: of the configuration.
-        denoiser: the network's architecture and process.
+        denoiser: the network's architecture, process and space.
         config: the configuration's file.
     """
     return {
