@@ -16,6 +16,7 @@ import numpy as np
 import torch as th
 
 from ..errors import UserError
+from ..io.diffusers_library import import_diffusers
 from ..io.files import sha256_of
 from ..io.safetensors_file import read_safetensors
 from .pixel import PixelSpace
@@ -125,12 +126,8 @@ class LatentSpace:
 
     def _load(self) -> Any:
         """The VAE in float32 on the CPU, in eval mode."""
-        try:
-            from diffusers.models import AutoencoderKL, VQModel
-        except ImportError as error:
-            told = " ".join(str(error).split())
-            raise UserError(f"{self.folder}: a VAE needs pip install 'diffusers>=0.42' ({told})") from None
-        kind = VQModel if self.kind == "VQModel" else AutoencoderKL
+        diffusers = import_diffusers(f"{self.folder}: a VAE")
+        kind = diffusers.VQModel if self.kind == "VQModel" else diffusers.AutoencoderKL
         files = _weight_files(self.folder)
         state = {name: value for file in files for name, value in read_safetensors(file, "VAE").items()}
         try:
@@ -163,7 +160,7 @@ def _read_config(folder: Path) -> dict[str, Any]:
             raise ValueError("it is no mapping")
     except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path}: not a readable configuration of a VAE ({error})") from None
-    if (kind := config.get("_class_name")) not in _CLASSES:
+    if (kind := config.get("_class_name")) not in tuple(_CLASSES):
         raise UserError(f"{path}: of class {kind!r:.60}; a VAE is one of {', '.join(_CLASSES)}")
     for name, value in config.items():
         most = _MOST_LAYERS if name == "layers_per_block" else _MOST
