@@ -82,14 +82,14 @@ class LatentSpace:
             else:
                 mean, std = encoded.latent_dist.mean, encoded.latent_dist.std
                 parts.append(th.cat([(mean - self.shift) * self.scale, std * self.scale], dim=1))
-        return th.cat(parts)
+        return th.cat(parts).contiguous()
 
     def draw(self, moments: th.Tensor) -> th.Tensor:
         """float32 [B, M, H, W] of `moments` -> x float32 [B, C, H, W]."""
         if self.kind == "VQModel":
             return moments
         mean, std = moments.chunk(2, dim=1)
-        return mean + std * th.randn_like(mean)
+        return mean + std * th.randn(mean.shape, device=mean.device)  # whatever layout the VAE leaves
 
     def decode(self, x: th.Tensor) -> np.ndarray:
         """[B, C, H, W] -> uint8 [B, H', W', 3], rounded to the nearest level as by diffusers' pipelines."""
