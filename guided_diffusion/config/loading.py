@@ -66,7 +66,19 @@ def load_experiment(path: str | os.PathLike, overrides: Sequence[str] = ()) -> E
         UserError: unreadable file, unknown key (with the nearest known one), wrong type or value.
     """
     path = Path(path)
-    tree = _read(_existing(path))
+    return _experiment(_read(_existing(path)), path, overrides)
+
+
+def experiment_of(keys: dict[str, Any], path: Path, overrides: Sequence[str] = ()) -> Experiment:
+    """`load_experiment` of a configuration whose keys lie in something else than a YAML file, at `path`.
+
+    Raises:
+        UserError: as there.
+    """
+    return _experiment(OmegaConf.create(keys), path, overrides)
+
+
+def _experiment(tree: DictConfig, path: Path, overrides: Sequence[str]) -> Experiment:
     for override in overrides:
         if "=" not in override or override.startswith("-"):
             raise UserError(f"'{override}' is no override: write key=value, such as student.lr=1e-3")
