@@ -34,9 +34,7 @@ class ImageDataset(Protocol):
 
     def __len__(self) -> int: ...
 
-    def batch(
-        self, indices: np.ndarray, mirrored: np.ndarray | None = None
-    ) -> tuple[np.ndarray, np.ndarray]:
+    def batch(self, indices: np.ndarray, mirrored: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
         """Images uint8 [B, H, W, 3], those mirrored that a bool [B] says, and labels int64 [B] (or zeros)."""
         ...
 
@@ -99,9 +97,7 @@ class ArrayDataset:
     def __len__(self) -> int:
         return int(self.starts[-1])
 
-    def batch(
-        self, indices: np.ndarray, mirrored: np.ndarray | None = None
-    ) -> tuple[np.ndarray, np.ndarray]:
+    def batch(self, indices: np.ndarray, mirrored: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
         """See `ImageDataset.batch`."""
         shard = np.searchsorted(self.starts, indices, side="right") - 1
         rows = [self.arrays[s][i - self.starts[s]] for s, i in zip(shard, indices, strict=True)]
@@ -129,9 +125,7 @@ class FolderDataset:
     def __len__(self) -> int:
         return len(self.paths)
 
-    def batch(
-        self, indices: np.ndarray, mirrored: np.ndarray | None = None
-    ) -> tuple[np.ndarray, np.ndarray]:
+    def batch(self, indices: np.ndarray, mirrored: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
         """See `ImageDataset.batch`."""
         images = [read_image(self.paths[i], self.image_size) for i in indices]
         return _mirrored(np.stack(images), mirrored), self.labels[indices]

@@ -121,10 +121,14 @@ def test_another_vae_is_refused_everywhere(run, tmp_path):
     told = one_line_error(distil(run, "run", f"teacher.{other}", "run.iterations=7", check=False))
     assert "was trained on latents with vae_sha256" in told and "student.vae_path" in told
     told = one_line_error(
-        sample(run / "tiny.yaml", weights, tmp_path / "x", f"student.{other}", f"teacher.{other}", check=False)
+        sample(
+            run / "tiny.yaml", weights, tmp_path / "x", f"student.{other}", f"teacher.{other}", check=False
+        )
     )
     assert "was trained on latents with vae_sha256" in told
-    told = one_line_error(sample(run / "tiny.yaml", weights, tmp_path / "x", "teacher.vae_scale=2", check=False))
+    told = one_line_error(
+        sample(run / "tiny.yaml", weights, tmp_path / "x", "teacher.vae_scale=2", check=False)
+    )
     assert "with vae_scale 0.5, but here it is 2.0" in told
 
 
@@ -152,9 +156,7 @@ def test_samples_drawn_through_another_vae_are_not_joined(run, tmp_path):
     keys = {k: v for k, v in tree.items() if k in network(SIZE) or k == "vae_path"}
     (tmp_path / "teacher.yaml").write_text(yaml.safe_dump(keys))
     sample(tmp_path / "teacher.yaml", run / "teacher.pt", tmp_path / "out")
-    told = sample(
-        tmp_path / "teacher.yaml", run / "teacher.pt", tmp_path / "out", "vae_scale=3", check=False
-    )
+    told = sample(tmp_path / "teacher.yaml", run / "teacher.pt", tmp_path / "out", "vae_scale=3", check=False)
     assert "holds samples drawn with another vae_scale" in one_line_error(told)
 
 

@@ -1,4 +1,4 @@
-"""Latent spaces are diffusers' VAEs: their numbers, their pipelines' images, and nothing of theirs executed."""
+"""Latent spaces are diffusers' VAEs: their numbers, their pipelines' images, and no code of theirs."""
 
 import json
 
@@ -108,7 +108,7 @@ def test_chain_and_decoding_are_those_of_diffusers_own_pipeline(tmp_path, factor
 
 
 def test_a_vq_model_whose_file_gives_no_factor_is_ldms_at_scale_1(tmp_path):
-    """As CompVis/ldm-celebahq-256 says nothing, and diffusers then takes Stable Diffusion's (its issue 6725)."""
+    """As CompVis/ldm-celebahq-256, for which diffusers takes Stable Diffusion's (its issue 6725)."""
     pipeline = ldm(tmp_path, make_vae(tmp_path, "VQModel"))
     wrong = theirs(pipeline)
     rewrite(tmp_path, scaling_factor=None)
@@ -128,7 +128,10 @@ def test_a_file_that_wrongly_gives_a_factor_can_be_corrected(tmp_path):
 def test_an_autoencoder_whose_file_gives_no_factor_has_its_classes(tmp_path):
     make_vae(tmp_path)
     rewrite(tmp_path, scaling_factor=None)
-    assert LatentSpace(tmp_path, 8).scale == diffusers.AutoencoderKL.from_pretrained(tmp_path).config.scaling_factor
+    assert (
+        LatentSpace(tmp_path, 8).scale
+        == diffusers.AutoencoderKL.from_pretrained(tmp_path).config.scaling_factor
+    )
 
 
 def test_decoding_goes_by_pieces(tmp_path, monkeypatch):
@@ -189,12 +192,18 @@ def truncated(folder):
 @pytest.mark.parametrize(
     "harm, told",
     [
-        (pickled, "holds no diffusion_pytorch_model.safetensors; it holds pickled weights, which are not read"),
+        (
+            pickled,
+            "holds no diffusion_pytorch_model.safetensors; it holds pickled weights, which are not read",
+        ),
         (truncated, "not a readable VAE"),
         (lambda f: rewrite(f, _class_name="AutoencoderTiny"), "of class 'AutoencoderTiny'; a VAE is one of"),
         (lambda f: rewrite(f, _class_name=["VQModel"]), "of class"),
         (lambda f: rewrite(f, block_out_channels=[2**20, 2**20]), "do not fit config.json"),
-        (lambda f: rewrite(f, block_out_channels=[2**40, 8]), "block_out_channels [1099511627776, 8] is beyond"),
+        (
+            lambda f: rewrite(f, block_out_channels=[2**40, 8]),
+            "block_out_channels [1099511627776, 8] is beyond",
+        ),
         (lambda f: rewrite(f, block_out_channels=8), "block_out_channels must be a list"),
         (lambda f: rewrite(f, layers_per_block=10**6), "layers_per_block 1000000 is beyond reason"),
         (lambda f: rewrite(f, layers_per_block=2), "do not fit config.json"),

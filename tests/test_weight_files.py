@@ -17,7 +17,12 @@ from guided_diffusion.config.loading import load_distillation, load_experiment
 from guided_diffusion.errors import UserError
 from guided_diffusion.io.files import NpzFile
 from guided_diffusion.io.torch_file import read_torch_file
-from guided_diffusion.runs.checkpoint import load_network, load_state_dict, newest_checkpoint, read_description
+from guided_diffusion.runs.checkpoint import (
+    load_network,
+    load_state_dict,
+    newest_checkpoint,
+    read_description,
+)
 from guided_diffusion.script_util import build_network
 
 
@@ -220,7 +225,8 @@ def runs(tmp_path_factory):
 
 def test_formats_say_which_files_are_written(runs):
     suffixes = {
-        name: {path.suffix for path in (runs / name).glob("model*")} | {p.suffix for p in (runs / name).glob("ema_*")}
+        name: {path.suffix for path in (runs / name).glob("model*")}
+        | {p.suffix for p in (runs / name).glob("ema_*")}
         for name in ("pt", "safetensors", "both")
     }
     assert suffixes == {
@@ -258,7 +264,13 @@ def test_a_run_changes_its_format_as_it_resumes(runs, tmp_path):
     assert all(th.equal(ours[name], theirs[name]) for name in theirs)
     path = runs / "safetensors/model000004.safetensors"
     script_here(
-        "scripts/image_kd.py", "--config", config, "--exp_dir", tmp_path / "other", "--resume_checkpoint", path
+        "scripts/image_kd.py",
+        "--config",
+        config,
+        "--exp_dir",
+        tmp_path / "other",
+        "--resume_checkpoint",
+        path,
     )
     theirs = load_state_dict(tmp_path / "other/model000006.pt")
     assert all(th.equal(ours[name], theirs[name]) for name in theirs)
@@ -287,7 +299,9 @@ def test_an_unknown_format_is_refused(runs):
 def test_a_checkpoint_of_ours_needs_no_configuration(runs, tmp_path, file):
     flags = ["--model_path", runs / file, "--num_samples", 3, "--timestep_respacing", 3]
     script_here("scripts/image_sample.py", *flags, "--log_dir", tmp_path / "without")
-    script_here("scripts/image_sample.py", "--config", runs / "tiny.yaml", *flags, "--log_dir", tmp_path / "with")
+    script_here(
+        "scripts/image_sample.py", "--config", runs / "tiny.yaml", *flags, "--log_dir", tmp_path / "with"
+    )
     a, b = (NpzFile(tmp_path / name / "samples_3x16x16x3.npz") for name in ("without", "with"))
     assert np.array_equal(a.load("arr_0"), b.load("arr_0"))
     assert a.load_json("provenance")["config"] == "tiny"
@@ -308,8 +322,8 @@ def test_of_latents_too(tmp_path):
         "run.weights_format=safetensors",
     )  # fmt: skip
     script_here(
-        "scripts/image_sample.py", "--model_path", tmp_path / "run/model000002.safetensors", "--num_samples", 2,
-        "--timestep_respacing", 2, "--log_dir", tmp_path / "samples",
+        "scripts/image_sample.py", "--model_path", tmp_path / "run/model000002.safetensors",
+        "--num_samples", 2, "--timestep_respacing", 2, "--log_dir", tmp_path / "samples",
     )  # fmt: skip
     assert (tmp_path / "samples/samples_2x16x16x3.npz").is_file()
 

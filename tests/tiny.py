@@ -11,8 +11,8 @@ import yaml
 from guided_diffusion.config.loading import load_experiment
 from guided_diffusion.config.settings import AdmArchitecture, Denoiser, Process
 from guided_diffusion.distill.teacher import Teacher
-from guided_diffusion.script_util import build_network
 from guided_diffusion.io.diffusers_library import import_diffusers
+from guided_diffusion.script_util import build_network
 from guided_diffusion.spaces import PixelSpace
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -278,8 +278,9 @@ def _drop_settled(section: dict[str, Any], path: Path, where: str) -> None:
 
 
 def _settle_space(section: dict[str, Any], path: Path) -> None:
-    """Find the VAE's folder, from the working directory or the configuration's project. In its latents nothing
-    is clipped unless the configuration says so.
+    """Find the VAE's folder, from the working directory or the configuration's project.
+
+    In its latents nothing is clipped unless the configuration says so.
     """
     if name := section.get("vae_path"):
         section.setdefault("clip_denoised", False)

@@ -148,7 +148,8 @@ class Space:
         """Raise `UserError` for values that cannot be right."""
         _require(self.vae_scale >= 0, f"{where}vae_scale must not be negative, but is {self.vae_scale}")
         _require(
-            not self.vae_scale or bool(self.vae_path), f"{where}vae_scale: does nothing without {where}vae_path"
+            not self.vae_scale or bool(self.vae_path),
+            f"{where}vae_scale: does nothing without {where}vae_path",
         )
 
 

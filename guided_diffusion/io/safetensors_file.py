@@ -1,4 +1,4 @@
-"""Read safetensors files: a header of names, types, shapes and text, then plain numbers. Nothing in one can run."""
+"""Read safetensors files: a header of names, types, shapes and text, then plain numbers. None can run."""
 
 import os
 from collections.abc import Iterator
@@ -14,7 +14,7 @@ from ..errors import UserError
 
 @contextmanager
 def open_safetensors(path: str | os.PathLike, what: str) -> Iterator[Any]:
-    """Open a file with safetensors' `safe_open`; what it finds damaged, in the block too, is told in one line.
+    """Open a file with `safe_open`; what is found damaged, in the block too, is told in one line.
 
     Args:
         path: the file.

@@ -189,7 +189,10 @@ class _LightningUnpickler(_TensorUnpickler):
         if isinstance(self.stack[-1], _Ignored):
             return
         known = [
-            part for pair in zip(items[::2], items[1::2], strict=True) if type(pair[0]) in self.keys for part in pair
+            part
+            for pair in zip(items[::2], items[1::2], strict=True)
+            if type(pair[0]) in self.keys
+            for part in pair
         ]
         super()._update(known)
 

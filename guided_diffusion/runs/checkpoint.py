@@ -1,9 +1,10 @@
 """Checkpoints: reading networks strictly, and sets of files that are complete or do not count.
 
 A run's checkpoint at step N is `modelNNNNNN.pt`, `ema_RATE_NNNNNN.pt` (plain ADM state dicts; with
-`run.weights_format` these are `.safetensors`, instead or beside), `optNNNNNN.pt`, `headNNNNNN.pt` (what the objective trains beside the network) and, in distillation,
-`teacher-state-NNNNNN.cache` (the pool). `checkpointNNNNNN.json` is written last, with every file's size
-and checksum: a set without it, or that differs from it, is no checkpoint.
+`run.weights_format` `.safetensors` instead or beside), `optNNNNNN.pt`, `headNNNNNN.pt` (what the objective
+trains beside the network) and, in distillation, `teacher-state-NNNNNN.cache` (the pool).
+`checkpointNNNNNN.json` is written last, with every file's size and checksum: a set without it, or that
+differs from it, is no checkpoint.
 """
 
 import json
@@ -40,7 +41,7 @@ logger = logging.getLogger(__name__)
 
 
 def load_state_dict(path: str | os.PathLike) -> dict[str, th.Tensor]:
-    """Read a state dict, a mapping of names to tensors: a `.safetensors`, a `.pt`, or Lightning's `.ckpt`.
+    """Read a state dict, a mapping of names to tensors: `.safetensors`, `.pt`, or Lightning's `.ckpt`.
 
     Of a latent diffusion model's (CompVis) it is the denoising network's entries, under ADM's names.
 
@@ -59,8 +60,8 @@ def load_state_dict(path: str | os.PathLike) -> dict[str, th.Tensor]:
 def _denoising_network(state: Mapping[str, th.Tensor], path: str | os.PathLike) -> dict[str, th.Tensor]:
     """`state` itself, or of a latent diffusion model's the U-Net: its averaged weights if there are any.
 
-    LDM keeps the U-Net as `model.diffusion_model.NAME`, the averaged weights as `model_ema.` and the name from
-    `diffusion_model.` on without its dots, and the VAE as `first_stage_model.NAME`, which is passed over.
+    LDM keeps the U-Net as `model.diffusion_model.NAME`, the averaged weights as `model_ema.` and the name
+    from `diffusion_model.` on without its dots, and the VAE as `first_stage_model.NAME`, which is passed over.
 
     Raises:
         UserError: only some of the weights are averaged.
@@ -392,7 +393,8 @@ def parse_manifest(content: bytes, step: int) -> dict[str, dict[str, Any]]:
         )
     except (KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"not a manifest ({error})") from None
-    if not valid or not any(file_name("model", step, suffix) in files for suffix in (".pt", ".safetensors")):
+    models = {file_name("model", step, suffix) for suffix in (".pt", ".safetensors")}
+    if not valid or not models & set(files):
         raise ValueError("not a manifest of this step's files")
     return files
 
@@ -412,7 +414,8 @@ def open_checkpoint(path: str | os.PathLike) -> Checkpoint:
 
     Args:
         path: a run directory (its newest complete checkpoint), or a `modelNNNNNN.pt` (or `.safetensors`),
-            which may be one of the originals' without a manifest: then whatever lies beside it under the same number.
+            which may be one of the originals' without a manifest: then whatever lies beside it under the
+            same number.
 
     Raises:
         UserError: there is none, or the file's name tells no step.

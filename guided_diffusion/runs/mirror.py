@@ -217,7 +217,11 @@ def fetch_checkpoint(url: str, cache: Path) -> Checkpoint:
         raise UserError(f"no such checkpoint: {url}")
     number = re.sub(r"\D", "", name)
     manifest = manifest_name(int(number))
-    beside = {f: there[f] for f in there if f == manifest or re.fullmatch(rf".*\D{number}\.(pt|safetensors|cache)", f)}
+    beside = {
+        f: there[f]
+        for f in there
+        if f == manifest or re.fullmatch(rf".*\D{number}\.(pt|safetensors|cache)", f)
+    }
     return open_checkpoint(fetch_together(folder, beside, cache) / name)
 
 

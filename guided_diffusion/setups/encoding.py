@@ -33,16 +33,16 @@ class EncodedDataset:
         try:
             self.moments = np.load(path, mmap_mode="r")
         except (ValueError, OSError, EOFError) as error:
-            raise UserError(f"{path}: damaged ({error}); remove it, and the images are encoded anew") from None
+            raise UserError(
+                f"{path}: damaged ({error}); remove it, and the images are encoded anew"
+            ) from None
         self.labels, self.num_classes, self.path = dataset.labels, dataset.num_classes, path
 
     def __len__(self) -> int:
         return len(self.moments)
 
-    def batch(
-        self, indices: np.ndarray, mirrored: np.ndarray | None = None
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """Moments float32 [B, M, H, W], of the mirrored image where a bool [B] says so, and labels int64 [B]."""
+    def batch(self, indices: np.ndarray, mirrored: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
+        """Moments float32 [B, M, H, W], of mirrored images where a bool [B] says so, and labels int64 [B]."""
         view = np.zeros(len(indices), np.int64) if mirrored is None else mirrored.astype(np.int64)
         return np.array(self.moments[indices, view]), self.labels[indices]
 

@@ -1,7 +1,10 @@
 """Putting plain training together: images, network, objective."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+import torch as th
 
 from .. import dist_util
 from ..config.settings import Experiment
@@ -55,7 +58,7 @@ def training_loop(
         raise UserError(
             f"{data_dir}: has {dataset.num_classes} classes, num_classes is {architecture.num_classes}"
         )
-    encode = space.encode
+    encode: Callable[[th.Tensor], th.Tensor] = space.encode
     if isinstance(space, LatentSpace):
         dataset = encode_dataset(dataset, space, training.random_flip, cache)
         encode = space.draw

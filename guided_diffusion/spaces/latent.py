@@ -1,8 +1,8 @@
 """Latents: what the VAE of a latent diffusion model (Rombach et al., 2022, section 3) makes of images.
 
-The VAE is a folder as diffusers saves it: `config.json`, which names the class, VQModel or AutoencoderKL, and
-safetensors. Nothing in the folder is executed, and pickled weights are refused. diffusers is imported, and the
-weights are read, when the first image is encoded or decoded; preparing and distilling need neither.
+The VAE is a folder as diffusers saves it: safetensors, and `config.json`, which names the class, VQModel or
+AutoencoderKL. Nothing in the folder is executed, and pickled weights are refused. diffusers is imported, and
+the weights are read, when the first image is encoded or decoded; preparing and distilling need neither.
 """
 
 import functools
@@ -32,8 +32,8 @@ _PIXELS_AT_ONCE = 1 << 20  # that are encoded or decoded together: 16 images of 
 class LatentSpace:
     """The latents of a diffusers VAE, shifted and scaled as its configuration says.
 
-    z are the VAE's own latents, x = (z - shift) * scale is what the network denoises. Of an AutoencoderKL z is
-    drawn from its posterior, as Latent Diffusion and DiT train; of a VQModel z is what goes into the
+    z are the VAE's own latents, x = (z - shift) * scale is what the network denoises. An AutoencoderKL's z is
+    drawn from its posterior, as Latent Diffusion and DiT train; a VQModel's z is what goes into the
     quantisation, which belongs to decoding (Rombach et al., 2022, section 3.1).
 
     Args:
@@ -61,7 +61,7 @@ class LatentSpace:
         self.shift = float(self.config.get("shift_factor") or 0.0)
 
     def encode(self, images: th.Tensor) -> th.Tensor:
-        """uint8 [B, H', W', 3] -> float32 [B, C, H, W]; of an AutoencoderKL a sample, by torch's generator."""
+        """uint8 [B, H', W', 3] -> float32 [B, C, H, W]; an AutoencoderKL's are drawn by torch's generator."""
         return self.draw(self.moments(images))
 
     @th.no_grad()
@@ -150,7 +150,9 @@ def _read_config(folder: Path) -> dict[str, Any]:
         UserError: missing, damaged, of another class, or with values that no such VAE has.
     """
     if not folder.is_dir():
-        raise UserError(f"vae_path: no such folder: {folder}; it must be a diffusers VQModel or AutoencoderKL")
+        raise UserError(
+            f"vae_path: no such folder: {folder}; it must be a diffusers VQModel or AutoencoderKL"
+        )
     path = folder / "config.json"
     try:
         if path.stat().st_size > _MOST_BYTES:
@@ -167,11 +169,13 @@ def _read_config(folder: Path) -> dict[str, Any]:
         numbers = value if isinstance(value, list) else [value]
         wrong = [n for n in numbers if isinstance(n, (int, float)) and not abs(n) <= most]
         if wrong or len(numbers) > 16:
-            raise UserError(f"{path}: {name} {str(value):.60} is beyond reason")
+            raise UserError(f"{path}: {name} {value!s:.60} is beyond reason")
     whole = [config.get(name) for name in ("latent_channels", "vq_embed_dim")]
     factors = [config.get(name) for name in ("scaling_factor", "shift_factor")]
     if not all(n is None or (type(n) is int and n > 0) for n in whole):
-        raise UserError(f"{path}: latent_channels and vq_embed_dim must be whole numbers above 0, not {whole}")
+        raise UserError(
+            f"{path}: latent_channels and vq_embed_dim must be whole numbers above 0, not {whole}"
+        )
     if not all(n is None or type(n) in (int, float) for n in factors):
         raise UserError(f"{path}: scaling_factor and shift_factor must be numbers, not {factors}")
     if not isinstance(config.get("block_out_channels", []), list):
