@@ -60,7 +60,7 @@ def load_state_dict(path: str | os.PathLike) -> dict[str, th.Tensor]:
 def _denoising_network(state: Mapping[str, th.Tensor], path: str | os.PathLike) -> dict[str, th.Tensor]:
     """`state` itself, or of a latent diffusion model's the U-Net: its averaged weights if there are any.
 
-    LDM keeps the U-Net as `model.diffusion_model.NAME`, the averaged weights as `model_ema.` and the name
+    LDM has the U-Net as `model.diffusion_model.NAME`, the averaged weights as `model_ema.` and the name
     from `diffusion_model.` on without its dots, and the VAE as `first_stage_model.NAME`, which is passed over.
 
     Raises:
@@ -89,6 +89,8 @@ def read_description(path: str | os.PathLike) -> dict[str, Any]:
     Raises:
         UserError: as `read_torch_file`, or what it says of itself is damaged.
     """
+    if Path(path).suffix == ".ckpt":  # Lightning's
+        return {}
     try:
         if Path(path).suffix == ".safetensors":
             text = read_metadata(path).get(_DESCRIPTION, "{}")
