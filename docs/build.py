@@ -15,8 +15,8 @@ is laid over. Any key can be overridden on the command line: `student.lr=1e-3`, 
 at top level. Relative paths are looked for from the configuration's folder and those above it, then from the
 working directory.
 
-A student that gives no process, or no space, has its teacher's. A key that does nothing where it stands (`dropout` of a
-teacher) is accepted from a file, where it describes a network, and refused as an override.
+A student that gives no process, or no space, has its teacher's. A key that does nothing where it stands
+(`dropout` of a teacher) is accepted from a file, where it describes a network, and refused as an override.
 """
 
 

@@ -60,8 +60,8 @@ def load_state_dict(path: str | os.PathLike) -> dict[str, th.Tensor]:
 def _denoising_network(state: Mapping[str, th.Tensor], path: str | os.PathLike) -> dict[str, th.Tensor]:
     """`state` itself, or of a latent diffusion model's the U-Net: its averaged weights if there are any.
 
-    LDM has the U-Net as `model.diffusion_model.NAME`, the averaged weights as `model_ema.` and the name
-    from `diffusion_model.` on without its dots, and the VAE as `first_stage_model.NAME`, which is passed over.
+    LDM has the U-Net as `model.diffusion_model.NAME`; its averaged weights as `model_ema.` and the name from
+    `diffusion_model.` on without its dots; and the VAE as `first_stage_model.NAME`, which is passed over.
 
     Raises:
         UserError: only some of the weights are averaged.
