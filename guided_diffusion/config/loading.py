@@ -104,7 +104,6 @@ def _experiment(tree: DictConfig, path: Path, overrides: Sequence[str]) -> Exper
         if name in sections:
             sections[name] = _include(sections[name], path)
             _drop_settled(sections[name], path, f"{name}." if distilled else "")
-            _settle_space(sections[name], path)
     _refuse_idle(overrides, distilled)
 
     run = _build(Run, sections.get("run", {}), path, "run.")
@@ -277,15 +276,16 @@ def _drop_settled(section: dict[str, Any], path: Path, where: str) -> None:
             raise UserError(f"{path}: {where}{name} can only be {str(value).lower()}: {why}")
 
 
-def _settle_space(section: dict[str, Any], path: Path) -> None:
-    """Find the VAE's folder, from the working directory or the configuration's project.
+def _with_space(values: dict[str, Any], path: Path) -> dict[str, Any]:
+    """A section's keys with its VAE's folder found: from the working directory, or the project's.
 
-    In its latents nothing is clipped unless the configuration says so.
+    In a VAE's latents nothing is clipped unless the keys say so.
     """
-    if name := section.get("vae_path"):
-        section.setdefault("clip_denoised", False)
-        folders = [Path(str(name)), project_root(path) / str(name)]
-        section["vae_path"] = next((str(f.resolve()) for f in folders if f.is_dir()), name)
+    if not (name := values.get("vae_path")):
+        return values
+    folders = [Path(str(name)), project_root(path) / str(name)]
+    found = next((str(folder.resolve()) for folder in folders if folder.is_dir()), name)
+    return {"clip_denoised": False} | values | {"vae_path": found}
 
 
 def _find_include(name: str, path: Path) -> Path:
@@ -314,6 +314,7 @@ def _build(section: type[_T], values: dict[str, Any], path: Path, where: str) ->
     if issubclass(section, Denoiser):
         name = str(values.get("architecture", Architecture.architecture))
         given = section(architecture=settings_of(ARCHITECTURES, name, f"{where}architecture", Architecture)())
+        values = _with_space(values, path)
     elif issubclass(section, Distill):
         name = str(values.get("objective", Distill.objective))
         section = given = settings_of(OBJECTIVES, name, f"{where}objective", Distill)
