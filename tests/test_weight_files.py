@@ -3,6 +3,7 @@
 import collections
 import json
 import os
+import sys
 
 import numpy as np
 import pytest
@@ -333,3 +334,14 @@ def test_another_programs_needs_one(tmp_path):
     assert load_distillation(config).name == "tiny"
     done = script_here("scripts/image_sample.py", "--model_path", tmp_path / "teacher.pt", check=False)
     assert "does not say what network it is of; give its configuration by --config" in one_line_error(done)
+
+
+def test_a_file_does_not_choose_what_is_imported(tmp_path):
+    (tmp_path / "evil.py").write_text(f"import os; os.mkdir({str(tmp_path / 'trapped')!r})")
+    told = json.dumps({"architecture": {"architecture": "evil:Net"}, "process": {}})
+    save_file({"a": th.zeros(1)}, tmp_path / "x.safetensors", metadata={"guided_diffusion": told})
+    sys.path.insert(0, str(tmp_path))
+    done = script_here("scripts/image_sample.py", "--model_path", tmp_path / "x.safetensors", check=False)
+    sys.path.remove(str(tmp_path))
+    assert "is of the architecture 'evil:Net', which is not built in" in one_line_error(done)
+    assert not (tmp_path / "trapped").exists()

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from ..config.loading import experiment_of, project_root
+from ..config.registry import ARCHITECTURES
 from ..config.settings import Denoiser, Experiment, flat
 from ..errors import UserError
 from ..script_util import build_space
@@ -34,7 +35,8 @@ def described_experiment(weights: Path, overrides: Sequence[str] = ()) -> Experi
     """The configuration that a checkpoint of ours carries: what `describe_network` wrote.
 
     Raises:
-        UserError: it carries none, or an override is mistaken.
+        UserError: it carries none, an override is mistaken, or it names an architecture that is not built
+            in: a file does not choose what is imported.
     """
     description = read_description(weights)
     keys: dict[str, Any] = {}
@@ -44,6 +46,11 @@ def described_experiment(weights: Path, overrides: Sequence[str] = ()) -> Experi
         keys |= told
     if not keys:
         raise UserError(f"{weights}: does not say what network it is of; give its configuration by --config")
+    if (name := keys.get("architecture")) not in tuple(ARCHITECTURES):  # importing another would run it
+        raise UserError(
+            f"{weights}: is of the architecture {name!r:.80}, which is not built in; if you trust that, give its "
+            "configuration by --config"
+        )
     experiment = experiment_of(keys, weights, overrides)
     experiment.name = str(description.get("config", "unnamed"))
     return experiment
