@@ -48,8 +48,8 @@ def described_experiment(weights: Path, overrides: Sequence[str] = ()) -> Experi
         raise UserError(f"{weights}: does not say what network it is of; give its configuration by --config")
     if (name := keys.get("architecture")) not in tuple(ARCHITECTURES):  # importing another would run it
         raise UserError(
-            f"{weights}: is of the architecture {name!r:.80}, which is not built in; if you trust that, give its "
-            "configuration by --config"
+            f"{weights}: is of the architecture {name!r:.80}, which is not built in; if you trust that, "
+            "give its configuration by --config"
         )
     experiment = experiment_of(keys, weights, overrides)
     experiment.name = str(description.get("config", "unnamed"))
