@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from guided_diffusion.config.architectures import DiTArchitecture, UNet2DArchitecture
-from guided_diffusion.config.settings import SECTIONS, AdmArchitecture, Process, describe_keys
+from guided_diffusion.config.settings import SECTIONS, AdmArchitecture, Process, Space, describe_keys
 
 INTRODUCTION = """# Configuration keys
 
@@ -16,8 +16,8 @@ is laid over. Any key can be overridden on the command line: `student.lr=1e-3`, 
 at top level. Relative paths are looked for from the configuration's folder and those above it, then from the
 working directory.
 
-A student that gives no process has its teacher's. A key that does nothing where it stands (`dropout` of a
-teacher) is accepted from a file, where it describes a network, and refused as an override.
+A student that gives no process, or no space, has its teacher's. A key that does nothing where it stands
+(`dropout` of a teacher) is accepted from a file, where it describes a network, and refused as an override.
 """
 
 
@@ -39,7 +39,8 @@ def other_architectures(adm: list[tuple[str, object, str]]) -> list[str]:
 
 def page() -> str:
     """The whole page."""
-    architecture, process = describe_keys(AdmArchitecture), describe_keys(Process)
+    architecture, process, space = (describe_keys(part) for part in (AdmArchitecture, Process, Space))
+    shared = architecture + process + space
     where = "in `teacher`, in `student`, or at top level"
     parts = [
         INTRODUCTION,
@@ -49,11 +50,14 @@ def page() -> str:
         *other_architectures(architecture),
         f"\n## Process: {where}\n",
         table(process),
+        f"\n## Space: {where}\n",
+        "See [latent.md](latent.md).\n",
+        table(space),
     ]
     for name, section in SECTIONS.items():
-        own = [row for row in describe_keys(section, name) if row not in architecture + process]
+        own = [row for row in describe_keys(section, name) if row not in shared]
         if name == "student":  # at the top level of a baseline some more do something
-            own = [row for row in describe_keys(section) if row not in architecture + process]
+            own = [row for row in describe_keys(section) if row not in shared]
         summary = (section.__doc__ or "").strip().splitlines()[0]
         parts += [f"\n## `{name}`\n\n{summary}\n", table(own)]
     return "\n".join(parts) + "\n"

@@ -12,6 +12,7 @@ from guided_diffusion.config.loading import load_experiment
 from guided_diffusion.config.registry import ARCHITECTURES, settings_of
 from guided_diffusion.config.settings import Architecture, Denoiser, Process
 from guided_diffusion.distill.teacher import Teacher
+from guided_diffusion.io.diffusers_library import import_diffusers
 from guided_diffusion.script_util import build_network
 from guided_diffusion.spaces import PixelSpace
 
@@ -85,6 +86,23 @@ def make_teacher(settings, path):
     model, _ = build_network(settings)
     randomise(model)
     th.save(model.state_dict(), path)
+
+
+def make_vae(folder, kind="AutoencoderKL", *, factor=2, channels=3, seed=0, **config):
+    """Save a small random VAE whose images are `factor` times as high and wide as its latents; return it."""
+    diffusers, levels = import_diffusers("the test"), factor.bit_length()
+    th.manual_seed(seed)
+    config = {"latent_channels": channels, "norm_num_groups": 4, "layers_per_block": 1} | config
+    vae = getattr(diffusers, kind)(
+        block_out_channels=[8] * levels,
+        down_block_types=["DownEncoderBlock2D"] * levels,
+        up_block_types=["UpDecoderBlock2D"] * levels,
+        **config,
+    )
+    if kind == "VQModel":
+        th.nn.init.normal_(vae.quantize.embedding.weight)
+    vae.save_pretrained(folder)
+    return vae.eval().requires_grad_(False)
 
 
 @th.no_grad()

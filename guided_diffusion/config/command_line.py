@@ -16,12 +16,15 @@ class _Parser(argparse.ArgumentParser):
         raise UserError(f"{message} (--help lists the options)")
 
 
-def make_parser(description: str, sections: Iterable[str]) -> argparse.ArgumentParser:
+def make_parser(
+    description: str, sections: Iterable[str], without_config: str = ""
+) -> argparse.ArgumentParser:
     """A parser with --config, key=value overrides, and the configuration's keys at the end of --help.
 
     Args:
         description: the script's purpose.
         sections: the configuration sections it reads.
+        without_config: what it goes by without --config; "" if it needs one.
     """
     lines = ["configuration keys (override any with section.key=value):"]
     for name in sections:
@@ -33,7 +36,12 @@ def make_parser(description: str, sections: Iterable[str]) -> argparse.ArgumentP
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    parser.add_argument("--config", type=Path, required=True, help="YAML configuration")
+    parser.add_argument(
+        "--config",
+        type=Path,
+        required=not without_config,
+        help=f"YAML configuration{without_config and f' (default: {without_config})'}",
+    )
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="override a configuration key")
     return parser
 

@@ -69,7 +69,19 @@ def load_experiment(path: str | os.PathLike, overrides: Sequence[str] = ()) -> E
         UserError: unreadable file, unknown key (with the nearest known one), wrong type or value.
     """
     path = Path(path)
-    tree = _read(_existing(path))
+    return _experiment(_read(_existing(path)), path, overrides)
+
+
+def experiment_of(keys: dict[str, Any], path: Path, overrides: Sequence[str] = ()) -> Experiment:
+    """`load_experiment` of a configuration whose keys lie in something else than a YAML file, at `path`.
+
+    Raises:
+        UserError: as there.
+    """
+    return _experiment(OmegaConf.create(keys), path, overrides)
+
+
+def _experiment(tree: DictConfig, path: Path, overrides: Sequence[str]) -> Experiment:
     for override in overrides:
         if "=" not in override or override.startswith("-"):
             raise UserError(f"'{override}' is no override: write key=value, such as student.lr=1e-3")
@@ -284,7 +296,7 @@ def _shared(teacher: Teacher) -> dict[str, Any]:
     samples = {
         name: getattr(teacher.architecture, name) for name in ("image_size", "class_cond", "num_classes")
     }
-    return flat(teacher.process) | samples
+    return flat(teacher.process) | flat(teacher.space) | samples
 
 
 def _build_found(section: type[_T], given: dict[str, Any], path: Path, where: str) -> _T:
@@ -305,6 +317,18 @@ def _build_found(section: type[_T], given: dict[str, Any], path: Path, where: st
                 f"{path}: {where}{name} is {ours[name]!r}, but {model} says {theirs[name]!r}: leave it out"
             )
     return built
+
+
+def _with_space(values: dict[str, Any], path: Path) -> dict[str, Any]:
+    """A section's keys with its VAE's folder found: from the working directory, or the project's.
+
+    In a VAE's latents nothing is clipped unless the keys say so.
+    """
+    if not (name := values.get("vae_path")):
+        return values
+    folders = [Path(str(name)), project_root(path) / str(name)]
+    found = next((str(folder.resolve()) for folder in folders if folder.is_dir()), name)
+    return {"clip_denoised": False} | values | {"vae_path": found}
 
 
 def _find_include(name: str, path: Path) -> Path:
@@ -333,6 +357,7 @@ def _build(section: type[_T], values: dict[str, Any], path: Path, where: str) ->
     if issubclass(section, Denoiser):
         name = str(values.get("architecture", Architecture.architecture))
         given = section(architecture=settings_of(ARCHITECTURES, name, f"{where}architecture", Architecture)())
+        values = _with_space(values, path)
     elif issubclass(section, Distill):
         name = str(values.get("objective", Distill.objective))
         section = given = settings_of(OBJECTIVES, name, f"{where}objective", Distill)

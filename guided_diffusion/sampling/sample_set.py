@@ -67,7 +67,7 @@ class SampleSet:
         Args:
             network: on this rank's device.
             process: its (respaced) process.
-            space: what its samples are.
+            space: what its samples are; the images are what it decodes them to.
             weights: the checkpoint the network was loaded from, recorded beside the samples.
             batch_size: images at a time and rank.
             provenance: where the network comes from, in JSON's types; recorded in sampling.json and the npz.
@@ -93,7 +93,7 @@ class SampleSet:
         batch_size: int,
         provenance: Mapping[str, Any],
     ) -> Path:
-        _, size, _ = network.shape
+        size = space.image_size
         provenance = {**provenance, "steps": process.num_timesteps}
         final = self.directory / f"samples_{self.num_samples}x{size}x{size}x3.npz"
         settings = {
@@ -104,6 +104,7 @@ class SampleSet:
             "clip_denoised": self.clip_denoised,
             "device": dist_util.dev().type,
             "dtype": str(network.compute_dtype),
+            **space.identity(),
         }
         with dist_util.rank_zero_first() as first:
             if first:

@@ -74,7 +74,7 @@ def pool_identity(experiment: DistillationExperiment, weights: Path, size: int) 
     for name in ("beta_start", "beta_end"):
         if beta := getattr(teacher.process, name):
             identity[name] = beta
-    return identity
+    return identity | build_space(teacher).identity()
 
 
 def noise_pool(teacher: Teacher, size: int) -> DynamicBatch:

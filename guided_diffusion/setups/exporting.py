@@ -15,7 +15,8 @@ from ..io.model_folder import is_hub_name, weights_sha256
 from ..networks.base import DenoisingNetwork, ForDiffusers
 from ..respace import SpacedDiffusion
 from ..runs.checkpoint import load_network, read_description, require_agreement
-from ..script_util import build_network, build_process
+from ..script_util import build_network, build_process, build_space
+from ..spaces import LatentSpace
 
 _SCHEDULES = {"linear": "linear", "scaled_linear": "scaled_linear", "cosine": "squaredcos_cap_v2"}
 _STEPS = 10  # of the chain that is compared
@@ -49,13 +50,13 @@ def export_pipeline(
     network.eval()
     try:
         theirs = network.for_diffusers()
-        scheduler = diffusers.DDPMScheduler(**scheduler_config(student))
+        config = scheduler_config(student, theirs.class_name)
+        scheduler = getattr(diffusers, config.pop("_class_name"))(**config)
     except ValueError as error:
         raise UserError(f"{weights}: cannot be expressed in diffusers: {error}") from None
     model = getattr(diffusers, theirs.class_name)(**theirs.config)
     model.load_state_dict(theirs.state)
-    # A transformer in pixels too: DiTPipeline does not load without a VAE.
-    pipeline = diffusers.DDPMPipeline(unet=model, scheduler=scheduler)
+    pipeline = _pipeline(diffusers, model, scheduler, student)
 
     out.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
@@ -74,6 +75,22 @@ def export_pipeline(
         folder.rename(out)
     finally:
         shutil.rmtree(temporary)
+
+
+def _pipeline(diffusers: Any, model: Any, scheduler: Any, denoiser: Denoiser) -> Any:
+    """The pipeline of a network, with a copy of its VAE if it has one."""
+    transformer, space = isinstance(model, diffusers.DiTTransformer2DModel), build_space(denoiser)
+    if not isinstance(space, LatentSpace):  # a transformer too: DiTPipeline does not load without a VAE
+        return diffusers.DDPMPipeline(unet=model, scheduler=scheduler)
+    if space.shift:
+        raise UserError(f"{space.folder}: has a shift_factor, which no pipeline of such networks heeds")
+    vae = getattr(diffusers, space.kind).from_pretrained(
+        space.folder, use_safetensors=True, low_cpu_mem_usage=False
+    )
+    vae.register_to_config(scaling_factor=space.scale)
+    if transformer:
+        return diffusers.DiTPipeline(transformer=model, vae=vae, scheduler=scheduler)
+    return diffusers.LDMPipeline(vqvae=vae, unet=model, scheduler=scheduler)
 
 
 def push(folder: Path, name: str) -> None:
@@ -99,8 +116,10 @@ def require_hub_name(name: str) -> None:
         raise UserError(f"--push: '{name}' is no name on the Hub; write owner/name")
 
 
-def scheduler_config(denoiser: Denoiser) -> dict[str, Any]:
-    """The arguments of the DDPMScheduler whose process is a configured one, without its respacing.
+def scheduler_config(denoiser: Denoiser, network: str) -> dict[str, Any]:
+    """The class and arguments of the scheduler whose process is a configured one, without its respacing.
+
+    It is a DDPMScheduler; but DiTPipeline drops a learned variance, so there it is a DDIMScheduler.
 
     Raises:
         ValueError: there is none, and why.
@@ -109,6 +128,7 @@ def scheduler_config(denoiser: Denoiser) -> dict[str, Any]:
     if process.rescale_timesteps and process.diffusion_steps != 1000:
         raise ValueError("its timesteps are rescaled to 0..1000 (rescale_timesteps), which no scheduler does")
     config = {
+        "_class_name": "DDPMScheduler",
         "num_train_timesteps": process.diffusion_steps,
         "beta_schedule": _SCHEDULES[process.noise_schedule],
         "prediction_type": process.prediction_type,
@@ -119,6 +139,10 @@ def scheduler_config(denoiser: Denoiser) -> dict[str, Any]:
     if process.noise_schedule != "cosine":
         betas = build_process(denoiser, "timestep_respacing", "").betas
         config |= {"beta_start": float(betas[0]), "beta_end": float(betas[-1])}
+    if process.learn_sigma and denoiser.space.vae_path and network != "UNet2DModel":
+        if process.clip_denoised:
+            raise ValueError("clip_denoised is true, and DiTPipeline clips otherwise with a learned variance")
+        return config | {"_class_name": "DDIMScheduler"}
     if process.learn_sigma:
         return config | {"variance_type": "learned_range"}
     return config | {"variance_type": "fixed_small" if process.sigma_small else "fixed_large"}
@@ -130,9 +154,10 @@ def require_same(pipeline: Any, network: DenoisingNetwork, denoiser: Denoiser, o
 
     Raises:
         UserError: a forward pass differs by more than 1e-5, or a chain of ten steps from equal noise by more
-            than 1e-4, both in units of the largest number.
+            than 1e-4, both in units of the largest number; or so do latents that are decoded.
     """
-    model, scheduler = pipeline.unet, pipeline.scheduler
+    parts, scheduler = pipeline.components, pipeline.scheduler
+    model = parts.get("unet") or parts["transformer"]
     steps = denoiser.process.diffusion_steps
     x = th.randn(4, *network.shape, generator=th.Generator().manual_seed(0))
     y = None if network.num_classes is None else th.arange(4) % network.num_classes
@@ -153,8 +178,9 @@ def require_same(pipeline: Any, network: DenoisingNetwork, denoiser: Denoiser, o
         rescale_timesteps=full.rescale_timesteps,
         bounds=full.bounds,
     )
-    generator = th.Generator().manual_seed(1)
-    ours = process.p_sample_loop(
+    generator, channels = th.Generator().manual_seed(1), network.shape[0]
+    ancestral = type(scheduler).__name__ == "DDPMScheduler"
+    ours = (process.p_sample_loop if ancestral else process.ddim_sample_loop)(
         network,
         x.shape,
         noise=x,
@@ -164,8 +190,13 @@ def require_same(pipeline: Any, network: DenoisingNetwork, denoiser: Denoiser, o
     generator = th.Generator().manual_seed(1)
     for t in scheduler.timesteps:
         output = model(x, t.expand(len(x)), class_labels=labels).sample
+        output = output if ancestral else output[:, :channels]
         x = scheduler.step(output, t, x, generator=generator).prev_sample
     _require_close(x, ours, _CHAIN, f"a chain of {len(scheduler.timesteps)} steps", origin)
+    if vae := parts.get("vqvae") or parts.get("vae"):
+        decoded, space = vae.decode(x / vae.config.scaling_factor).sample, build_space(denoiser)
+        assert isinstance(space, LatentSpace)
+        _require_close(decoded, space.pixels(x), _CHAIN, "the decoded samples", origin)
 
 
 def _require_close(theirs: th.Tensor, ours: th.Tensor, most: float, what: str, origin: str) -> None:
@@ -183,7 +214,7 @@ def model_card(
     """The README.md of an exported folder."""
     description = read_description(weights) if weights.is_file() else {}
     student, conditional = experiment.student, experiment.student.architecture.class_cond
-    size = student.architecture.image_size
+    size = build_space(student).image_size
     lines = [
         "---",
         "library_name: diffusers",
@@ -207,7 +238,7 @@ def model_card(
         "## How to load",
         "",
         "```python",
-        *_code(theirs, conditional, name),
+        *_code(theirs, conditional, bool(student.space.vae_path), name),
         "```",
         "",
     ]
@@ -236,16 +267,20 @@ def _method(distill: Distill) -> str:
     return "distilled by TCCD" if stages else "distilled by DKDM (TCCD with both stages off)"
 
 
-def _code(theirs: ForDiffusers, conditional: bool, name: str) -> list[str]:
+def _code(theirs: ForDiffusers, conditional: bool, latent: bool, name: str) -> list[str]:
     """How to sample, in Python; where no pipeline of diffusers' knows how, step by step."""
     transformer = theirs.class_name != "UNet2DModel"
-    if not transformer and not conditional:
+    call = "batch_size=4"
+    if transformer and latent:
+        call = f"class_labels={[0, 1, 2, 3] if conditional else [0] * 4}, guidance_scale=1.0"
+    if (transformer and latent) or not (transformer or conditional):
         return [
-            "from diffusers import DDPMPipeline",
+            "from diffusers import DiffusionPipeline",
             "",
-            f'pipeline = DDPMPipeline.from_pretrained("{name}")',
-            "images = pipeline(batch_size=4, num_inference_steps=50).images",
+            f'pipeline = DiffusionPipeline.from_pretrained("{name}")',
+            f"images = pipeline({call}, num_inference_steps=50).images",
         ]
+    decode = ["x = pipeline.vqvae.decode(x / pipeline.vqvae.config.scaling_factor).sample.detach()"]
     labels = "torch.arange(4)" if conditional else "torch.zeros(4, dtype=torch.long)  # its only class"
     size = theirs.config["sample_size"]
     return [
@@ -261,6 +296,7 @@ def _code(theirs: ForDiffusers, conditional: bool, name: str) -> list[str]:
         "    with torch.no_grad():",
         "        output = model(x, t.expand(len(x)), class_labels=labels).sample",
         "    x = scheduler.step(output, t, x).prev_sample",
+        *(decode if latent else []),
         "images = pipeline.numpy_to_pil((x / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1).numpy())",
     ]
 
