@@ -2,7 +2,8 @@
 
 from pathlib import Path
 
-from guided_diffusion.config.settings import SECTIONS, AdmArchitecture, Process, describe_keys
+from guided_diffusion.config.architectures import DiTArchitecture, UNet2DArchitecture
+from guided_diffusion.config.settings import SECTIONS, AdmArchitecture, Process, Space, describe_keys
 
 INTRODUCTION = """# Configuration keys
 
@@ -15,8 +16,8 @@ is laid over. Any key can be overridden on the command line: `student.lr=1e-3`, 
 at top level. Relative paths are looked for from the configuration's folder and those above it, then from the
 working directory.
 
-A student that gives no process has its teacher's. A key that does nothing where it stands (`dropout` of a
-teacher) is accepted from a file, where it describes a network, and refused as an override.
+A student that gives no process, or no space, has its teacher's. A key that does nothing where it stands
+(`dropout` of a teacher) is accepted from a file, where it describes a network, and refused as an override.
 """
 
 
@@ -27,22 +28,36 @@ def table(rows: list[tuple[str, object, str]]) -> str:
     return "\n".join(lines)
 
 
+def other_architectures(adm: list[tuple[str, object, str]]) -> list[str]:
+    """The keys of the built-in architectures beside ADM's, with what every one has left out."""
+    parts = []
+    for name, settings in (("diffusers_unet2d", UNet2DArchitecture), ("dit", DiTArchitecture)):
+        rows = [row for row in describe_keys(settings) if row not in adm[:5]]
+        parts += [f"\n### `architecture: {name}` ([teachers.md](teachers.md))\n", table(rows)]
+    return parts
+
+
 def page() -> str:
     """The whole page."""
-    architecture, process = describe_keys(AdmArchitecture), describe_keys(Process)
+    architecture, process, space = (describe_keys(part) for part in (AdmArchitecture, Process, Space))
+    shared = architecture + process + space
     where = "in `teacher`, in `student`, or at top level"
     parts = [
         INTRODUCTION,
         f"## Architecture: {where}\n",
-        "Those of `adm`; another architecture has keys of its own ([extending.md](extending.md)).\n",
+        "Those of `adm`. Another architecture has the first five and keys of its own.\n",
         table(architecture),
+        *other_architectures(architecture),
         f"\n## Process: {where}\n",
         table(process),
+        f"\n## Space: {where}\n",
+        "See [latent.md](latent.md).\n",
+        table(space),
     ]
     for name, section in SECTIONS.items():
-        own = [row for row in describe_keys(section, name) if row not in architecture + process]
+        own = [row for row in describe_keys(section, name) if row not in shared]
         if name == "student":  # at the top level of a baseline some more do something
-            own = [row for row in describe_keys(section) if row not in architecture + process]
+            own = [row for row in describe_keys(section) if row not in shared]
         summary = (section.__doc__ or "").strip().splitlines()[0]
         parts += [f"\n## `{name}`\n\n{summary}\n", table(own)]
     return "\n".join(parts) + "\n"

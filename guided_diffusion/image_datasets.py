@@ -25,15 +25,21 @@ class ImageDataset(Protocol):
     """Images by number.
 
     Attributes:
+        labels: int64 [N], zeros without labels.
         num_classes: number of classes; 0 without labels.
     """
 
+    labels: np.ndarray
     num_classes: int
 
     def __len__(self) -> int: ...
 
-    def batch(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Images uint8 [B, H, W, 3] and labels int64 [B] (zeros without labels)."""
+    def batch(self, indices: np.ndarray, mirrored: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
+        """Images uint8 [B, H, W, 3], those mirrored that a bool [B] says, and labels int64 [B] (or zeros)."""
+        ...
+
+    def files(self) -> list[Path]:
+        """What it is read from."""
         ...
 
 
@@ -65,6 +71,7 @@ class ArrayDataset:
     """One or several npz archives; those stored uncompressed are memory-mapped, the others loaded once."""
 
     def __init__(self, paths: list[Path], image_size: int, class_cond: bool):
+        self.paths = paths
         self.arrays: list[np.ndarray] = []
         labels = []
         for path in paths:
@@ -90,11 +97,15 @@ class ArrayDataset:
     def __len__(self) -> int:
         return int(self.starts[-1])
 
-    def batch(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Images uint8 [B, H, W, 3] and labels int64 [B] (zeros without labels)."""
+    def batch(self, indices: np.ndarray, mirrored: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
+        """See `ImageDataset.batch`."""
         shard = np.searchsorted(self.starts, indices, side="right") - 1
         rows = [self.arrays[s][i - self.starts[s]] for s, i in zip(shard, indices, strict=True)]
-        return np.stack(rows), self.labels[indices]
+        return _mirrored(np.stack(rows), mirrored), self.labels[indices]
+
+    def files(self) -> list[Path]:
+        """The archives."""
+        return self.paths
 
 
 class FolderDataset:
@@ -114,10 +125,21 @@ class FolderDataset:
     def __len__(self) -> int:
         return len(self.paths)
 
-    def batch(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Images uint8 [B, H, W, 3] and labels int64 [B] (zeros without labels)."""
+    def batch(self, indices: np.ndarray, mirrored: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
+        """See `ImageDataset.batch`."""
         images = [read_image(self.paths[i], self.image_size) for i in indices]
-        return np.stack(images), self.labels[indices]
+        return _mirrored(np.stack(images), mirrored), self.labels[indices]
+
+    def files(self) -> list[Path]:
+        """The image files."""
+        return self.paths
+
+
+def _mirrored(images: np.ndarray, mirrored: np.ndarray | None) -> np.ndarray:
+    """Images [B, H, W, 3] with those mirrored, in place, that a bool [B] says."""
+    if mirrored is not None:
+        images[mirrored] = images[mirrored, :, ::-1]
+    return images
 
 
 def list_images(root: Path) -> list[Path]:
@@ -281,9 +303,7 @@ class _Fetch(th.utils.data.Dataset[tuple[th.Tensor, th.Tensor] | UserError]):
 
     def load(self, batch: _Batch) -> tuple[th.Tensor, th.Tensor]:
         """Images uint8 [B, H, W, 3] and labels int64 [B]."""
-        indices, mirrored = batch
-        images, labels = self.dataset.batch(indices)
-        images[mirrored] = images[mirrored, :, ::-1]
+        images, labels = self.dataset.batch(*batch)
         return th.from_numpy(images), th.from_numpy(labels)
 
     def __getitem__(self, batch: _Batch) -> tuple[th.Tensor, th.Tensor] | UserError:

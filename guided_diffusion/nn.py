@@ -55,18 +55,6 @@ class GroupNorm32(nn.GroupNorm):
         return F.dropout(h, dropout, dropout > 0)
 
 
-def group_count(*widths: int) -> int:
-    """Groups for every GroupNorm of a network: 32 if that divides all its widths, as in every published one.
-
-    Narrower networks get the largest power of two that leaves at least four channels to a group: with one
-    channel to a group the mean of each is normalised away, and digits came out on coloured grounds
-    (digits-FD 17 instead of 6 for the demo's student of 16 channels). One count for the whole
-    network, rather than one per layer, keeps it expressible as a diffusers `UNet2DModel`.
-    """
-    common = math.gcd(32, *widths)
-    return common if common == 32 else max(1, common // 4)
-
-
 def zero_module(module: _M) -> _M:
     """Fill a module's parameters with zeros and return it."""
     for parameter in module.parameters():

@@ -14,7 +14,7 @@ from .errors import UserError
 from .gaussian_diffusion import LossType, ModelMeanType, ModelVarType, get_named_beta_schedule
 from .networks.base import DenoisingNetwork
 from .respace import SpacedDiffusion, space_timesteps
-from .spaces import PixelSpace, SampleSpace
+from .spaces import LatentSpace, PixelSpace, SampleSpace
 from .unet import UNetModel
 
 NUM_CLASSES = AdmArchitecture.num_classes
@@ -171,8 +171,13 @@ def create_gaussian_diffusion(
 
 
 def build_space(denoiser: Denoiser) -> SampleSpace:
-    """What the samples of a configured network are."""
-    return PixelSpace(denoiser.architecture.image_size)
+    """What the samples of a configured network are.
+
+    Raises:
+        UserError: no such VAE, or one that is not known.
+    """
+    size, space = denoiser.architecture.image_size, denoiser.space
+    return LatentSpace(space.vae_path, size, space.vae_scale) if space.vae_path else PixelSpace(size)
 
 
 def build_network(denoiser: Denoiser, where: str = "") -> tuple[DenoisingNetwork, SpacedDiffusion]:

@@ -103,7 +103,9 @@ class TrainLoop:
         self.bad_steps = th.zeros((), device=dist_util.dev())  # skipped in a row
         self.metrics = Metrics()
         retention = Retention.of(training, run)
-        self.writer = CheckpointWriter(log.directory, log.info, retention, log.publish, description)
+        self.writer = CheckpointWriter(
+            log.directory, log.info, retention, log.publish, description, run.weights_format
+        )
         if resume is not None:
             self._load(resume)
         else:

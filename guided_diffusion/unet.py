@@ -5,15 +5,17 @@ network knows nothing of noise schedules, and nothing of distillation beyond han
 and the timestep embedding that a training-time head may read.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch as th
 from torch import nn
 
+from .config.adm_diffusers import group_count, unet2d_config
 from .config.settings import AdmArchitecture
-from .networks.base import DenoisingNetwork, Evaluation
+from .networks.adm_weights import adm_state, attention_blocks, diffusers_state
+from .networks.base import DenoisingNetwork, Evaluation, ForDiffusers
 from .networks.blocks import AttentionBlock, Downsample, ResBlock, TimestepSequential, Upsample
-from .nn import GroupNorm32, group_count, timestep_embedding, zero_module
+from .nn import GroupNorm32, timestep_embedding, zero_module
 
 _CHANNEL_MULT = {
     512: (0.5, 1, 1, 2, 2, 4, 4),
@@ -78,7 +80,10 @@ class UNetModel(DenoisingNetwork):
         self.num_classes = num_classes
         self.shape = (in_channels, image_size, image_size)
 
-        widths = [int(mult * model_channels) for mult in channel_mult]
+        self.num_res_blocks, self.resblock_updown = num_res_blocks, resblock_updown
+        self.use_scale_shift_norm, self.dropout = use_scale_shift_norm, dropout
+
+        self.widths = widths = [int(mult * model_channels) for mult in channel_mult]
         self.feature_shape = (widths[0], image_size, image_size)
         self.emb_dim = 4 * model_channels
         groups = group_count(*widths)
@@ -244,6 +249,29 @@ class UNetModel(DenoisingNetwork):
                 for module in part.modules():
                     if isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Linear)):
                         module.to(dtype)
+
+    def from_diffusers(self, state: Mapping[str, th.Tensor]) -> dict[str, th.Tensor]:
+        """A UNet2DModel's weights under ADM's names."""
+        return adm_state(self, state, self.num_res_blocks)
+
+    def for_diffusers(self) -> ForDiffusers:
+        """As a UNet2DModel."""
+        levels = range(len(self.widths))
+        first_blocks = [self.input_blocks[1 + level * (self.num_res_blocks + 1)] for level in levels]
+        config = unet2d_config(
+            shape=self.shape,
+            out_channels=self.out_channels,
+            base_width=self.model_channels,
+            widths=self.widths,
+            attention=[len(block) > 1 for block in first_blocks],  # type: ignore[arg-type]
+            heads=[(a.qkv.in_channels, a.num_heads) for a in attention_blocks(self).values()],
+            num_res_blocks=self.num_res_blocks,
+            dropout=self.dropout,
+            use_scale_shift_norm=self.use_scale_shift_norm,
+            resblock_updown=self.resblock_updown,
+            num_classes=self.num_classes,
+        )
+        return ForDiffusers("UNet2DModel", config, diffusers_state(self, self.num_res_blocks))
 
 
 def parse_channel_mult(channel_mult: str, image_size: int) -> tuple[float, ...]:

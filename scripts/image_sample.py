@@ -1,6 +1,7 @@
 """Sample images from a trained model, into samples_NxHxWx3.npz (uint8, arr_0; labels in arr_1)."""
 
 from guided_diffusion.config import command_line
+from guided_diffusion.config.loading import load_experiment
 from guided_diffusion.config.registry import SAMPLERS, look_up, require_known
 from guided_diffusion.errors import UserError
 from guided_diffusion.processes.launch import run_script
@@ -23,8 +24,10 @@ def choose_sampler(sampler: str | None, use_ddim: bool | None) -> str:
 
 def main() -> None:
     """Parse, build, run."""
-    parser = command_line.make_parser(__doc__, ["student", "run"])
-    parser.add_argument("--model_path", required=True, help="the checkpoint: model*.pt or ema_*.pt")
+    parser = command_line.make_parser(__doc__, ["student", "run"], "what the checkpoint says of itself")
+    parser.add_argument(
+        "--model_path", required=True, help="the checkpoint: model* or ema_*, .pt, .safetensors or .ckpt"
+    )
     parser.add_argument(
         "--batch_size", type=command_line.positive, default=16, help="images at a time and rank"
     )
@@ -43,28 +46,34 @@ def main() -> None:
     )
     parser.add_argument("--name", help="folder under experiments/sample (default: from CONFIG and MODEL)")
     parser.add_argument("--log_dir", help="write here, a path or a URL, instead of experiments/sample/NAME")
-    args, experiment = command_line.parse(parser)
+    args = parser.parse_intermixed_args()
+    experiment = load_experiment(args.config, args.overrides) if args.config else None
     name = choose_sampler(args.sampler, args.use_ddim)
     require_known(SAMPLERS, name, "--sampler")
 
     from pathlib import Path
 
-    weights_name = command_line.input_file(args.model_path, args.config, "--model_path")
-    folder = args.name or f"{experiment.name}-{Path(weights_name).stem}"
-    default = command_line.output_path(f"experiments/sample/{folder}", args.config)
+    config = args.config or Path(args.model_path)
+    weights_name = command_line.input_file(args.model_path, config, "--model_path")
 
     from guided_diffusion import dist_util
     from guided_diffusion.io.remote import is_url
     from guided_diffusion.networks.precision import place
     from guided_diffusion.runs.checkpoint import load_network, read_description, require_agreement
     from guided_diffusion.runs.mirror import Mirror
-    from guided_diffusion.runs.provenance import describe_network
+    from guided_diffusion.runs.provenance import describe_network, described_experiment
     from guided_diffusion.sampling.sample_set import SampleSet
     from guided_diffusion.script_util import build_network, build_space
 
+    dist_util.setup_dist()
+    weights = dist_util.local_copy(weights_name, command_line.fetched_path(config))
+    if experiment is None:
+        experiment = described_experiment(weights, args.overrides)
+    folder = args.name or f"{experiment.name}-{Path(weights_name).stem}"
+    default = command_line.output_path(f"experiments/sample/{folder}", config)
     mirror = None
     if args.log_dir and is_url(args.log_dir):
-        mirror = Mirror(args.log_dir, command_line.remote_path(args.config))
+        mirror = Mirror(args.log_dir, command_line.remote_path(config))
     sampler = look_up(SAMPLERS, name, "--sampler")
     samples = SampleSet(
         mirror.directory if mirror else Path(args.log_dir or default),
@@ -73,8 +82,6 @@ def main() -> None:
         sampler=(name, sampler),
         clip_denoised=args.clip_denoised,
     )
-    dist_util.setup_dist()
-    weights = dist_util.local_copy(weights_name, command_line.fetched_path(args.config))
     if mirror:
         dist_util.from_rank_zero(mirror.pull)
     student = experiment.student
@@ -84,7 +91,7 @@ def main() -> None:
     network, process = build_network(student)
     load_network(network, weights)
     place(network.eval(), student.architecture.use_fp16, experiment.run, frozen=True)
-    provenance = describe_network(experiment.name, student, args.config)
+    provenance = describe_network(experiment.name, student, config)
     checkpoint = read_description(weights)
     provenance |= {"model": weights.name, "step": checkpoint.get("step"), "checkpoint": checkpoint}
     path = samples.draw(network, process, build_space(student), weights, args.batch_size, provenance)

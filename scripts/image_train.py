@@ -48,6 +48,7 @@ def main() -> None:
             data_dir=args.data_dir,
             batch_size=batch_size,
             num_workers=args.num_workers,
+            cache=command_line.output_path("experiments/cache", args.config),
             log=log,
             initial=initial,
             resume=resume,

@@ -30,3 +30,20 @@ def test_a_revision_that_is_not_there():
     done = script("benchmarks/run.py", "--compare", "no-such-revision", "--quick", check=False)
     assert done.returncode == 1
     assert "--compare no-such-revision: " in done.stderr and "Traceback" not in done.stderr
+
+
+@pytest.mark.slow
+def test_latent_digits(tmp_path):
+    sizes = [
+        "--vae_iterations",
+        10,
+        "--teacher_iterations",
+        4,
+        "--student_iterations",
+        4,
+        "--num_samples",
+        100,
+    ]
+    out = script("benchmarks/latent_digits.py", "--out", tmp_path, *sizes).stdout
+    for name in ("reconstruction", "teacher", "student"):
+        assert re.search(rf"^{name} +\d+\.\d+ +\d\.\d+M +\d+ s$", out, re.MULTILINE), out

@@ -6,7 +6,7 @@ import re
 import numpy as np
 import pytest
 import torch as th
-from tiny import ROOT, T, denoiser, make_teacher, randomise
+from tiny import ROOT, T, denoiser, make_teacher, make_vae, randomise
 
 from guided_diffusion.config.loading import load_experiment
 from guided_diffusion.config.settings import DistillationExperiment, flat
@@ -31,6 +31,7 @@ SMALL = [
     *("num_channels=32", "num_res_blocks=1", "channel_mult=1,2", "num_head_channels=32"),
     *("attention_resolutions=16", f"diffusion_steps={T}"),
 ]
+SMALL_DIT = ["num_layers=2", "num_attention_heads=2", "attention_head_dim=16", f"diffusion_steps={T}"]
 TRAINING = [f"batch_size={BATCH}", "microbatch=2", "log_interval=1"]
 RUN = ["run.iterations=1", "run.sample_interval=-1"]
 
@@ -40,12 +41,20 @@ def in_section(name, overrides):
 
 
 @pytest.fixture(scope="module")
+def vae(tmp_path_factory):
+    """The overrides by which a configuration of latents has a small random VAE."""
+    folder = tmp_path_factory.mktemp("vae")
+    make_vae(folder, "VQModel", factor=4)
+    return lambda path, where="": [f"{where}vae_path={folder}"] if image_size_of(path) == 256 else []
+
+
+@pytest.fixture(scope="module")
 def teachers(tmp_path_factory):
     """A random tiny teacher's file for a section of settings; the same for all of one image size."""
     folder = tmp_path_factory.mktemp("teachers")
 
     def teacher(settings):
-        path = folder / f"{settings.architecture.image_size}.pt"
+        path = folder / f"{settings.architecture.image_size}-{settings.process.learn_sigma}.pt"
         if not path.exists():
             make_teacher(settings, path)
         return path
@@ -59,7 +68,7 @@ def teachers(tmp_path_factory):
 def test_the_name_tells_the_students_size(path):
     student = load_experiment(path).student
     keys = tuple((flat(student.architecture) | flat(student.process)).items())
-    assert millions_of_parameters(keys) == int(re.search(r"-(\d+)M-", path.stem)[1])
+    assert millions_of_parameters(keys) == int(re.search(r"-(?:DiT)?(\d+)M-", path.stem)[1])
 
 
 @functools.cache
@@ -70,23 +79,25 @@ def millions_of_parameters(keys):
 
 
 @pytest.mark.parametrize("path", EXPERIMENTS + ON_MIXED_DATA, ids=lambda path: path.stem)
-def test_one_iteration(path, teachers, tmp_path):
+def test_one_iteration(path, teachers, vae, tmp_path):
     plain = load_experiment(path)
     th.manual_seed(0)
     distils = isinstance(plain, DistillationExperiment)
     if not distils:
-        loop = baseline(path, tmp_path)
+        loop = baseline(path, vae(path), tmp_path)
         terms = {"mse", "vb"}
     else:
-        loop = distillation(path, teachers, tmp_path)
+        loop = distillation(path, teachers, vae(path, "teacher."), tmp_path)
         stage1, stage2 = plain.distill.stage1_weight > 0, plain.distill.stage2_weight > 0
         terms = {"stage1_mse", "stage1_vb"}
         terms |= {"stage1_align"} if stage1 else set()
         terms |= {"stage2_mse", "stage2_vb"} if stage2 else set()
         assert (stage1, stage2) == stages_of(path.stem)
+    if not plain.student.process.learn_sigma:
+        terms = {name for name in terms if not name.endswith("vb")}
     size = plain.student.architecture.image_size
     assert loop.network.shape == (3, size, size)
-    assert size == image_size_of(path)
+    assert loop.space.image_size == image_size_of(path)
     randomise(loop.network)
     before = [parameter.detach().clone() for parameter in loop.parameters]
     levels = loop.source.pool.levels.clone() if distils else None
@@ -106,8 +117,9 @@ def test_one_iteration(path, teachers, tmp_path):
         assert th.equal(saved.levels, loop.source.pool.levels)
 
 
-def distillation(path, teachers, folder):
-    overrides = in_section("teacher", SMALL) + in_section("student", SMALL + TRAINING) + RUN
+def distillation(path, teachers, space, folder):
+    small = SMALL_DIT if "-DiT" in path.stem else SMALL
+    overrides = in_section("teacher", SMALL) + in_section("student", small + TRAINING) + RUN + space
     experiment = load_experiment(path, overrides)
     settings = experiment.teacher
     weights = teachers(settings)
@@ -125,9 +137,9 @@ def distillation(path, teachers, folder):
     )
 
 
-def baseline(path, folder):
-    experiment = load_experiment(path, SMALL + TRAINING + RUN)
-    size = experiment.student.architecture.image_size
+def baseline(path, space, folder):
+    experiment = load_experiment(path, SMALL + TRAINING + RUN + space)
+    size = build_space(experiment.student).image_size
     images = np.random.default_rng(0).integers(0, 256, (2 * BATCH, size, size, 3), dtype=np.uint8)
     np.savez(folder / "images.npz", images)
     return training_loop(
@@ -135,6 +147,7 @@ def baseline(path, folder):
         data_dir=str(folder / "images.npz"),
         batch_size=BATCH,
         num_workers=0,
+        cache=folder / "cache",
         log=RunLog(folder / "run"),
     )
 

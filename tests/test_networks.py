@@ -4,9 +4,10 @@ import pytest
 import torch as th
 from tiny import denoiser, network, randomise
 
+from guided_diffusion.config.adm_diffusers import group_count
 from guided_diffusion.errors import UserError
 from guided_diffusion.networks.noise_encoder import NoiseEncoder
-from guided_diffusion.nn import GroupNorm32, group_count, timestep_embedding
+from guided_diffusion.nn import GroupNorm32, timestep_embedding
 from guided_diffusion.script_util import build_network, create_model
 
 
@@ -106,8 +107,21 @@ def test_the_noise_encoder_has_16_patches_at_every_size(size):
     assert patches.shape == (1, 16, p * p * 8)
     assert th.equal(patches[0, 1, :8], h[0, :, 0, p])  # the second patch is to the right; channels innermost
     assert encoder(h).shape == (1, 24)
-    with pytest.raises(UserError, match="divisible by 4"):
-        NoiseEncoder((8, 18, 18), 24)
+
+
+@pytest.mark.parametrize(
+    "size, patch, count",
+    [((18, 18), 5, 16), ((7, 7), 2, 16), ((5, 5), 2, 9), ((2, 2), 1, 4), ((8, 6), 2, 12)],
+)
+def test_the_noise_encoder_covers_maps_of_any_size(size, patch, count):
+    """Every position reaches z."""
+    encoder = NoiseEncoder((3, *size), dim=24)
+    h = th.randn(2, 3, *size, requires_grad=True)
+    patches = encoder.to_patch_embedding[0](h)
+    assert patches.shape == (2, count, patch * patch * 3)
+    assert float(patches.detach().sum()) == pytest.approx(float(h.detach().sum()), abs=1e-3)
+    encoder(h).square().sum().backward()
+    assert h.grad.abs().amin() > 0
 
 
 @pytest.mark.slow

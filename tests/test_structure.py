@@ -92,7 +92,7 @@ def test_only_the_factory_and_the_networks_know_the_unet():
     [
         ("omegaconf", {"config/loading.py"}),
         ("mpi4py", {"processes/rendezvous.py"}),
-        ("diffusers", {"sampling/solvers.py"}),
+        ("diffusers", {"sampling/solvers.py", "io/diffusers_library.py"}),
         ("tensorboardX", {"logger.py"}),
         ("wandb", {"logger.py"}),
         ("blobfile", {"io/remote.py"}),

@@ -9,8 +9,10 @@ import torch as th
 import yaml
 
 from guided_diffusion.config.loading import load_experiment
-from guided_diffusion.config.settings import AdmArchitecture, Denoiser, Process
+from guided_diffusion.config.registry import ARCHITECTURES, settings_of
+from guided_diffusion.config.settings import Architecture, Denoiser, Process
 from guided_diffusion.distill.teacher import Teacher
+from guided_diffusion.io.diffusers_library import import_diffusers
 from guided_diffusion.script_util import build_network
 from guided_diffusion.spaces import PixelSpace
 
@@ -38,7 +40,8 @@ def network(image_size=16, channels=32, **more):
 def denoiser(**keys):
     """The settings of a network and its process, from flat keys."""
     process = {field: keys.pop(field) for field in vars(Process()) if field in keys}
-    return Denoiser(AdmArchitecture(**keys), Process(**process))
+    settings = settings_of(ARCHITECTURES, keys.get("architecture", "adm"), "architecture", Architecture)
+    return Denoiser(settings(**keys), Process(**process))
 
 
 def teacher_of(model, diffusion, shape=(3, 32, 32)):
@@ -83,6 +86,23 @@ def make_teacher(settings, path):
     model, _ = build_network(settings)
     randomise(model)
     th.save(model.state_dict(), path)
+
+
+def make_vae(folder, kind="AutoencoderKL", *, factor=2, channels=3, seed=0, **config):
+    """Save a small random VAE whose images are `factor` times as high and wide as its latents; return it."""
+    diffusers, levels = import_diffusers("the test"), factor.bit_length()
+    th.manual_seed(seed)
+    config = {"latent_channels": channels, "norm_num_groups": 4, "layers_per_block": 1} | config
+    vae = getattr(diffusers, kind)(
+        block_out_channels=[8] * levels,
+        down_block_types=["DownEncoderBlock2D"] * levels,
+        up_block_types=["UpDecoderBlock2D"] * levels,
+        **config,
+    )
+    if kind == "VQModel":
+        th.nn.init.normal_(vae.quantize.embedding.weight)
+    vae.save_pretrained(folder)
+    return vae.eval().requires_grad_(False)
 
 
 @th.no_grad()

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from ..errors import UserError
 from ..io.remote import is_url, local_path, normalised
+from .foreign import find_folder
 from .loading import load_distillation, load_experiment, project_root
 from .settings import SECTIONS, DistillationExperiment, Experiment, describe_keys
 
@@ -15,12 +16,15 @@ class _Parser(argparse.ArgumentParser):
         raise UserError(f"{message} (--help lists the options)")
 
 
-def make_parser(description: str, sections: Iterable[str]) -> argparse.ArgumentParser:
+def make_parser(
+    description: str, sections: Iterable[str], without_config: str = ""
+) -> argparse.ArgumentParser:
     """A parser with --config, key=value overrides, and the configuration's keys at the end of --help.
 
     Args:
         description: the script's purpose.
         sections: the configuration sections it reads.
+        without_config: what it goes by without --config; "" if it needs one.
     """
     lines = ["configuration keys (override any with section.key=value):"]
     for name in sections:
@@ -32,7 +36,12 @@ def make_parser(description: str, sections: Iterable[str]) -> argparse.ArgumentP
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    parser.add_argument("--config", type=Path, required=True, help="YAML configuration")
+    parser.add_argument(
+        "--config",
+        type=Path,
+        required=not without_config,
+        help=f"YAML configuration{without_config and f' (default: {without_config})'}",
+    )
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="override a configuration key")
     return parser
 
@@ -74,10 +83,10 @@ def positive(text: str) -> int:
 
 
 def input_file(name: str, config: Path, what: str) -> str:
-    """The file a key or flag names: from the working directory, or the configuration's project.
+    """The model a key or flag names: from the working directory, the configuration's project, or the Hub.
 
     Returns:
-        The path of an existing file, or a URL, which `dist_util.local_copy` fetches.
+        The path of an existing file or folder, or a URL, which `dist_util.local_copy` fetches.
 
     Raises:
         UserError: no name, no such file, or no URL that is known.
@@ -89,6 +98,8 @@ def input_file(name: str, config: Path, what: str) -> str:
     for path in (Path(name), output_path(name, config)):
         if path.is_file():
             return str(path)
+    if folder := find_folder(name, [project_root(config)]):
+        return str(folder)
     raise UserError(f"{what}: no such file: {name}")
 
 

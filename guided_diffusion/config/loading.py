@@ -27,6 +27,8 @@ from yaml import (  # type: ignore[attr-defined]
 from yaml import parse as parse_yaml  # type: ignore[attr-defined]
 
 from ..errors import UserError
+from ..io.model_folder import read_model_folder
+from .foreign import find_folder, folder_keys
 from .registry import ARCHITECTURES, OBJECTIVES, settings_of
 from .settings import (
     SECTIONS,
@@ -39,6 +41,7 @@ from .settings import (
     Student,
     Teacher,
     flat,
+    free_to_differ,
     keys_of,
 )
 
@@ -66,7 +69,19 @@ def load_experiment(path: str | os.PathLike, overrides: Sequence[str] = ()) -> E
         UserError: unreadable file, unknown key (with the nearest known one), wrong type or value.
     """
     path = Path(path)
-    tree = _read(_existing(path))
+    return _experiment(_read(_existing(path)), path, overrides)
+
+
+def experiment_of(keys: dict[str, Any], path: Path, overrides: Sequence[str] = ()) -> Experiment:
+    """`load_experiment` of a configuration whose keys lie in something else than a YAML file, at `path`.
+
+    Raises:
+        UserError: as there.
+    """
+    return _experiment(OmegaConf.create(keys), path, overrides)
+
+
+def _experiment(tree: DictConfig, path: Path, overrides: Sequence[str]) -> Experiment:
     for override in overrides:
         if "=" not in override or override.startswith("-"):
             raise UserError(f"'{override}' is no override: write key=value, such as student.lr=1e-3")
@@ -96,15 +111,15 @@ def load_experiment(path: str | os.PathLike, overrides: Sequence[str] = ()) -> E
 
     run = _build(Run, sections.get("run", {}), path, "run.")
     if not distilled:
-        student = _build(Student, sections["student"], path, "")
+        student = _build_found(Student, sections["student"], path, "")
         experiment = Experiment(name=path.stem, student=student, run=run)
     else:
         sections["teacher"].pop("clip_last", None)  # its x_0 is clipped at every step anyway
-        teacher = _build(Teacher, sections["teacher"], path, "teacher.")
+        teacher = _build_found(Teacher, sections["teacher"], path, "teacher.")
         experiment = DistillationExperiment(
             name=path.stem,
             teacher=teacher,
-            student=_build(Student, flat(teacher.process) | sections["student"], path, "student."),
+            student=_build_found(Student, _shared(teacher) | sections["student"], path, "student."),
             distill=_build(Distill, sections.get("distill", {}), path, "distill."),
             run=run,
         )
@@ -276,6 +291,46 @@ def _drop_settled(section: dict[str, Any], path: Path, where: str) -> None:
             raise UserError(f"{path}: {where}{name} can only be {str(value).lower()}: {why}")
 
 
+def _shared(teacher: Teacher) -> dict[str, Any]:
+    """What a student that says nothing of it has of its teacher: the process, and what the samples are."""
+    samples = {
+        name: getattr(teacher.architecture, name) for name in ("image_size", "class_cond", "num_classes")
+    }
+    return flat(teacher.process) | flat(teacher.space) | samples
+
+
+def _build_found(section: type[_T], given: dict[str, Any], path: Path, where: str) -> _T:
+    """`_build` a section out of what its model says of itself, if it is a folder, and what is configured.
+
+    Raises:
+        UserError: as there, or the two contradict each other.
+    """
+    model = str(given.get("model_path") or "")
+    if (folder := find_folder(model, [project_root(path)])) is None:
+        return _build(section, given, path, where)
+    found = folder_keys(read_model_folder(folder), given)
+    built: Any = _build(section, found | given, path, where)
+    ours, theirs = flat(built), flat(_build(section, given | found, path, where))
+    for name in found:
+        if ours[name] != theirs[name] and not free_to_differ(name, built.architecture):
+            raise UserError(
+                f"{path}: {where}{name} is {ours[name]!r}, but {model} says {theirs[name]!r}: leave it out"
+            )
+    return built
+
+
+def _with_space(values: dict[str, Any], path: Path) -> dict[str, Any]:
+    """A section's keys with its VAE's folder found: from the working directory, or the project's.
+
+    In a VAE's latents nothing is clipped unless the keys say so.
+    """
+    if not (name := values.get("vae_path")):
+        return values
+    folders = [Path(str(name)), project_root(path) / str(name)]
+    found = next((str(folder.resolve()) for folder in folders if folder.is_dir()), name)
+    return {"clip_denoised": False} | values | {"vae_path": found}
+
+
 def _find_include(name: str, path: Path) -> Path:
     # celeba's diffusion file is spelt `diffsion.yaml` in the wild; either spelling finds the other.
     for spelling in (name, name.replace("diffsion", "diffusion"), name.replace("diffusion", "diffsion")):
@@ -302,6 +357,7 @@ def _build(section: type[_T], values: dict[str, Any], path: Path, where: str) ->
     if issubclass(section, Denoiser):
         name = str(values.get("architecture", Architecture.architecture))
         given = section(architecture=settings_of(ARCHITECTURES, name, f"{where}architecture", Architecture)())
+        values = _with_space(values, path)
     elif issubclass(section, Distill):
         name = str(values.get("objective", Distill.objective))
         section = given = settings_of(OBJECTIVES, name, f"{where}objective", Distill)

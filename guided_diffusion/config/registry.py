@@ -9,10 +9,15 @@ from collections.abc import Mapping
 from typing import Any
 
 from ..errors import UserError
-from .settings import BUILT_IN
+from .architectures import DiTArchitecture, UNet2DArchitecture
+from .settings import AdmArchitecture, Distill
 
 # Subclasses of networks.base.DenoisingNetwork.
-ARCHITECTURES = {"adm": "guided_diffusion.unet:UNetModel"}
+ARCHITECTURES = {
+    "adm": "guided_diffusion.unet:UNetModel",
+    "diffusers_unet2d": "guided_diffusion.networks.diffusers_unet2d:DiffusersUNet2D",
+    "dit": "guided_diffusion.networks.dit:DiT",
+}
 # Subclasses of training.objective.Objective with a `Settings`, built by `from_settings`.
 OBJECTIVES = {"tccd": "guided_diffusion.distill.objectives:Distillation"}
 # Instances of sampling.samplers.Sampler.
@@ -21,6 +26,14 @@ SAMPLERS = {
     "ddim": "guided_diffusion.sampling.samplers:DDIM",
     "dpmpp_2m": "guided_diffusion.sampling.solvers:DPMPP_2M",
     "unipc": "guided_diffusion.sampling.solvers:UNIPC",
+}
+
+# The configuration keys of those of the former two, known without importing torch.
+_SETTINGS: dict[str, type] = {
+    "adm": AdmArchitecture,
+    "diffusers_unet2d": UNet2DArchitecture,
+    "dit": DiTArchitecture,
+    "tccd": Distill,
 }
 
 
@@ -63,8 +76,8 @@ def settings_of(table: Mapping[str, str], name: str, where: str, base: type) -> 
     Raises:
         UserError: as `look_up`, or it has no such `Settings`.
     """
-    if name in BUILT_IN:  # without importing torch
-        return BUILT_IN[name]
+    if name in _SETTINGS:
+        return _SETTINGS[name]
     settings = getattr(look_up(table, name, where), "Settings", None)
     if not (isinstance(settings, type) and issubclass(settings, base)):
         raise UserError(f"{where}: '{name}' has no Settings that are config.settings.{base.__name__}'s")

@@ -1,9 +1,9 @@
 """Every configuration key: its name, type, default, meaning, and the values it may take.
 
-A section of a configuration is flat; inside it is made of parts. A teacher is an architecture, a process and
-how its pool is made; a student is an architecture, a process and how it is trained. Names and defaults of
+A section of a configuration is flat; inside it is made of parts. A teacher is an architecture, a process, a
+space and how its pool is made; a student is the first three and how it is trained. Names and defaults of
 `Architecture`, `Process`, `Teacher` and `Training` are those of the configurations that users of
-guided-diffusion, DKDM and TCCD already have; what this project adds lies in `Distill` and `Run`.
+guided-diffusion, DKDM and TCCD already have; what this project adds lies in `Space`, `Distill` and `Run`.
 Nothing here imports torch, so that a mistyped key is answered at once.
 """
 
@@ -37,15 +37,17 @@ def _require(condition: bool, message: str) -> None:
 
 
 def _require_one_of(value: str, choices: tuple[str, ...], where: str) -> None:
-    _require(value in choices, f"{where} must be {', '.join(choices[:-1])} or {choices[-1]}, not '{value}'")
+    _require(
+        value in choices, f"{where} must be {', '.join(choices[:-1])} or {choices[-1]}, not '{value:.60}'"
+    )
 
 
 @dataclass
 class Architecture:
     """What every network has."""
 
-    architecture: str = key("adm", "adm, or package.module:Class of your own")
-    image_size: int = key(64, "height and width of the images")
+    architecture: str = key("adm", "adm, diffusers_unet2d, dit, or package.module:Class of your own")
+    image_size: int = key(64, "height and width of the images, or of the latents with vae_path")
     class_cond: bool = key(False, "condition on class labels")
     num_classes: int = key(1000, "number of classes, if class_cond")
     use_fp16: bool = key(False, "16-bit arithmetic, as run.precision says")
@@ -101,7 +103,7 @@ class Process:
     predict_xstart: bool = key(False, "ADM's name for prediction_type: sample")
     learn_sigma: bool = key(False, "learned variance: the network has twice the output channels")
     sigma_small: bool = key(False, "if not learn_sigma: the posterior's variance instead of beta")
-    clip_denoised: bool = key(True, "clip the predicted x_0 to the sample space's bounds while sampling")
+    clip_denoised: bool = key(True, "clip the predicted x_0 to [-1, 1]; with vae_path false unless given")
     timestep_respacing: str = key("", "steps to keep: '50', 'ddim50', 'trailing50', '10,15,20' ('': all)")
     rescale_timesteps: bool = key(False, "feed the network timesteps scaled to 0..1000")
     use_kl: bool = key(False, "train the variational bound alone")
@@ -138,16 +140,34 @@ class Process:
 
 
 @dataclass
+class Space:
+    """What the samples are: pixels, or the latents of a VAE."""
+
+    vae_path: str = key("", "folder of a diffusers VQModel or AutoencoderKL, whose latents x is ('': pixels)")
+    vae_scale: float = key(0.0, "x is so many times the VAE's latents (0: scaling_factor of its config.json)")
+
+    def check(self, where: str) -> None:
+        """Raise `UserError` for values that cannot be right."""
+        _require(self.vae_scale >= 0, f"{where}vae_scale must not be negative, but is {self.vae_scale}")
+        _require(
+            not self.vae_scale or bool(self.vae_path),
+            f"{where}vae_scale: does nothing without {where}vae_path",
+        )
+
+
+@dataclass
 class Denoiser:
-    """A network and the process it denoises."""
+    """A network, the process it denoises, and the space of its samples."""
 
     architecture: Architecture = dataclasses.field(default_factory=AdmArchitecture)
     process: Process = dataclasses.field(default_factory=Process)
+    space: Space = dataclasses.field(default_factory=Space)
 
     def check(self, where: str) -> None:
         """Raise `UserError` for values that cannot be right."""
         self.architecture.check(where)
         self.process.check(where)
+        self.space.check(where)
 
 
 @dataclass
@@ -158,7 +178,7 @@ class Teacher(Denoiser):
     BATCH: float = key(0.4, "rho: the pool holds round(rho T) batches")
     input_perturb: float = key(0.0, "gamma: noise added to the student's x_t, in units of its own")
     batch_size: int = key(128, "rows per teacher call and rank while preparing the pool")
-    model_path: str = key("", "the teacher's checkpoint")
+    model_path: str = key("", "the teacher's checkpoint, a diffusers folder, or owner/name on the Hub")
     iter_choice: str = key(
         "dynamic_iterative_distillation",
         "dynamic_iterative_distillation, shuffled_iterative_distillation or iterative_distillation",
@@ -202,7 +222,7 @@ class Training:
     ema_rate: str = key("0.9999", "decay of the averaged weights; several: '0.99,0.9999'")
     resume_checkpoint: str = key("", "run directory or modelNNNNNN.pt to continue from")
     fp16_scale_growth: float = key(1e-3, "growth of log2(loss scale) per iteration in float16")
-    model_path: str = key("", "initial weights ('': random)")
+    model_path: str = key("", "initial weights: a checkpoint or a diffusers folder ('': random)")
     log_interval: int = key(100, "iterations between log lines")
     save_interval: int = key(10000, "iterations between checkpoints")
     cache_save_interval: int = key(
@@ -328,6 +348,7 @@ class Run:
     ema_warmup: bool = key(False, "average with min(rate, (1 + step) / (10 + step))")
     keep_last: int = key(0, "keep only so many of the newest checkpoints (0: all)")
     keep_every: int = key(0, "keep checkpoints at multiples of this besides (0: none)")
+    weights_format: str = key("pt", "files of the networks: pt, safetensors (for other programs too) or both")
     sample_interval: int = key(0, "iterations between grids of samples (0: with every checkpoint; -1: never)")
     num_samples: int = key(16, "samples in such a grid")
     sample_respacing: str = key("50", "timestep_respacing of such a grid")
@@ -337,6 +358,7 @@ class Run:
         for name in ("iterations", "warmup_steps", "seed", "grad_clip", "keep_last", "keep_every"):
             _require(getattr(self, name) >= 0, f"{where}{name} must not be negative")
         _require_one_of(self.precision, ("auto", "fp32", "bf16", "fp16"), f"{where}precision")
+        _require_one_of(self.weights_format, ("pt", "safetensors", "both"), f"{where}weights_format")
         _require(self.max_bad_steps > 0, f"{where}max_bad_steps must be positive, not {self.max_bad_steps}")
         _require(self.sample_interval >= -1, f"{where}sample_interval must be -1 or more")
         _require(self.num_samples > 0, f"{where}num_samples must be positive")
@@ -401,8 +423,8 @@ SHARED_KEYS = (
     *("image_size", "class_cond", "num_classes"),
     *("diffusion_steps", "noise_schedule", "beta_start", "beta_end"),
     *("timestep_respacing", "rescale_timesteps"),
+    *("vae_path", "vae_scale"),
 )
-BUILT_IN: dict[str, type] = {"adm": AdmArchitecture, "tccd": Distill}  # keys of what config.registry names
 SECTIONS: dict[str, type] = {"teacher": Teacher, "student": Student, "distill": Distill, "run": Run}
 
 

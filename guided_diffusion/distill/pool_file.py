@@ -7,19 +7,18 @@ class labels. The header records what the pool belongs to, so that a wrong one i
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch as th
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from ..errors import UserError
 from ..io.files import atomic_path
 from ..io.safe_pickle import load_arrays
+from ..io.safetensors_file import open_safetensors
 from .dynamic_batch import DynamicBatch
 
 _SUFFIX_OF_PART = ".part"
@@ -111,7 +110,7 @@ def read_pool_header(path: str | os.PathLike) -> dict[str, Any]:
     path = Path(path)
     if _is_pickle(path):
         return {}
-    with _readable(path), safe_open(path, framework="pt") as file:
+    with open_safetensors(path, "pool") as file:
         return _belongs_to(file)
 
 
@@ -141,16 +140,6 @@ def _is_pickle(path: Path) -> bool:
     return start[:1] == b"\x80" and start[8:] != b"{"
 
 
-@contextmanager
-def _readable(path: Path) -> Iterator[None]:
-    """Tell what safetensors raises on a damaged file in one line."""
-    try:
-        yield
-    except (SafetensorError, ValueError, OSError, RecursionError, TypeError, LookupError) as error:
-        told = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise UserError(f"{path}: not a readable pool ({told})") from None
-
-
 def _belongs_to(file: Any) -> dict[str, Any]:
     belongs_to = json.loads((file.metadata() or {}).get("pool", "{}"))
     if not isinstance(belongs_to, dict):
@@ -159,7 +148,7 @@ def _belongs_to(file: Any) -> dict[str, Any]:
 
 
 def _read_safetensors(path: Path) -> tuple[dict[str, th.Tensor], dict[str, Any]]:
-    with _readable(path), safe_open(path, framework="pt") as file:
+    with open_safetensors(path, "pool") as file:
         missing = {"total_t", "total_x_t_1"} - set(file.keys())
         if missing:
             raise UserError(f"{path}: is no pool, it has no {', '.join(sorted(missing))}")

@@ -161,7 +161,11 @@ class DataUnpickler(pickle._Unpickler):
 
     def load(self) -> Any:
         """What the pickle holds: shared or circular it may be, but not unfinished."""
-        values, seen = [super().load()], set()
+        return self.checked(super().load())
+
+    def checked(self, content: Any) -> Any:
+        """`content`, all of which is plain."""
+        values, seen = [content], set()
         for value in values:
             if not isinstance(value, (list, tuple, dict, *self.plain)):
                 raise UnpicklingError("it holds something else than plain data and arrays")

@@ -8,7 +8,9 @@ crafted file makes it read beyond a storage's end or fill the memory, and it che
 import io
 import math
 import os
+import pickle
 import zipfile
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from pickle import UnpicklingError
@@ -48,7 +50,8 @@ def read_torch_file(path: str | os.PathLike) -> Any:
 
     Returns:
         What was saved, out of dict, list, tuple, str, int, float, bool, None and dense tensors. An
-        OrderedDict comes back as `StateDict`, a parameter as tensor; expanded tensors are refused.
+        OrderedDict comes back as `StateDict`, a parameter as tensor; expanded tensors are refused. Of a
+        `.ckpt`, as PyTorch Lightning saves it, the `state_dict` alone: what else it holds is not looked at.
 
     Raises:
         UserError: missing, damaged (every byte read is covered by a checksum), holding anything but
@@ -58,7 +61,8 @@ def read_torch_file(path: str | os.PathLike) -> Any:
     if not path.is_file():
         raise UserError(f"no such checkpoint: {path}")
     with telling(path, "damaged, or not a file of torch.save's"), zipfile.ZipFile(path) as archive:
-        return _TensorUnpickler(archive, path.stat().st_size).load()
+        kind = _LightningUnpickler if path.suffix == ".ckpt" else _TensorUnpickler
+        return kind(archive, path.stat().st_size).load()
 
 
 @dataclass(frozen=True, eq=False)
@@ -137,6 +141,81 @@ class _TensorUnpickler(DataUnpickler):
             return super().build(value, state)
         value.metadata = state.get("_metadata")
         return value
+
+
+class _Ignored:
+    """Whatever a Lightning checkpoint holds beside tensors: a class, an object of it, a function's result.
+
+    It stands in the place of each, has nothing of any, and takes no notice of what is done with it.
+    """
+
+    def append(self, item: Any) -> None:
+        """As of a list."""
+
+    def extend(self, items: Any) -> None:
+        """As of a list."""
+
+
+class _LightningUnpickler(_TensorUnpickler):
+    """Reads the `state_dict` of a file that also holds callbacks, loop states and hyper-parameters.
+
+    Names that tensors have no need of become `_Ignored`, and so does what is made with them. None may be left
+    inside the state_dict.
+    """
+
+    def load(self) -> Any:
+        """The state_dict."""
+        content = pickle._Unpickler.load(self)
+        if not isinstance(content, dict) or not isinstance(content.get("state_dict"), dict):
+            raise UnpicklingError("it is no checkpoint of Lightning's: it has no state_dict")
+        return self.checked(content["state_dict"])
+
+    def find_class(self, module: str, name: str) -> Any:
+        """Look nothing up."""
+        return super().find_class(module, name) if f"{module}.{name}" in self.names else _Ignored()
+
+    def call(self, function: Any, arguments: Any) -> Any:
+        """What tensors are made by; nothing else is called."""
+        match function, arguments:
+            case _Ignored(), _:
+                return function
+        return super().call(function, arguments)
+
+    def build(self, value: Any, state: Any) -> Any:
+        """`value` with its attributes, if it has any."""
+        return value if isinstance(value, _Ignored) else super().build(value, state)
+
+    def _update(self, items: list[Any]) -> None:
+        if isinstance(self.stack[-1], _Ignored):
+            return
+        known = [
+            part
+            for pair in zip(items[::2], items[1::2], strict=True)
+            if type(pair[0]) in self.keys
+            for part in pair
+        ]
+        super()._update(known)
+
+    def _new(self) -> None:
+        function, arguments = self.stack.pop(-2), self.stack.pop()
+        self.stack.append(self.call(function, arguments))
+
+    def _new_with_names(self) -> None:
+        self.stack.pop()
+        self._new()
+
+    def _set(self) -> None:
+        self.pop_mark()
+        self.stack.append(_Ignored())
+
+    dispatch: ClassVar[dict[int, Callable[[Any], None]]] = {
+        **DataUnpickler.dispatch,
+        pickle.NEWOBJ[0]: _new,
+        pickle.NEWOBJ_EX[0]: _new_with_names,
+        pickle.EMPTY_SET[0]: lambda self: self.stack.append(_Ignored()),
+        pickle.ADDITEMS[0]: lambda self: self.pop_mark(),
+        pickle.FROZENSET[0]: _set,
+    }
 
 
 def _view(values: th.Tensor, offset: Any, size: tuple[Any, ...], stride: tuple[Any, ...]) -> th.Tensor:

@@ -1,6 +1,7 @@
 """The contract of a denoising network: what the process, the method and the training loop may ask of it."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -24,6 +25,21 @@ class Evaluation:
     output: th.Tensor
     features: th.Tensor
     emb: th.Tensor
+
+
+@dataclass(frozen=True)
+class ForDiffusers:
+    """A network as a model of diffusers'.
+
+    Attributes:
+        class_name: of the model, such as "UNet2DModel".
+        config: its arguments.
+        state: its weights.
+    """
+
+    class_name: str
+    config: dict[str, Any]
+    state: dict[str, th.Tensor]
 
 
 class DenoisingNetwork(nn.Module, ABC):
@@ -109,6 +125,18 @@ class DenoisingNetwork(nn.Module, ABC):
             channels_last: prefer maps whose channels lie next to each other in float32 too.
         """
         self.compute_dtype = dtype
+
+    def from_diffusers(self, state: Mapping[str, th.Tensor]) -> Mapping[str, th.Tensor]:
+        """The weights of a diffusers folder under this network's own names; the same where they are those."""
+        return state
+
+    def for_diffusers(self) -> ForDiffusers:
+        """The model of diffusers' that computes exactly what this network does, to be exported.
+
+        Raises:
+            ValueError: there is none, and why.
+        """
+        raise ValueError(f"{type(self).__name__} says no model of diffusers' that it is")
 
     def compile_blocks(self, backend: str = "inductor") -> None:
         """Have torch.compile fuse what lies between the heavy operations of each block, at its first call.

@@ -1,6 +1,6 @@
 """The noise encoder of TCCD's stage 1: a small ViT over the U-Net's last feature map.
 
-"An Image is Worth 16x16 Words" (Dosovitskiy et al., 2021) with 16 patches at every image size, four
+"An Image is Worth 16x16 Words" (Dosovitskiy et al., 2021) with 16 patches at every size that 4 divides, four
 pre-norm blocks and the class token as output. It is a head of the student during training only, kept
 outside the U-Net, so that checkpoints stay plain ADM and sampling never sees it. Parameter names are
 those that the published TCCD checkpoints carry under `out_embed.`.
@@ -9,8 +9,6 @@ those that the published TCCD checkpoints carry under `out_embed.`.
 import torch as th
 from torch import nn
 from torch.nn import functional as F
-
-from ..errors import UserError
 
 PATCHES_PER_SIDE = 4
 DEPTH = 4
@@ -27,9 +25,10 @@ class PatchFlatten(nn.Module):
         self.patch = patch
 
     def forward(self, h: th.Tensor) -> th.Tensor:
-        """[B, C, H, W] -> [B, (H / patch) (W / patch), patch patch C]."""
+        """[B, C, H, W] -> [B, ceil(H / patch) ceil(W / patch), patch patch C]; zeros beyond the edges."""
         batch, channels, height, width = h.shape
-        rows, columns = height // self.patch, width // self.patch
+        rows, columns = -(-height // self.patch), -(-width // self.patch)
+        h = F.pad(h, (0, columns * self.patch - width, 0, rows * self.patch - height))
         h = h.reshape(batch, channels, rows, self.patch, columns, self.patch)
         return h.permute(0, 2, 4, 3, 5, 1).reshape(batch, rows * columns, -1)
 
@@ -102,34 +101,31 @@ class NoiseEncoder(nn.Module):
     """Noise representation z of the feature map h that the student's noise prediction is read from.
 
     Args:
-        feature_shape: (C, H, W) of the feature map, H = W a multiple of 4. The patch is H/4, so there are
-            always 16 patches; at 32x32 this is the published 8x8.
+        feature_shape: (C, H, W) of the feature map, or of the map that a transformer's tokens make. A patch
+        is
+            a square of side ceil(max(H, W) / 4); there are as many as cover the map, which is padded with
+            zeros on the right and below where they do not divide it. So a square map whose side 4 divides
+            has 16 patches (at 32x32 the published 8x8), a map smaller than 4x4 one for each position, and
+            one of 7x7 16 of 2x2.
         dim: size D of the timestep embedding that z is aligned with.
-
-    Raises:
-        UserError: a feature map that cannot be cut so.
     """
 
     def __init__(self, feature_shape: tuple[int, int, int], dim: int):
         super().__init__()
         channels, height, width = feature_shape
-        if height % PATCHES_PER_SIDE or height != width:
-            raise UserError(
-                f"stage 1 cuts the feature map into 4x4 patches: its size {height}x{width} must be square "
-                "and divisible by 4; distill.stage1_weight=0 does without"
-            )
-        patch = height // PATCHES_PER_SIDE
+        patch = -(-max(height, width) // PATCHES_PER_SIDE)
+        count = -(-height // patch) * -(-width // patch)
         self.to_patch_embedding = nn.Sequential(PatchFlatten(patch), nn.Linear(patch * patch * channels, dim))
-        self.pos_embedding = nn.Parameter(th.randn(1, PATCHES_PER_SIDE**2 + 1, dim))
+        self.pos_embedding = nn.Parameter(th.randn(1, count + 1, dim))
         self.cls_token = nn.Parameter(th.randn(1, 1, dim))
         self.transformer = Transformer(dim)
 
     def forward(self, h: th.Tensor) -> th.Tensor:
         """float32 [B, C, H, W] -> float32 [B, D]."""
         # fmt: off
-        patches = self.to_patch_embedding(h)                     # (B, 16, D)
+        patches = self.to_patch_embedding(h)                     # (B, N, D)
         token = self.cls_token.expand(len(h), -1, -1)            # (B, 1, D)
-        tokens = th.cat([token, patches], dim=1)                 # (B, 17, D)
-        tokens = self.transformer(tokens + self.pos_embedding)   # (B, 17, D)
+        tokens = th.cat([token, patches], dim=1)                 # (B, N+1, D)
+        tokens = self.transformer(tokens + self.pos_embedding)   # (B, N+1, D)
         return tokens[:, 0]                                      # (B, D)
         # fmt: on

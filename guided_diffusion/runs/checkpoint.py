@@ -1,9 +1,10 @@
 """Checkpoints: reading networks strictly, and sets of files that are complete or do not count.
 
-A run's checkpoint at step N is `modelNNNNNN.pt`, `ema_RATE_NNNNNN.pt` (plain ADM state dicts),
-`optNNNNNN.pt`, `headNNNNNN.pt` (what the objective trains beside the network) and, in distillation,
-`teacher-state-NNNNNN.cache` (the pool). `checkpointNNNNNN.json` is written last, with every file's size
-and checksum: a set without it, or that differs from it, is no checkpoint.
+A run's checkpoint at step N is `modelNNNNNN.pt`, `ema_RATE_NNNNNN.pt` (plain ADM state dicts; with
+`run.weights_format` `.safetensors` instead or beside), `optNNNNNN.pt`, `headNNNNNN.pt` (what the objective
+trains beside the network) and, in distillation, `teacher-state-NNNNNN.cache` (the pool).
+`checkpointNNNNNN.json` is written last, with every file's size and checksum: a set without it, or that
+differs from it, is no checkpoint.
 """
 
 import json
@@ -17,39 +18,75 @@ from pathlib import Path
 from typing import Any
 
 import torch as th
+from safetensors.torch import save_file
 from torch import nn
 
-from ..config.settings import Denoiser, Run, Training, free_to_differ
+from .. import dist_util
+from ..config.foreign import folder_keys
+from ..config.settings import Denoiser, Run, Training, flat, free_to_differ
 from ..errors import UserError
 from ..io.files import atomic_path, sha256_of
+from ..io.model_folder import read_model_folder
+from ..io.safetensors_file import read_metadata, read_safetensors
 from ..io.torch_file import read_torch_file
+from ..networks.base import DenoisingNetwork
+from ..script_util import build_space
 
+_LDM_PREFIX = "model.diffusion_model."
 HEAD_PREFIX = "out_embed."  # of the noise encoder inside the original TCCD's checkpoints
 _DESCRIPTION = "guided_diffusion"  # in a state dict's metadata, which other programs pass over
 _MANIFEST = re.compile(r"checkpoint(\d{6,})\.json", re.ASCII)
 _OF_A_SET = re.compile(
-    r"(?:model|ema_[^/]*_|opt|head|teacher-state-)(\d{6}|[1-9]\d{6,})\.(?:pt|cache)", re.ASCII
+    r"(?:model|ema_[^/]*_|opt|head|teacher-state-)(\d{6}|[1-9]\d{6,})\.(?:pt|safetensors|cache)", re.ASCII
 )
+# What attention was called in a UNet2DModel before diffusers 0.15.
+_OLD_ATTENTION = re.compile(r"(.*attentions\.\d+\.)(query|key|value|proj_attn)\.")
+_OLD_NAMES = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 MANIFEST_BYTES = 1 << 20  # a larger file is none
 logger = logging.getLogger(__name__)
 
 
 def load_state_dict(path: str | os.PathLike) -> dict[str, th.Tensor]:
-    """Read a state dict: a mapping of names to tensors.
+    """Read a state dict, a mapping of names to tensors: `.safetensors`, `.pt`, or Lightning's `.ckpt`.
+
+    Of a latent diffusion model's (CompVis) it is the denoising network's entries, under ADM's names.
 
     Raises:
         UserError: as `read_torch_file`, or if it is no state dict.
     """
-    state = read_torch_file(path)
+    is_safetensors = Path(path).suffix == ".safetensors"
+    state = read_safetensors(path) if is_safetensors else read_torch_file(path)
     if not isinstance(state, Mapping) or not all(
         isinstance(k, str) and isinstance(v, th.Tensor) for k, v in state.items()
     ):
         raise UserError(f"{path}: holds no state dict (a mapping of names to tensors)")
-    return dict(state)
+    return _denoising_network(state, path)
+
+
+def _denoising_network(state: Mapping[str, th.Tensor], path: str | os.PathLike) -> dict[str, th.Tensor]:
+    """`state` itself, or of a latent diffusion model's the U-Net: its averaged weights if there are any.
+
+    LDM has the U-Net as `model.diffusion_model.NAME`; its averaged weights as `model_ema.` and the name from
+    `diffusion_model.` on without its dots; and the VAE as `first_stage_model.NAME`, which is passed over.
+
+    Raises:
+        UserError: only some of the weights are averaged.
+    """
+    network = {k.removeprefix(_LDM_PREFIX): k for k in state if k.startswith(_LDM_PREFIX)}
+    if not network:
+        return dict(state)
+    averaged = {name: f"model_ema.{key[6:].replace('.', '')}" for name, key in network.items()}
+    there = [key in state for key in averaged.values()]
+    if any(there) and not all(there):
+        raise UserError(f"{path}: of its {len(there)} weights {sum(there)} are averaged, the others not")
+    if dist_util.rank() == 0:
+        kind = "averaged weights (model_ema)" if all(there) else "weights (it has no averaged ones)"
+        print(f"{path}: a latent diffusion model; its U-Net's {kind} are taken", flush=True)
+    return {name: state[key] for name, key in (averaged if all(there) else network).items()}
 
 
 def read_description(path: str | os.PathLike) -> dict[str, Any]:
-    """What a checkpoint of ours says of itself; {} for one of others.
+    """What a checkpoint of ours says of itself; {} for one of others, and for a folder.
 
     Returns:
         "architecture" and "process" (their configuration keys), "space", "config" (its name), "step",
@@ -58,13 +95,15 @@ def read_description(path: str | os.PathLike) -> dict[str, Any]:
     Raises:
         UserError: as `read_torch_file`, or what it says of itself is damaged.
     """
-    return _description(read_torch_file(path), path)
-
-
-def _description(state: Any, path: str | os.PathLike) -> dict[str, Any]:
-    metadata = getattr(state, "metadata", None) or {}
+    if Path(path).is_dir() or Path(path).suffix == ".ckpt":  # diffusers', Lightning's
+        return {}
     try:
-        description = json.loads(metadata.get(_DESCRIPTION, {}).get("json", "{}"))
+        if Path(path).suffix == ".safetensors":
+            text = read_metadata(path).get(_DESCRIPTION, "{}")
+        else:
+            metadata = getattr(read_torch_file(path), "metadata", None) or {}
+            text = metadata.get(_DESCRIPTION, {}).get("json", "{}")
+        description = json.loads(text)
         if not isinstance(description, dict):
             raise ValueError("it is no mapping")
     except (ValueError, AttributeError, TypeError, RecursionError) as error:
@@ -85,18 +124,19 @@ def require_agreement(denoiser: Denoiser, path: str | os.PathLike, where: str = 
     """Refuse a configuration that contradicts what a checkpoint of ours says of itself.
 
     Args:
-        denoiser: the configured architecture and process.
+        denoiser: the configured architecture, process and space.
         path: the checkpoint.
         where: the configuration's section in messages, such as "teacher.".
 
     Raises:
         UserError: a key on which the two differ, with both values.
     """
-    description = read_description(path)
+    description = _told_by_folder(denoiser, path) if Path(path).is_dir() else read_description(path)
+    for part in ("architecture", "process", "space"):
+        if not isinstance(description.get(part, {}), dict):
+            raise UserError(f"{path}: what it says of itself is damaged ({part} is no mapping)")
     for part in ("architecture", "process"):
         told, configured = description.get(part, {}), getattr(denoiser, part)
-        if not isinstance(told, dict):
-            raise UserError(f"{path}: what it says of itself is damaged ({part} is no mapping)")
         for name, value in told.items():
             ours = getattr(configured, name, value)
             if ours != value and not free_to_differ(name, configured):
@@ -104,14 +144,31 @@ def require_agreement(denoiser: Denoiser, path: str | os.PathLike, where: str = 
                     f"{path}: was trained with {name} {value!r}, but {where}{name} is {ours!r}; "
                     f"{where}{name}={value} goes with it"
                 )
+    if told := description.get("space"):
+        ours = build_space(denoiser).describe()
+        for name, value in told.items():
+            if ours.get(name) != value:
+                raise UserError(
+                    f"{path}: was trained on {told.get('kind')} with {name} {value!r}, but here it is "
+                    f"{ours.get(name)!r}; {where}vae_path and {where}vae_scale say what they are"
+                )
 
 
-def load_network(module: nn.Module, path: str | os.PathLike) -> dict[str, th.Tensor]:
-    """Load a network's checkpoint strictly, fp16 or fp32, of ADM's, DKDM's, TCCD's or our making.
+def _told_by_folder(denoiser: Denoiser, path: str | os.PathLike) -> dict[str, Any]:
+    """What a diffusers folder says, as `read_description` has it."""
+    told = folder_keys(read_model_folder(Path(path)), flat(denoiser))
+    return {
+        part: {name: told[name] for name in vars(getattr(denoiser, part)) if name in told}
+        for part in ("architecture", "process")
+    }
+
+
+def load_network(module: DenoisingNetwork, path: str | os.PathLike) -> dict[str, th.Tensor]:
+    """Load a network's checkpoint strictly, fp16 or fp32, of ADM's, DKDM's, TCCD's, diffusers' or our making.
 
     Args:
         module: receives the weights, in its own dtype.
-        path: the checkpoint.
+        path: the checkpoint, or a diffusers folder.
 
     Returns:
         The noise encoder's entries that the original TCCD stores along (prefix `out_embed.` removed);
@@ -120,11 +177,26 @@ def load_network(module: nn.Module, path: str | os.PathLike) -> dict[str, th.Ten
     Raises:
         UserError: entries missing, unexpected or of another shape: a few of each, and how many.
     """
+    if Path(path).is_dir():
+        load_strictly(module, module.from_diffusers(load_model_folder(path)), path)
+        return {}
     state = load_state_dict(path)
     head = {k.removeprefix(HEAD_PREFIX): v for k, v in state.items() if k.startswith(HEAD_PREFIX)}
     body = {k: v for k, v in state.items() if not k.startswith(HEAD_PREFIX)}
     load_strictly(module, body, path)
     return head
+
+
+def load_model_folder(path: str | os.PathLike) -> dict[str, th.Tensor]:
+    """The weights of a diffusers folder, under the names of today's diffusers.
+
+    Raises:
+        UserError: as `read_model_folder`, or damaged weights.
+    """
+    state: dict[str, th.Tensor] = {}
+    for file in read_model_folder(Path(path)).weights:
+        state |= read_safetensors(file, "model")
+    return {_OLD_ATTENTION.sub(lambda m: f"{m[1]}{_OLD_NAMES[m[2]]}.", name): v for name, v in state.items()}
 
 
 def load_strictly(module: nn.Module, state: Mapping[str, th.Tensor], origin: Any) -> None:
@@ -161,18 +233,34 @@ class Checkpoint:
 
     def path(self, name: str) -> Path:
         """The file called `name`, such as "model" or "ema_0.9999"."""
-        return self.directory / file_name(name, self.step)
+        return self.directory / self._file(name)
 
     def has(self, name: str) -> bool:
         """Whether the set holds it."""
-        return file_name(name, self.step) in self.files
+        return self._file(name) in self.files
+
+    def _file(self, name: str) -> str:
+        names = [file_name(name, self.step), file_name(name, self.step, ".safetensors")]
+        return next((file for file in names if file in self.files), names[0])
 
 
-def file_name(name: str, step: int) -> str:
+def file_name(name: str, step: int, suffix: str = ".pt") -> str:
     """`modelNNNNNN.pt`, `ema_RATE_NNNNNN.pt`, ..., `teacher-state-NNNNNN.cache`."""
     if name == "pool":
         return f"teacher-state-{step:06d}.cache"
-    return f"{name}{'_' if name.startswith('ema') else ''}{step:06d}.pt"
+    return f"{name}{'_' if name.startswith('ema') else ''}{step:06d}{suffix}"
+
+
+def file_names(name: str, step: int, weights_format: str) -> list[str]:
+    """The files that hold `name`: of a network one or two, as `run.weights_format` says."""
+    if not _is_network(name) or weights_format == "pt":
+        return [file_name(name, step)]
+    suffixes = [".safetensors"] if weights_format == "safetensors" else [".pt", ".safetensors"]
+    return [file_name(name, step, suffix) for suffix in suffixes]
+
+
+def _is_network(name: str) -> bool:
+    return name == "model" or name.startswith("ema_")
 
 
 def manifest_name(step: int) -> str:
@@ -191,7 +279,11 @@ def file_step(name: str) -> int | None:
 
 
 def save_checkpoint(
-    directory: Path, step: int, contents: Mapping[str, Any], description: Mapping[str, Any] | None = None
+    directory: Path,
+    step: int,
+    contents: Mapping[str, Any],
+    description: Mapping[str, Any] | None = None,
+    weights_format: str = "pt",
 ) -> Checkpoint:
     """Write a checkpoint; nothing of it counts before all of it is on disk.
 
@@ -200,18 +292,21 @@ def save_checkpoint(
         step: iterations done.
         contents: by name, what `torch.save` takes, or a function that writes the path it is given.
         description: of the network, written into its files; see `read_description`.
+        weights_format: of the network's files, see `run.weights_format`.
     """
     sums = {}
+    told = {**(description or {}), "step": step}
     for name, content in contents.items():
-        path = directory / file_name(name, step)
-        with atomic_path(path) as temporary:
-            if isinstance(content, Callable):  # type: ignore[arg-type]
-                content(temporary)
-            else:
-                if name == "model" or name.startswith("ema_"):
-                    content = described(content, {**(description or {}), "step": step})
-                th.save(content, temporary)
-            sums[path.name] = {"bytes": temporary.stat().st_size, "sha256": sha256_of(temporary)}
+        for file in file_names(name, step, weights_format):
+            with atomic_path(directory / file) as temporary:
+                if isinstance(content, Callable):  # type: ignore[arg-type]
+                    content(temporary)
+                elif file.endswith(".safetensors"):
+                    plain = {key: value.contiguous() for key, value in content.items()}
+                    save_file(plain, temporary, metadata={"format": "pt", _DESCRIPTION: json.dumps(told)})
+                else:
+                    th.save(described(content, told) if _is_network(name) else content, temporary)
+                sums[file] = {"bytes": temporary.stat().st_size, "sha256": sha256_of(temporary)}
     _write_manifest(directory, step, sums)
     return Checkpoint(directory, step, tuple(sums))
 
@@ -330,7 +425,8 @@ def parse_manifest(content: bytes, step: int) -> dict[str, dict[str, Any]]:
         )
     except (KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"not a manifest ({error})") from None
-    if not valid or file_name("model", step) not in files:
+    models = {file_name("model", step, suffix) for suffix in (".pt", ".safetensors")}
+    if not valid or not models & set(files):
         raise ValueError("not a manifest of this step's files")
     return files
 
@@ -349,8 +445,9 @@ def open_checkpoint(path: str | os.PathLike) -> Checkpoint:
     """The checkpoint that `--resume_checkpoint` means.
 
     Args:
-        path: a run directory (its newest complete checkpoint), or a `modelNNNNNN.pt`, which may be one
-            of the originals' without a manifest: then whatever lies beside it under the same number.
+        path: a run directory (its newest complete checkpoint), or a `modelNNNNNN.pt` (or `.safetensors`),
+            which may be one of the originals' without a manifest: then whatever lies beside it under the
+            same number.
 
     Raises:
         UserError: there is none, or the file's name tells no step.
@@ -362,7 +459,7 @@ def open_checkpoint(path: str | os.PathLike) -> Checkpoint:
         return newest
     if not path.is_file():
         raise UserError(f"no such checkpoint: {path}")
-    if not (match := re.fullmatch(r"model(\d+)\.pt", path.name)):
+    if not (match := re.fullmatch(r"model(\d+)\.(pt|safetensors)", path.name)):
         raise UserError(f"{path}: to resume, name a run directory or a file called modelNNNNNN.pt")
     number = match[1]
     step = int(number)
@@ -373,6 +470,8 @@ def open_checkpoint(path: str | os.PathLike) -> Checkpoint:
             raise UserError(f"{path}: differs from {manifest_name(step)}: {damage}")
         return named
     beside = [
-        p.name for p in path.parent.iterdir() if p.stem.endswith(number) and p.suffix in (".pt", ".cache")
+        p.name
+        for p in path.parent.iterdir()
+        if p.stem.endswith(number) and p.suffix in (".pt", ".safetensors", ".cache")
     ]
     return Checkpoint(path.parent, step, tuple(beside))

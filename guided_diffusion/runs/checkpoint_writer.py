@@ -15,7 +15,7 @@ from .checkpoint import (
     Retention,
     complete_checkpoints,
     drop_file,
-    file_name,
+    file_names,
     remove_checkpoint,
     save_checkpoint,
 )
@@ -34,6 +34,7 @@ class CheckpointWriter:
         publish: called in the thread after each save. Its failure is told, and it is called again
             after the next save.
         description: of the network, see `checkpoint.read_description`.
+        weights_format: of its files, see `run.weights_format`.
     """
 
     def __init__(
@@ -43,10 +44,11 @@ class CheckpointWriter:
         retention: Retention | None = None,
         publish: Callable[[], None] | None = None,
         description: Mapping[str, Any] | None = None,
+        weights_format: str = "pt",
     ):
         self.directory, self.report = directory, report
         self.retention, self.publish = retention or Retention(), publish
-        self.description = description
+        self.description, self.weights_format = description, weights_format
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
         self._pending: Future[str] | None = None
         self._failure = ""
@@ -76,7 +78,7 @@ class CheckpointWriter:
 
     def _save(self, step: int, contents: Mapping[str, Any]) -> str:
         try:
-            save_checkpoint(self.directory, step, contents, self.description)
+            save_checkpoint(self.directory, step, contents, self.description, self.weights_format)
         except (OSError, RuntimeError, SafetensorError) as error:  # torch tells a full disk by RuntimeError
             reason = f"{_first_line(error)}; {_free_space(self.directory)}"
             self.report(
@@ -85,7 +87,8 @@ class CheckpointWriter:
             )
             with contextlib.suppress(OSError):
                 for name in contents:
-                    (self.directory / file_name(name, step)).unlink(missing_ok=True)
+                    for file in file_names(name, step, self.weights_format):
+                        (self.directory / file).unlink(missing_ok=True)
             return reason
         self.report(f"saved step {step} to {self.directory}")
         try:

@@ -217,14 +217,18 @@ def fetch_checkpoint(url: str, cache: Path) -> Checkpoint:
         raise UserError(f"no such checkpoint: {url}")
     number = re.sub(r"\D", "", name)
     manifest = manifest_name(int(number))
-    beside = {f: there[f] for f in there if f == manifest or re.fullmatch(rf".*\D{number}\.(pt|cache)", f)}
+    beside = {
+        f: there[f]
+        for f in there
+        if f == manifest or re.fullmatch(rf".*\D{number}\.(pt|safetensors|cache)", f)
+    }
     return open_checkpoint(fetch_together(folder, beside, cache) / name)
 
 
 def run_url(url: str) -> str:
     """The run that a URL means: itself, or the folder of a modelNNNNNN.pt."""
     parent, _, name = normalised(url).rpartition("/")
-    return parent if re.fullmatch(r"model\d+\.pt", name) else normalised(url)
+    return parent if re.fullmatch(r"model\d+\.(pt|safetensors)", name) else normalised(url)
 
 
 def _is_record(name: str) -> bool:

@@ -13,7 +13,8 @@ import numpy as np
 from .. import dist_util
 from ..errors import UserError
 from ..gaussian_diffusion import GaussianDiffusion
-from ..io.files import NpzFile, atomic_path, remove_leftovers, sha256_of
+from ..io.files import NpzFile, atomic_path, remove_leftovers
+from ..io.model_folder import weights_sha256
 from ..io.npz_writer import create_npz
 from ..io.progress import progress_bar
 from ..networks.base import DenoisingNetwork
@@ -66,7 +67,7 @@ class SampleSet:
         Args:
             network: on this rank's device.
             process: its (respaced) process.
-            space: what its samples are.
+            space: what its samples are; the images are what it decodes them to.
             weights: the checkpoint the network was loaded from, recorded beside the samples.
             batch_size: images at a time and rank.
             provenance: where the network comes from, in JSON's types; recorded in sampling.json and the npz.
@@ -92,17 +93,18 @@ class SampleSet:
         batch_size: int,
         provenance: Mapping[str, Any],
     ) -> Path:
-        _, size, _ = network.shape
+        size = space.image_size
         provenance = {**provenance, "steps": process.num_timesteps}
         final = self.directory / f"samples_{self.num_samples}x{size}x{size}x3.npz"
         settings = {
-            "model_sha256": sha256_of(weights),
+            "model_sha256": weights_sha256(weights),
             "timesteps": process.timestep_map,
             "seed": self.seed,
             "sampler": self.sampler_name,
             "clip_denoised": self.clip_denoised,
             "device": dist_util.dev().type,
             "dtype": str(network.compute_dtype),
+            **space.identity(),
         }
         with dist_util.rank_zero_first() as first:
             if first:

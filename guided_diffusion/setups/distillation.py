@@ -14,7 +14,7 @@ from ..distill.pool_file import read_pool, read_pool_header
 from ..distill.source import TeacherSource
 from ..distill.teacher import Teacher
 from ..errors import UserError
-from ..io.files import sha256_of
+from ..io.model_folder import weights_sha256
 from ..logger import RunLog
 from ..networks.precision import place
 from ..runs.checkpoint import Checkpoint, load_network, require_agreement
@@ -69,12 +69,12 @@ def pool_identity(experiment: DistillationExperiment, weights: Path, size: int) 
         "size": size,
         "stride": experiment.distill.stride,
         "seed": pool_seed(experiment),
-        "teacher_sha256": sha256_of(weights),
+        "teacher_sha256": weights_sha256(weights),
     }
     for name in ("beta_start", "beta_end"):
         if beta := getattr(teacher.process, name):
             identity[name] = beta
-    return identity
+    return identity | build_space(teacher).identity()
 
 
 def noise_pool(teacher: Teacher, size: int) -> DynamicBatch:

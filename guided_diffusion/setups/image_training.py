@@ -1,20 +1,25 @@
 """Putting plain training together: images, network, objective."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+import torch as th
 
 from .. import dist_util
 from ..config.settings import Experiment
 from ..errors import UserError
-from ..image_datasets import open_dataset, sample_batches
+from ..image_datasets import ImageDataset, open_dataset, sample_batches
 from ..logger import RunLog
 from ..networks.precision import place
 from ..resample import create_named_schedule_sampler
 from ..runs.checkpoint import Checkpoint, load_network, require_agreement
 from ..script_util import build_network, build_space
+from ..spaces import LatentSpace
 from ..train_util import TrainLoop, grid_process, reseed
 from ..training.objective import DiffusionTraining
 from ..training.sources import ImageSource
+from .encoding import encode_dataset
 
 
 def training_loop(
@@ -23,6 +28,7 @@ def training_loop(
     data_dir: str,
     batch_size: int,
     num_workers: int,
+    cache: Path,
     log: RunLog,
     initial: Path | None = None,
     resume: Checkpoint | None = None,
@@ -35,6 +41,7 @@ def training_loop(
         data_dir: see `image_datasets.open_dataset`.
         batch_size: of this rank.
         num_workers: processes that load images.
+        cache: where images encoded as latents lie, see `encode_dataset`.
         log: the record.
         initial: initial weights, if not random.
         resume: continue from this checkpoint.
@@ -45,14 +52,18 @@ def training_loop(
     """
     student, run, device = experiment.student, experiment.run, dist_util.dev()
     architecture, training = student.architecture, student.training
-    dataset = open_dataset(data_dir, architecture.image_size, architecture.class_cond)
+    space = build_space(student)
+    dataset: ImageDataset = open_dataset(data_dir, space.image_size, architecture.class_cond)
     if architecture.class_cond and dataset.num_classes > architecture.num_classes:
         raise UserError(
             f"{data_dir}: has {dataset.num_classes} classes, num_classes is {architecture.num_classes}"
         )
+    encode: Callable[[th.Tensor], th.Tensor] = space.encode
+    if isinstance(space, LatentSpace):
+        dataset = encode_dataset(dataset, space, training.random_flip, cache)
+        encode = space.draw
     reseed(run.seed, 0, 2**32 - 2)  # the same initial weights on every rank
     network, process = build_network(student)
-    space = build_space(student)
     if resume is not None:
         require_agreement(student, resume.path("model"))
     if initial is not None:
@@ -79,7 +90,7 @@ def training_loop(
     return TrainLoop(
         network=network,
         objective=objective,
-        source=ImageSource(batches, space, architecture.class_cond),
+        source=ImageSource(batches, encode, architecture.class_cond),
         process=process,
         training=training,
         run=run,

@@ -11,10 +11,12 @@ class SampleSpace(Protocol):
 
     Attributes:
         shape: (C, H, W) of one sample.
-        bounds: where the predicted x_0 is clipped, or None where it never is.
+        image_size: H' = W' of the image that it decodes to.
+        bounds: where the predicted x_0 is clipped if the process clips it, or None where it never is.
     """
 
     shape: tuple[int, int, int]
+    image_size: int
     bounds: tuple[float, float] | None
 
     def encode(self, images: th.Tensor) -> th.Tensor:
@@ -23,6 +25,10 @@ class SampleSpace(Protocol):
 
     def decode(self, x: th.Tensor) -> np.ndarray:
         """Samples [B, C, H, W] -> images uint8 [B, H', W', 3] on the CPU."""
+        ...
+
+    def identity(self) -> dict[str, Any]:
+        """What tells its samples from another space's of the same shape, in JSON's types; {} for pixels."""
         ...
 
     def describe(self) -> dict[str, Any]:

@@ -18,6 +18,7 @@ class PixelSpace:
 
     def __init__(self, image_size: int):
         self.shape = (self.channels, image_size, image_size)
+        self.image_size = image_size
 
     def encode(self, images: th.Tensor) -> th.Tensor:
         """uint8 [B, H, W, 3] -> float32 [B, 3, H, W] in [-1, 1]."""
@@ -27,6 +28,10 @@ class PixelSpace:
         """[B, 3, H, W], clipped to [-1, 1] -> uint8 [B, H, W, 3]; levels are cut off, as in ADM."""
         levels = ((x + 1) * 127.5).clamp(0, 255).to(th.uint8)
         return levels.permute(0, 2, 3, 1).cpu().numpy()
+
+    def identity(self) -> dict[str, Any]:
+        """Pixels are pixels."""
+        return {}
 
     def describe(self) -> dict[str, Any]:
         """Kind and shape."""

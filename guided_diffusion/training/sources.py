@@ -7,7 +7,6 @@ from typing import Any, Protocol
 import torch as th
 
 from .. import dist_util
-from ..spaces import SampleSpace
 from .objective import ImageBatch
 
 
@@ -33,21 +32,26 @@ class ImageSource:
     """Batches of images; what is drawn at a step is a function of the step, so there is no state to keep.
 
     Args:
-        batches: images uint8 [B, H, W, 3] and labels int64 [B].
-        space: what the network takes for images.
+        batches: images uint8 [B, H, W, 3], or whatever else `encode` takes, and labels int64 [B].
+        encode: makes samples x_0 of them, on the device.
         labelled: whether the network takes the labels.
     """
 
     has_state = False
 
-    def __init__(self, batches: Iterator[tuple[th.Tensor, th.Tensor]], space: SampleSpace, labelled: bool):
-        self.batches, self.space, self.labelled = batches, space, labelled
+    def __init__(
+        self,
+        batches: Iterator[tuple[th.Tensor, th.Tensor]],
+        encode: Callable[[th.Tensor], th.Tensor],
+        labelled: bool,
+    ):
+        self.batches, self.encode, self.labelled = batches, encode, labelled
 
     def next_batch(self, step: int) -> ImageBatch:
         """The next images as samples, on the device."""
         images, labels = next(self.batches)
         device = dist_util.dev()
-        x_start = self.space.encode(images.to(device))
+        x_start = self.encode(images.to(device))
         return ImageBatch(x_start, labels.to(device) if self.labelled else None)
 
     def writer(self) -> None:

@@ -7,6 +7,8 @@ import numpy as np
 from driver import FORK, Child, die_while_saving, run
 from tiny import distillation
 
+from guided_diffusion.spaces import PixelSpace
+
 N = 12
 
 
@@ -77,7 +79,7 @@ def test_memory_does_not_grow_with_the_number_of_samples(tmp_path, monkeypatch):
         samples = sample_set.SampleSet(
             tmp_path / str(number), number, seed=0, sampler=("ancestral", None), clip_denoised=True
         )
-        samples.draw(Model(), Process(), None, tmp_path / "weights.pt", 256)
+        samples.draw(Model(), Process(), PixelSpace(64), tmp_path / "weights.pt", 256)
         answers.put(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
 
     peaks = []

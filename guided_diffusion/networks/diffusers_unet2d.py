@@ -1,0 +1,88 @@
+"""diffusers' UNet2DModel as a network to distil from and to: `architecture: diffusers_unet2d`."""
+
+from contextlib import ExitStack
+from typing import Any
+
+import torch as th
+from torch import nn
+
+from ..config.architectures import UNet2DArchitecture
+from .base import DenoisingNetwork, Evaluation, ForDiffusers
+from .diffusers_models import Attention, ResnetBlock2D, UNet2DModel, adopt, cast_weights, hooked
+
+
+class DiffusersUNet2D(DenoisingNetwork):
+    """A UNet2DModel; parameters have diffusers' names.
+
+    The forward pass is diffusers' own, so what it computes is theirs to the last bit. The timestep
+    embedding is taken, and `emb_shift` added to it, where it leaves `time_embedding`, before a class
+    embedding is added; the features are what enters `conv_norm_out`.
+
+    Args:
+        config: the UNet2DModel's arguments.
+    """
+
+    Settings = UNet2DArchitecture
+    block_types = (ResnetBlock2D, Attention)
+    model: Any
+
+    def __init__(self, config: dict[str, Any]):
+        super().__init__()
+        adopt(self, UNet2DModel, config)
+        self.config = config
+        size, widths = config["sample_size"], config["block_out_channels"]
+        self.num_classes = config["num_class_embeds"]
+        self.shape = (config["in_channels"], size, size)
+        self.emb_dim = self.model.time_embedding.linear_2.out_features
+        self.feature_shape = (widths[0], size, size)
+
+    @classmethod
+    def from_settings(
+        cls, settings: UNet2DArchitecture, shape: tuple[int, int, int], out_channels: int
+    ) -> "DiffusersUNet2D":
+        """Build it, initialised as diffusers does; see `DenoisingNetwork.from_settings`."""
+        levels = len(settings.block_out_channels.split(","))
+        if shape[1] % 2 ** (levels - 1):
+            raise ValueError(f"image_size {shape[1]} cannot be halved {levels - 1} times")
+        return cls(settings.config(shape[0], out_channels))
+
+    def evaluate(
+        self,
+        x: th.Tensor,
+        timesteps: th.Tensor,
+        y: th.Tensor | None = None,
+        *,
+        emb_shift: th.Tensor | None = None,
+    ) -> Evaluation:
+        """Apply the network; see `DenoisingNetwork.evaluate`."""
+        self.require_labels_fit(y)
+        seen: dict[str, th.Tensor] = {}
+
+        def embed(module: nn.Module, args: tuple, _: th.Tensor) -> th.Tensor:
+            with th.autocast(x.device.type, enabled=False):  # in float32, whatever the maps are in
+                seen["emb"] = module.forward(args[0])
+            return seen["emb"] if emb_shift is None else seen["emb"] + emb_shift
+
+        def keep(_: nn.Module, args: tuple) -> None:
+            seen["features"] = args[0].float()
+
+        with ExitStack() as stack:
+            stack.enter_context(hooked(self.model.time_embedding.register_forward_hook(embed)))
+            stack.enter_context(hooked(self.model.conv_norm_out.register_forward_pre_hook(keep)))
+            stack.enter_context(self.autocast(x))
+            output = self.model(x, timesteps, class_labels=y).sample
+        return Evaluation(output.float(), seen["features"], seen["emb"])
+
+    def use_dtype(self, dtype: th.dtype, *, frozen: bool = False, channels_last: bool = False) -> None:
+        """Choose the arithmetic and the layout, as ADM's U-Net does; see `DenoisingNetwork.use_dtype`."""
+        super().use_dtype(dtype)
+        layout = th.channels_last if channels_last or dtype != th.float32 else th.contiguous_format
+        self.to(memory_format=layout)  # type: ignore[call-overload]
+        if frozen and dtype != th.float32:
+            model = self.model
+            parts = (model.down_blocks, model.mid_block, model.up_blocks, model.conv_out)
+            cast_weights([part for part in parts if part is not None], dtype)
+
+    def for_diffusers(self) -> ForDiffusers:
+        """As it is."""
+        return ForDiffusers("UNet2DModel", self.config, self.state_dict())

@@ -1,0 +1,144 @@
+"""Students as diffusers pipelines: they load there and compute the same, or are not written."""
+
+import re
+
+import pytest
+import torch as th
+import yaml
+from in_process import script_here
+from test_foreign import T, diffusers, loaded, scramble
+from tiny import network as network_keys
+from tiny import one_line_error
+
+from guided_diffusion.config.loading import load_experiment
+from guided_diffusion.runs.checkpoint import load_state_dict
+from guided_diffusion.script_util import build_network
+
+ADM = network_keys(8, 16, attention_resolutions="4")
+PROCESS = {"learn_sigma": True, "diffusion_steps": T, "noise_schedule": "cosine", "image_size": 8}
+UNET = {
+    "architecture": "diffusers_unet2d",
+    "block_out_channels": "8,16",
+    "down_block_types": "DownBlock2D,AttnDownBlock2D",
+    "up_block_types": "AttnUpBlock2D,UpBlock2D",
+    "norm_num_groups": 4,
+    **PROCESS,
+}
+DIT = {"architecture": "dit", "num_attention_heads": 2, "attention_head_dim": 4, "num_layers": 2, **PROCESS}
+CLASSES = {"class_cond": True, "num_classes": 5}
+CASES = {
+    "adm": ADM,
+    "adm, legacy order": ADM | {"use_new_attention_order": False, "num_head_channels": 8},
+    "adm, classes": ADM | CLASSES,
+    "adm, fixed variance": ADM | {"learn_sigma": False, "noise_schedule": "linear", "beta_end": 0.3},
+    "adm, v": ADM
+    | {"learn_sigma": False, "sigma_small": True, "prediction_type": "v_prediction", "beta_end": 0.3}
+    | {"noise_schedule": "scaled_linear"},
+    "unet2d": UNET,
+    "unet2d, classes, unclipped": UNET | CLASSES | {"clip_denoised": False},
+    "dit": DIT,
+    "dit, classes": DIT | CLASSES,
+}
+
+
+def prepared(folder, keys):
+    """A configuration and random weights; the flags that export them."""
+    config, weights = folder / "student.yaml", folder / "model.pt"
+    config.write_text(yaml.safe_dump(keys))
+    network, _ = build_network(load_experiment(config).student)
+    th.save(scramble(network).state_dict(), weights)
+    return [
+        "scripts/export_diffusers.py",
+        "--config",
+        config,
+        "--model_path",
+        weights,
+        "--out",
+        folder / "out",
+    ]
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_an_export_loads_and_comes_back(tmp_path, name):
+    flags = prepared(tmp_path, CASES[name])
+    done = script_here(*flags, "--score", "FID 5.1")
+    assert "gives the same" in done.stdout
+    assert {path.name for path in tmp_path.iterdir()} == {"student.yaml", "model.pt", "out"}
+    pipeline = diffusers.DiffusionPipeline.from_pretrained(tmp_path / "out")
+    assert type(pipeline).__name__ == "DDPMPipeline"
+    assert (tmp_path / "out/unet/diffusion_pytorch_model.safetensors").is_file()
+    original = load_experiment(tmp_path / "student.yaml").student
+    settings, network, _ = loaded(tmp_path / "out")
+    assert settings.architecture.architecture == original.architecture.architecture
+    process = (
+        "diffusion_steps",
+        "noise_schedule",
+        "prediction_type",
+        "learn_sigma",
+        "sigma_small",
+        "clip_denoised",
+    )
+    assert all(getattr(settings.process, key) == getattr(original.process, key) for key in process)
+    before, _ = build_network(original)
+    before.load_state_dict(load_state_dict(tmp_path / "model.pt"))
+    x, t = th.randn(2, 3, 8, 8), th.tensor([3, 17])
+    y = th.tensor([0, 4]) if network.num_classes else None
+    with th.no_grad():
+        th.testing.assert_close(network(x, t, y), before.eval()(x, t, y), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["adm", "adm, classes", "dit", "dit, classes"])
+def test_the_cards_code_runs(tmp_path, name):
+    script_here(*prepared(tmp_path, CASES[name]), "--score", "FID 5.1")
+    card = (tmp_path / "out/README.md").read_text()
+    assert "- FID 5.1" in card and "license: unknown" in card and "Configuration: student" in card
+    code = re.search(r"```python\n(.*?)```", card, re.S)[1]
+    code = code.replace('"out"', repr(str(tmp_path / "out"))).replace("50", "5")
+    names: dict = {}
+    exec(code, names)
+    assert len(names["images"]) == 4 and names["images"][0].size == (8, 8)
+
+
+@pytest.mark.parametrize(
+    "keys, told",
+    [
+        ({"num_heads": 2, "attention_resolutions": "8,4"}, "attention heads are 8 and 16 wide"),
+        ({"channel_mult": "2,2"}, "first level is 32 wide"),
+        ({"rescale_timesteps": True}, "rescale_timesteps"),
+    ],
+)
+def test_what_cannot_be_expressed_is_refused(tmp_path, keys, told):
+    line = one_line_error(script_here(*prepared(tmp_path, ADM | keys), check=False))
+    assert "cannot be expressed in diffusers" in line and told in line
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_mismatch_leaves_nothing(tmp_path, monkeypatch):
+    """Such as attention groups that diffusers would take for others: it loads, and differs."""
+    from guided_diffusion.unet import UNetModel
+
+    right = UNetModel.for_diffusers
+
+    def wrong(self):
+        form = right(self)
+        form.config["freq_shift"] = 1
+        return form
+
+    flags = prepared(tmp_path, ADM)
+    monkeypatch.setattr(UNetModel, "for_diffusers", wrong)
+    line = one_line_error(script_here(*flags, check=False))
+    assert "a forward pass by diffusers differs" in line
+    assert {path.name for path in tmp_path.iterdir()} == {"student.yaml", "model.pt"}
+
+
+def test_nothing_is_overwritten_unasked(tmp_path):
+    flags = prepared(tmp_path, DIT)
+    script_here(*flags)
+    assert "give --overwrite" in one_line_error(script_here(*flags, check=False))
+    script_here(*flags, "--overwrite")
+    flags[-1] = tmp_path
+    line = one_line_error(script_here(*flags, "--overwrite", check=False))
+    assert "no export" in line and (tmp_path / "model.pt").exists()
+    flags[-1] = tmp_path / "other"
+    assert "owner/name" in one_line_error(script_here(*flags, "--push", "x", check=False))
+    assert not (tmp_path / "other").exists()
