@@ -82,7 +82,7 @@ def parts_of(loop: TrainLoop) -> Parts:
         model.train()
 
     parts: Parts = {
-        TEACHER: source.next_batch,
+        TEACHER: lambda: source.next_batch(0),
         "stage 1, forward and backward": lambda: objective.stage1(model, batch).loss.mean().backward(),
         "stage 2, forward and backward": lambda: objective.stage2(model, batch).loss.mean().backward(),
         ITERATION: iteration,
