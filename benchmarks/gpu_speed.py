@@ -143,7 +143,7 @@ def time_way(way: Way, tiny: bool) -> dict[str, Any]:
 
         calls: dict[str, Callable[[], object]] = {
             "iteration": WholeStep(loop) if captured else iteration,
-            "teacher": Captured(advance) if captured else source.next_batch,
+            "teacher": Captured(advance) if captured else lambda: source.next_batch(0),
             "sampling": Captured(sample) if captured else sample,
         }
         if original:
