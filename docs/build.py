@@ -32,7 +32,7 @@ def other_architectures(adm: list[tuple[str, object, str]]) -> list[str]:
     """The keys of the built-in architectures beside ADM's, with what every one has left out."""
     parts = []
     for name, settings in (("diffusers_unet2d", UNet2DArchitecture), ("dit", DiTArchitecture)):
-        rows = [row for row in describe_keys(settings) if row not in adm[:5]]
+        rows = [row for row in describe_keys(settings) if row not in adm[:7]]
         parts += [f"\n### `architecture: {name}` ([teachers.md](teachers.md))\n", table(rows)]
     return parts
 
@@ -45,7 +45,7 @@ def page() -> str:
     parts = [
         INTRODUCTION,
         f"## Architecture: {where}\n",
-        "Those of `adm`. Another architecture has the first five and keys of its own.\n",
+        "Those of `adm`. Another architecture has the first seven and keys of its own.\n",
         table(architecture),
         *other_architectures(architecture),
         f"\n## Process: {where}\n",

@@ -77,6 +77,8 @@ def create_model(
     use_fp16: bool = False,
     use_new_attention_order: bool = False,
     num_classes: int = NUM_CLASSES,
+    null_class: bool = False,
+    class_dropout_prob: float = 0.0,
 ) -> UNetModel:
     """Build an ADM U-Net for images, initialised as ADM's.
 
@@ -97,6 +99,8 @@ def create_model(
         use_fp16: run convolutions and attention in float16; parameters stay float32.
         use_new_attention_order: see `networks.blocks.AttentionBlock`.
         num_classes: number of classes if `class_cond`; 1000 in the published models.
+        null_class: with `class_cond`, a label more, `num_classes`, means no class.
+        class_dropout_prob: replace a label by that one this often in training.
 
     Raises:
         ValueError: sizes that do not fit each other.

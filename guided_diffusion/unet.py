@@ -39,6 +39,8 @@ class UNetModel(DenoisingNetwork):
         dropout: dropout probability in [0, 1).
         channel_mult: width multiplier of each level.
         num_classes: makes the model class-conditional with that many classes.
+        null_class: a label more, `num_classes`, means no class.
+        class_dropout_prob: probability that a label is replaced by that one in training.
         use_checkpoint: recompute blocks in backward to save memory.
         num_heads: heads of each attention, unless `num_head_channels` > 0 gives their width.
         num_head_channels: width of each head; -1 to go by `num_heads`.
@@ -72,12 +74,14 @@ class UNetModel(DenoisingNetwork):
         use_scale_shift_norm: bool = False,
         resblock_updown: bool = False,
         use_new_attention_order: bool = False,
+        null_class: bool = False,
+        class_dropout_prob: float = 0.0,
     ):
         super().__init__()
         self.image_size = image_size
         self.model_channels = model_channels
         self.out_channels = out_channels
-        self.num_classes = num_classes
+        self.num_classes, self.class_dropout_prob = num_classes, class_dropout_prob
         self.shape = (in_channels, image_size, image_size)
 
         self.num_res_blocks, self.resblock_updown = num_res_blocks, resblock_updown
@@ -110,7 +114,7 @@ class UNetModel(DenoisingNetwork):
             nn.Linear(self.emb_dim, self.emb_dim),
         )
         if num_classes is not None:
-            self.label_emb = nn.Embedding(num_classes, self.emb_dim)
+            self.label_emb = nn.Embedding(num_classes + null_class, self.emb_dim)
 
         width, rate = widths[0], 1
         self.input_blocks = nn.ModuleList([TimestepSequential(nn.Conv2d(in_channels, width, 3, padding=1))])
@@ -197,6 +201,8 @@ class UNetModel(DenoisingNetwork):
             use_scale_shift_norm=settings.use_scale_shift_norm,
             resblock_updown=settings.resblock_updown,
             use_new_attention_order=settings.use_new_attention_order,
+            null_class=settings.null_class,
+            class_dropout_prob=settings.class_dropout_prob,
         )
 
     def evaluate(
@@ -208,7 +214,7 @@ class UNetModel(DenoisingNetwork):
         emb_shift: th.Tensor | None = None,
     ) -> Evaluation:
         """Apply the network; see `DenoisingNetwork.evaluate`. H and W are multiples of 2^(levels - 1)."""
-        self.require_labels_fit(y)
+        y = self.labels(y)
         # fmt: off
         with th.autocast(x.device.type, enabled=False):
             emb = timestep_embedding(timesteps, self.model_channels)
@@ -269,7 +275,7 @@ class UNetModel(DenoisingNetwork):
             dropout=self.dropout,
             use_scale_shift_norm=self.use_scale_shift_norm,
             resblock_updown=self.resblock_updown,
-            num_classes=self.num_classes,
+            labels=None if self.num_classes is None else self.label_emb.num_embeddings,
         )
         return ForDiffusers("UNet2DModel", config, diffusers_state(self, self.num_res_blocks))
 

@@ -44,6 +44,12 @@ def main() -> None:
         default=True,
         help="clip the predicted x_0 as clip_denoised of the configuration says (default), or never",
     )
+    parser.add_argument(
+        "--guidance_scale",
+        type=float,
+        default=0.0,
+        help="classifier-free guidance: eps(null class) + W (eps(y) - eps(null class)) (default 0: off)",
+    )
     parser.add_argument("--name", help="folder under experiments/sample (default: from CONFIG and MODEL)")
     parser.add_argument("--log_dir", help="write here, a path or a URL, instead of experiments/sample/NAME")
     args = parser.parse_intermixed_args()
@@ -69,6 +75,7 @@ def main() -> None:
     weights = dist_util.local_copy(weights_name, command_line.fetched_path(config))
     if experiment is None:
         experiment = described_experiment(weights, args.overrides)
+    experiment.student.architecture.require_guidable(args.guidance_scale, "--guidance_scale", "")
     folder = args.name or f"{experiment.name}-{Path(weights_name).stem}"
     default = command_line.output_path(f"experiments/sample/{folder}", config)
     mirror = None
@@ -81,6 +88,7 @@ def main() -> None:
         seed=experiment.run.seed,
         sampler=(name, sampler),
         clip_denoised=args.clip_denoised,
+        guidance_scale=args.guidance_scale,
     )
     if mirror:
         dist_util.from_rank_zero(mirror.pull)

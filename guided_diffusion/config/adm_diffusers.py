@@ -100,7 +100,7 @@ def unet2d_config(
     dropout: float,
     use_scale_shift_norm: bool,
     resblock_updown: bool,
-    num_classes: int | None,
+    labels: int | None,
 ) -> dict[str, Any]:
     """The arguments of the UNet2DModel that computes exactly what an ADM U-Net does.
 
@@ -112,7 +112,7 @@ def unet2d_config(
         attention: which levels have it.
         heads: (width, number of heads) of every attention.
         num_res_blocks, dropout, use_scale_shift_norm, resblock_updown: its configuration's.
-        num_classes: None without.
+        labels: how many it takes, the null class among them; None without.
 
     Raises:
         ValueError: there is no such UNet2DModel, and why.
@@ -147,5 +147,5 @@ def unet2d_config(
         "flip_sin_to_cos": True,
         "freq_shift": 0,
         "dropout": dropout,
-        "num_class_embeds": num_classes,
+        "num_class_embeds": labels,
     }

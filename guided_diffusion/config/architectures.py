@@ -98,7 +98,7 @@ class UNet2DArchitecture(Architecture):
             "block_out_channels": [int(width) for width in split(self.block_out_channels)],
             "down_block_types": split(self.down_block_types),
             "up_block_types": split(self.up_block_types),
-            "num_class_embeds": self.num_classes if self.class_cond else None,
+            "num_class_embeds": self.num_classes + self.null_class if self.class_cond else None,
             **{
                 name: getattr(self, name) or None
                 for name in ("mid_block_type", "attention_head_dim", "attn_norm_num_groups")
@@ -111,6 +111,7 @@ class UNet2DArchitecture(Architecture):
 class DiTArchitecture(Architecture):
     """diffusers' DiTTransformer2DModel."""
 
+    null_class: bool = key(True, "the label num_classes means no class: a dit always has it")
     num_attention_heads: int = key(16, "attention heads")
     attention_head_dim: int = key(72, "width of an attention head")
     num_layers: int = key(28, "transformer blocks")
@@ -121,13 +122,11 @@ class DiTArchitecture(Architecture):
     norm_elementwise_affine: bool = key(False, "weights in the second normalisation of each block")
     norm_eps: float = key(1e-5, "epsilon of that normalisation")
     dropout: float = key(0.0, "dropout probability in training", idle_in=("teacher",))
-    class_dropout_prob: float = key(
-        0.0, "replace a label by the null class this often in training", idle_in=("teacher",)
-    )
 
     def check(self, where: str) -> None:
         """Raise `UserError` for values that cannot be right."""
         super().check(where)
+        _require(self.null_class, f"{where}null_class: a dit always has one; leave it out")
         for name in ("num_attention_heads", "attention_head_dim", "num_layers", "patch_size", "norm_eps"):
             _require(getattr(self, name) > 0, f"{where}{name} must be positive, not {getattr(self, name)}")
         _require(
@@ -135,10 +134,7 @@ class DiTArchitecture(Architecture):
             f"{where}patch_size {self.patch_size} does not divide {where}image_size {self.image_size}",
         )
         _require_one_of(self.activation_fn, ACTIVATIONS, f"{where}activation_fn")
-        for name in ("dropout", "class_dropout_prob"):
-            _require(
-                0 <= getattr(self, name) < 1, f"{where}{name} must be in [0, 1), not {getattr(self, name)}"
-            )
+        _require(0 <= self.dropout < 1, f"{where}dropout must be in [0, 1), not {self.dropout}")
 
     def config(self, channels: int, out_channels: int) -> dict[str, Any]:
         """The arguments of diffusers' DiTTransformer2DModel: what stands in its config.json.
@@ -149,14 +145,12 @@ class DiTArchitecture(Architecture):
             channels: of the samples.
             out_channels: of the output.
         """
-        keys = own_keys(self) | {
+        return own_keys(self) | {
             "sample_size": self.image_size,
             "in_channels": channels,
             "out_channels": out_channels,
             "num_embeds_ada_norm": self.num_classes if self.class_cond else 1,
         }
-        del keys["class_dropout_prob"]
-        return keys
 
 
 def split(names: str) -> list[str]:

@@ -51,7 +51,8 @@ def folder_keys(folder: ModelFolder, given: Mapping[str, Any]) -> dict[str, Any]
     Args:
         folder: the folder.
         given: the section's own keys: `architecture` chooses among those that can read the folder's network,
-            `image_size` where the folder does not say it, `vae_path` the space of a network without pipeline.
+            `image_size` where the folder does not say it, `null_class` whether a UNet2DModel's last label is
+            that, `vae_path` the space of a network without pipeline.
 
     Raises:
         UserError: something that is not expressed here, or weights that do not fit the description.
@@ -179,8 +180,11 @@ def _own(config: _Config, settings: type[Architecture]) -> dict[str, Any]:
     return keys
 
 
-def _classes(count: int | None) -> dict[str, Any]:
-    return {"class_cond": False} if count is None else {"class_cond": True, "num_classes": count}
+def _classes(labels: int | None, *, null_class: bool = False) -> dict[str, Any]:
+    """The keys of a network that takes so many labels, of which the last may be the null class."""
+    if labels is None:
+        return {"class_cond": False}
+    return {"class_cond": True, "num_classes": labels - null_class, "null_class": null_class}
 
 
 def _unet(
@@ -195,7 +199,7 @@ def _unet(
     config.require("class_embed_type")
     config.require("time_embedding_type", "positional", "learned")
     keys = _own(config, UNet2DArchitecture)
-    classes = _classes(config.get("num_class_embeds", None, int))
+    classes = _classes(config.get("num_class_embeds", None, int), null_class=bool(given.get("null_class")))
     settings = UNet2DArchitecture(**{"image_size": size, **classes, **keys})
     settings.check(config.where)
     made = settings.config(channels, out_channels)
@@ -227,9 +231,8 @@ def _transformer(
     """The keys of a DiTTransformer2DModel."""
     config.require("norm_type", "ada_norm_zero")
     keys = _own(config, DiTArchitecture)
-    del keys["class_dropout_prob"]
     count = config.number("num_embeds_ada_norm", 1000)
-    classes = _classes(None if count == 1 else count)
+    classes = {"class_cond": False} if count == 1 else {"class_cond": True, "num_classes": count}
     settings = DiTArchitecture(**{"image_size": size, **classes, **keys})
     settings.check(config.where)
     width = settings.num_attention_heads * settings.attention_head_dim

@@ -8,6 +8,7 @@ Nothing here imports torch, so that a mistyped key is answered at once.
 """
 
 import dataclasses
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -50,12 +51,45 @@ class Architecture:
     image_size: int = key(64, "height and width of the images, or of the latents with vae_path")
     class_cond: bool = key(False, "condition on class labels")
     num_classes: int = key(1000, "number of classes, if class_cond")
+    null_class: bool = key(False, "one label more, num_classes, means no class; guidance needs it")
+    class_dropout_prob: float = key(
+        0.0, "replace a label by the null class this often in training", idle_in=("teacher",)
+    )
     use_fp16: bool = key(False, "16-bit arithmetic, as run.precision says")
 
     def check(self, where: str) -> None:
         """Raise `UserError` for values that cannot be right."""
         for name in ("image_size", "num_classes"):
             _require(getattr(self, name) > 0, f"{where}{name} must be positive, not {getattr(self, name)}")
+        prob = self.class_dropout_prob
+        _require(0 <= prob < 1, f"{where}class_dropout_prob must be in [0, 1), not {prob}")
+        _require(
+            not prob or self.has_null_class,
+            f"{where}class_dropout_prob: needs {where}class_cond and {where}null_class",
+        )
+
+    @property
+    def has_null_class(self) -> bool:
+        """Whether the label `num_classes` is taken, and means no class."""
+        return self.class_cond and self.null_class
+
+    def require_guidable(self, scale: float, what: str, where: str) -> None:
+        """Refuse classifier-free guidance of a network that it cannot be had of, or by an impossible scale.
+
+        Args:
+            scale: w; 0 for none.
+            what: the key or flag that gives it.
+            where: the network's section in messages, such as "teacher.".
+
+        Raises:
+            UserError: it is negative or no number, or there is no null class.
+        """
+        _require(math.isfinite(scale) and scale >= 0, f"{what} must be 0 or more, but is {scale}")
+        _require(
+            not scale or self.has_null_class,
+            f"{what}: guidance needs a network with classes and a null class: {where}class_cond and "
+            f"{where}null_class (of a dit, class_cond)",
+        )
 
 
 @dataclass
@@ -184,6 +218,9 @@ class Teacher(Denoiser):
         "dynamic_iterative_distillation, shuffled_iterative_distillation or iterative_distillation",
     )
     tempfile: str = key("", "the pool's file, written by dynamic_prepare.py")
+    guidance_scale: float = key(
+        0.0, "classifier-free guidance w, eps(null) + w (eps(y) - eps(null)): what is distilled (0: off)"
+    )
 
     def __post_init__(self) -> None:
         """Accept the originals' spelling."""
@@ -193,6 +230,7 @@ class Teacher(Denoiser):
     def check(self, where: str) -> None:
         """Raise `UserError` for values that cannot be right."""
         super().check(where)
+        self.architecture.require_guidable(self.guidance_scale, f"{where}guidance_scale", where)
         _require(0 < self.prob <= 1, f"{where}prob must be in (0, 1], not {self.prob}")
         _require(self.BATCH > 0, f"{where}BATCH must be positive, not {self.BATCH}")
         _require(self.input_perturb >= 0, f"{where}input_perturb must not be negative")
@@ -430,10 +468,10 @@ SECTIONS: dict[str, type] = {"teacher": Teacher, "student": Student, "distill": 
 
 def free_to_differ(name: str, part: Any) -> bool:
     """Whether a key may have another value when a trained network is used than when it was trained."""
-    if name == "num_classes":
+    if name in ("num_classes", "null_class"):
         return not part.class_cond
     return name in (
-        *("dropout", "use_checkpoint", "use_fp16"),
+        *("dropout", "class_dropout_prob", "use_checkpoint", "use_fp16"),
         *("timestep_respacing", "clip_denoised", "sigma_small"),
         *("use_kl", "rescale_learned_sigmas", "predict_xstart"),  # prediction_type says the last one
     )

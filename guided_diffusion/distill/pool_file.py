@@ -23,6 +23,8 @@ from .dynamic_batch import DynamicBatch
 
 _SUFFIX_OF_PART = ".part"
 _ARRAYS = ("total_x_t_1", "total_t", "total_y")
+# What a pool says of itself only where it has it: one that does not say it has it not.
+_SAID_IF_SET = ("beta_start", "beta_end", "guidance_scale", "vae_sha256", "vae_scale", "vae_shift")
 
 
 def write_pool(path: str | os.PathLike, pools: list[DynamicBatch], belongs_to: Mapping[str, Any]) -> None:
@@ -69,9 +71,11 @@ def read_pool(
         raise UserError(f"no such pool: {path} (scripts/dynamic_prepare.py makes it)")
     is_pickle = _is_pickle(path)
     arrays, belongs_to = _read_pickle(path) if is_pickle else _read_safetensors(path)
-    for key, value in (expected or {}).items():
-        if key in belongs_to and belongs_to[key] != value:
-            raise UserError(f"{path}: was made for {key} {belongs_to[key]!r}, this run has {value!r}")
+    if expected and belongs_to:
+        for key in dict.fromkeys([*expected, *_SAID_IF_SET]):
+            theirs, ours = belongs_to.get(key), expected.get(key)
+            if theirs != ours and (key in belongs_to or key in _SAID_IF_SET):
+                raise UserError(f"{path}: was made for {key} {theirs!r}, this run has {ours!r}")
     x, levels, y = arrays["total_x_t_1"], arrays["total_t"], arrays.get("total_y")
     if x.ndim != 4 or x.shape[1:] != shape or not x.is_floating_point():
         wanted = f"float [N, {', '.join(map(str, shape))}]"

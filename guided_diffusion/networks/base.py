@@ -50,7 +50,9 @@ class DenoisingNetwork(nn.Module, ABC):
     Attributes:
         Settings: the dataclass of its configuration keys, a subclass of `config.settings.Architecture`.
         block_types: the submodules that `compile_blocks` compiles, one by one.
-        num_classes: number of classes if it is class-conditional, else None.
+        num_classes: number of classes if it is class-conditional, else None. If it has a null class
+            (`Architecture.has_null_class`), that is the label `num_classes`.
+        class_dropout_prob: probability that a label is replaced by the null class in training.
         shape: (C, H, W) of the samples it denoises.
         emb_dim: size D of its timestep embedding.
         feature_shape: (C', H', W') of the feature map that a training-time head may read.
@@ -60,6 +62,7 @@ class DenoisingNetwork(nn.Module, ABC):
     Settings: ClassVar[type[Architecture]]
     block_types: ClassVar[tuple[type[nn.Module], ...]] = ()
     num_classes: int | None
+    class_dropout_prob: float = 0.0
     shape: tuple[int, int, int]
     emb_dim: int
     feature_shape: tuple[int, int, int]
@@ -110,6 +113,19 @@ class DenoisingNetwork(nn.Module, ABC):
         """Raise ValueError unless there are labels if and only if there are classes."""
         if (y is not None) != (self.num_classes is not None):
             raise ValueError("give class labels y if and only if the model is class-conditional")
+
+    def labels(self, y: th.Tensor | None) -> th.Tensor | None:
+        """The labels that `evaluate` applies the network to: y, in training some replaced by the null class.
+
+        Raises:
+            ValueError: as `require_labels_fit`.
+        """
+        self.require_labels_fit(y)
+        if y is None or not (self.training and self.class_dropout_prob):
+            return y
+        assert self.num_classes is not None
+        drop = th.rand(len(y), device=y.device) < self.class_dropout_prob
+        return th.where(drop, self.num_classes, y)
 
     def autocast(self, x: th.Tensor) -> th.autocast:
         """The context in which heavy arithmetic on x's device runs in `compute_dtype`."""

@@ -20,18 +20,21 @@ class DiffusersUNet2D(DenoisingNetwork):
 
     Args:
         config: the UNet2DModel's arguments.
+        null_class: whether the last of its labels is the null class.
+        class_dropout_prob: see `DenoisingNetwork`.
     """
 
     Settings = UNet2DArchitecture
     block_types = (ResnetBlock2D, Attention)
     model: Any
 
-    def __init__(self, config: dict[str, Any]):
+    def __init__(self, config: dict[str, Any], *, null_class: bool = False, class_dropout_prob: float = 0.0):
         super().__init__()
         adopt(self, UNet2DModel, config)
         self.config = config
         size, widths = config["sample_size"], config["block_out_channels"]
-        self.num_classes = config["num_class_embeds"]
+        labels, self.class_dropout_prob = config["num_class_embeds"], class_dropout_prob
+        self.num_classes = None if labels is None else labels - null_class
         self.shape = (config["in_channels"], size, size)
         self.emb_dim = self.model.time_embedding.linear_2.out_features
         self.feature_shape = (widths[0], size, size)
@@ -44,7 +47,11 @@ class DiffusersUNet2D(DenoisingNetwork):
         levels = len(settings.block_out_channels.split(","))
         if shape[1] % 2 ** (levels - 1):
             raise ValueError(f"image_size {shape[1]} cannot be halved {levels - 1} times")
-        return cls(settings.config(shape[0], out_channels))
+        return cls(
+            settings.config(shape[0], out_channels),
+            null_class=settings.has_null_class,
+            class_dropout_prob=settings.class_dropout_prob,
+        )
 
     def evaluate(
         self,
@@ -55,7 +62,7 @@ class DiffusersUNet2D(DenoisingNetwork):
         emb_shift: th.Tensor | None = None,
     ) -> Evaluation:
         """Apply the network; see `DenoisingNetwork.evaluate`."""
-        self.require_labels_fit(y)
+        y = self.labels(y)
         seen: dict[str, th.Tensor] = {}
 
         def embed(module: nn.Module, args: tuple, _: th.Tensor) -> th.Tensor:

@@ -88,11 +88,8 @@ class DiT(DenoisingNetwork):
         emb_shift: th.Tensor | None = None,
     ) -> Evaluation:
         """Apply the network; see `DenoisingNetwork.evaluate`."""
-        self.require_labels_fit(y)
+        y = self.labels(y)
         labels = th.zeros(len(x), dtype=th.int64, device=x.device) if y is None else y
-        if self.training and self.class_dropout_prob and self.num_classes is not None:
-            drop = th.rand(len(x), device=x.device) < self.class_dropout_prob
-            labels = th.where(drop, self.num_classes, labels)
         seen: dict[str, th.Tensor] = {}
 
         def keep(_: nn.Module, args: tuple) -> None:

@@ -18,6 +18,7 @@ from ..io.model_folder import weights_sha256
 from ..io.npz_writer import create_npz
 from ..io.progress import progress_bar
 from ..networks.base import DenoisingNetwork
+from ..networks.guidance import guided
 from ..processes.stopping import Stopped, StopSignals
 from ..runs.figures import save_grid
 from ..spaces import SampleSpace
@@ -37,6 +38,7 @@ class SampleSet:
         seed: of the set.
         sampler: its name and itself.
         clip_denoised: clip the predicted x_0 to the process's bounds in every step.
+        guidance_scale: of classifier-free guidance, see `networks.guidance`; 0: off.
     """
 
     def __init__(
@@ -47,9 +49,10 @@ class SampleSet:
         seed: int,
         sampler: tuple[str, Sampler],
         clip_denoised: bool,
+        guidance_scale: float = 0.0,
     ):
         self.directory, self.num_samples = directory, num_samples
-        self.seed, self.clip_denoised = seed, clip_denoised
+        self.seed, self.clip_denoised, self.guidance_scale = seed, clip_denoised, guidance_scale
         self.sampler_name, self.sampler = sampler
         self.shards = directory / "shards"
 
@@ -93,7 +96,7 @@ class SampleSet:
         batch_size: int,
         provenance: Mapping[str, Any],
     ) -> Path:
-        size = space.image_size
+        network, size = guided(network, self.guidance_scale), space.image_size
         provenance = {**provenance, "steps": process.num_timesteps}
         final = self.directory / f"samples_{self.num_samples}x{size}x{size}x3.npz"
         settings = {
@@ -102,6 +105,7 @@ class SampleSet:
             "seed": self.seed,
             "sampler": self.sampler_name,
             "clip_denoised": self.clip_denoised,
+            "guidance_scale": self.guidance_scale or None,  # samples from before there was any say nothing
             "device": dist_util.dev().type,
             "dtype": str(network.compute_dtype),
             **space.identity(),

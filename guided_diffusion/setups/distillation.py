@@ -7,7 +7,7 @@ import torch as th
 
 from .. import dist_util
 from ..config.registry import OBJECTIVES, look_up
-from ..config.settings import DistillationExperiment
+from ..config.settings import DistillationExperiment, flat
 from ..distill.dynamic_batch import DynamicBatch, pool_size
 from ..distill.objectives import Distillation
 from ..distill.pool_file import read_pool, read_pool_header
@@ -16,6 +16,7 @@ from ..distill.teacher import Teacher
 from ..errors import UserError
 from ..io.model_folder import weights_sha256
 from ..logger import RunLog
+from ..networks.guidance import guided
 from ..networks.precision import place
 from ..runs.checkpoint import Checkpoint, load_network, require_agreement
 from ..script_util import build_network, build_space
@@ -23,14 +24,17 @@ from ..train_util import TrainLoop, grid_process, reseed
 
 
 def load_teacher(experiment: DistillationExperiment, weights: Path) -> Teacher:
-    """The teacher in eval mode on this rank's device. Its noise encoder, if any, is left."""
+    """The teacher in eval mode on this rank's device, guided if so configured.
+
+    Its noise encoder, if any, is left.
+    """
     settings = experiment.teacher
     network, process = build_network(settings, "teacher.")
     require_agreement(settings, weights, "teacher.")
     load_network(network, weights)
     network.eval().requires_grad_(False)
     place(network, settings.architecture.use_fp16, experiment.run, frozen=True)
-    return Teacher(network, process, build_space(settings))
+    return Teacher(guided(network, settings.guidance_scale), process, build_space(settings))
 
 
 def pool_seed(experiment: DistillationExperiment) -> int:
@@ -71,9 +75,10 @@ def pool_identity(experiment: DistillationExperiment, weights: Path, size: int) 
         "seed": pool_seed(experiment),
         "teacher_sha256": weights_sha256(weights),
     }
-    for name in ("beta_start", "beta_end"):
-        if beta := getattr(teacher.process, name):
-            identity[name] = beta
+    said = flat(teacher.process) | {"guidance_scale": teacher.guidance_scale}
+    for name in ("beta_start", "beta_end", "guidance_scale"):
+        if said[name]:
+            identity[name] = said[name]
     return identity | build_space(teacher).identity()
 
 
