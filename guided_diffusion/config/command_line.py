@@ -7,6 +7,7 @@ from pathlib import Path
 from ..errors import UserError
 from ..io.remote import is_url, local_path, normalised
 from .foreign import find_folder
+from .known_models import whence
 from .loading import load_distillation, load_experiment, project_root
 from .settings import SECTIONS, DistillationExperiment, Experiment, describe_keys
 
@@ -30,12 +31,7 @@ def make_parser(
     for name in sections:
         for key, default, meaning in describe_keys(SECTIONS[name], name):
             lines.append(f"  {name}.{key} = {default!r}: {meaning}")
-    parser = _Parser(
-        description=description,
-        epilog="\n".join(lines),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = make_bare_parser(description, "\n".join(lines))
     parser.add_argument(
         "--config",
         type=Path,
@@ -44,6 +40,21 @@ def make_parser(
     )
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="override a configuration key")
     return parser
+
+
+def make_bare_parser(description: str, epilog: str = "") -> argparse.ArgumentParser:
+    """A parser that knows nothing yet.
+
+    Args:
+        description: the script's purpose.
+        epilog: the end of --help.
+    """
+    return _Parser(
+        description=description,
+        epilog=epilog,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
 
 
 def parse(parser: argparse.ArgumentParser) -> tuple[argparse.Namespace, Experiment]:
@@ -100,7 +111,7 @@ def input_file(name: str, config: Path, what: str) -> str:
             return str(path)
     if folder := find_folder(name, [project_root(config)]):
         return str(folder)
-    raise UserError(f"{what}: no such file: {name}")
+    raise UserError(f"{what}: no such file: {name}{whence(name)}")
 
 
 def output_path(name: str | Path, config: Path) -> Path:

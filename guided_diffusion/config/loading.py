@@ -81,12 +81,25 @@ def experiment_of(keys: dict[str, Any], path: Path, overrides: Sequence[str] = (
     return _experiment(OmegaConf.create(keys), path, overrides)
 
 
-def _experiment(tree: DictConfig, path: Path, overrides: Sequence[str]) -> Experiment:
+def override_values(overrides: Sequence[str]) -> dict[str, Any]:
+    """What overrides give, by key; of "section.key=value" by section and key.
+
+    Raises:
+        UserError: one that is none.
+    """
     for override in overrides:
         if "=" not in override or override.startswith("-"):
             raise UserError(f"'{override}' is no override: write key=value, such as student.lr=1e-3")
     try:
-        merged = OmegaConf.merge(tree, OmegaConf.from_dotlist(list(overrides)))
+        return OmegaConf.to_container(OmegaConf.from_dotlist(list(overrides)))  # type: ignore[return-value]
+    except (OmegaConfBaseException, YAMLError) as error:
+        raise UserError(f"{' '.join(overrides)}: {_first_line(error)}") from None
+
+
+def _experiment(tree: DictConfig, path: Path, overrides: Sequence[str]) -> Experiment:
+    given = override_values(overrides)
+    try:
+        merged = OmegaConf.merge(tree, given)
         content: Any = OmegaConf.to_container(merged, resolve=True)
     except (OmegaConfBaseException, YAMLError) as error:
         raise UserError(f"{path}: {_first_line(error)}") from None

@@ -54,16 +54,30 @@ def load_state_dict(path: str | os.PathLike) -> dict[str, th.Tensor]:
     Raises:
         UserError: as `read_torch_file`, or if it is no state dict.
     """
+    return denoising_network(read_state_dict(path), path)
+
+
+def read_state_dict(path: str | os.PathLike) -> Mapping[str, th.Tensor]:
+    """`load_state_dict` with every entry of the file, under its own name.
+
+    Raises:
+        UserError: as there.
+    """
     is_safetensors = Path(path).suffix == ".safetensors"
     state = read_safetensors(path) if is_safetensors else read_torch_file(path)
     if not isinstance(state, Mapping) or not all(
         isinstance(k, str) and isinstance(v, th.Tensor) for k, v in state.items()
     ):
         raise UserError(f"{path}: holds no state dict (a mapping of names to tensors)")
-    return _denoising_network(state, path)
+    return state
 
 
-def _denoising_network(state: Mapping[str, th.Tensor], path: str | os.PathLike) -> dict[str, th.Tensor]:
+def is_latent_diffusion(state: Mapping[str, th.Tensor]) -> bool:
+    """Whether a state dict is a whole latent diffusion model's (CompVis)."""
+    return any(name.startswith(_LDM_PREFIX) for name in state)
+
+
+def denoising_network(state: Mapping[str, th.Tensor], path: str | os.PathLike) -> dict[str, th.Tensor]:
     """`state` itself, or of a latent diffusion model's the U-Net: its averaged weights if there are any.
 
     LDM has the U-Net as `model.diffusion_model.NAME`; its averaged weights as `model_ema.` and the name from
@@ -201,6 +215,21 @@ def load_model_folder(path: str | os.PathLike) -> dict[str, th.Tensor]:
 
 def load_strictly(module: nn.Module, state: Mapping[str, th.Tensor], origin: Any) -> None:
     """`load_state_dict` that names what does not fit in one line; see `load_network`."""
+    require_fit(module, state, origin)
+    module.load_state_dict(dict(state))
+
+
+def require_fit(module: nn.Module, state: Mapping[str, th.Tensor], origin: Any) -> None:
+    """Refuse a state dict whose entries are not a module's, by name, shape and kind.
+
+    Args:
+        module: the module; it may lie on the meta device.
+        state: the entries.
+        origin: where they come from, for the message.
+
+    Raises:
+        UserError: what does not fit, in one line.
+    """
     own = module.state_dict()
     problems = {
         "missing": [k for k in own if k not in state],
@@ -220,7 +249,6 @@ def load_strictly(module: nn.Module, state: Mapping[str, th.Tensor], origin: Any
         raise UserError(f"{origin}: does not fit the configured network: {'; '.join(told)}")
     if not all(v.is_floating_point() == own[k].is_floating_point() for k, v in state.items()):
         raise UserError(f"{origin}: holds integers where weights are expected")
-    module.load_state_dict(dict(state))
 
 
 @dataclass(frozen=True)
