@@ -202,8 +202,9 @@ def build_network(denoiser: Denoiser, where: str = "") -> tuple[DenoisingNetwork
         network = network_class.from_settings(
             settings, shape, output_channels(shape, denoiser.process.learn_sigma)
         )
-    except ValueError as error:
-        raise UserError(f"{where.rstrip('.') or 'configuration'}: {error}") from None
+    except (ValueError, RuntimeError) as error:  # the latter of sizes that no memory holds
+        told = str(error).splitlines()[0]
+        raise UserError(f"{where.rstrip('.') or 'configuration'}: {told}") from None
     return network, build_process(denoiser, f"{where}timestep_respacing")
 
 

@@ -37,7 +37,7 @@ def shown_by(shapes: Shapes) -> dict[str, Any] | None:
             parts.setdefault(match[1], []).append(match[3])
     doubling = [kinds for kinds in parts.values() if len(kinds) > 1]
     levels = len(doubling) + 1
-    if not parts or len(parts) % levels:
+    if not parts or len(parts) % levels or any(0 in shape for shape in shapes.values()):
         return None
     per_level = len(parts) // levels
     try:
@@ -49,7 +49,9 @@ def shown_by(shapes: Shapes) -> dict[str, Any] | None:
         condition = shapes["input_blocks.1.0.emb_layers.1.weight"][0]
         outputs = shapes["out.2.weight"][0]
         labels = shapes.get("label_emb.weight", (0,))[0]
-    except (LookupError, ZeroDivisionError):
+    except LookupError:
+        return None
+    if shapes["time_embed.0.weight"] != (4 * num_channels, num_channels):
         return None
     return {
         "num_channels": num_channels,

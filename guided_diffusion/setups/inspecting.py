@@ -1,4 +1,4 @@
-"""What a checkpoint or a folder is: a configuration that works, from what it says and what its shapes show."""
+"""What a checkpoint or folder is: a configuration that works, from what it says and what its shapes show."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -52,7 +52,7 @@ def inspect(path: Path, overrides: Sequence[str] = ()) -> Inspected:
     """Find out what network a file or folder holds.
 
     Args:
-        path: a checkpoint, a run's directory, whose newest checkpoint's averaged weights are taken, or a
+        path: a checkpoint, a run's directory, of whose newest checkpoint the slowest averages are taken, or a
             folder of diffusers'.
         overrides: "key=value", what it does not say of itself.
 
@@ -62,8 +62,9 @@ def inspect(path: Path, overrides: Sequence[str] = ()) -> Inspected:
     """
     weights, lines = path, []
     if path.is_dir() and (newest := newest_checkpoint(path)):
-        networks = [file for file in newest.files if file.startswith(("ema_", "model"))]
-        weights = path / sorted(networks)[0]
+        averages = sorted(name for name in newest.files if name.startswith("ema_"))
+        slowest = max(averages, key=lambda name: float(name.split("_")[1]), default="")
+        weights = path / slowest if slowest else newest.path("model")
         lines.append(f"{path}: a run's directory; of its newest checkpoint {weights.name} is taken")
     if weights.is_dir():
         state: Mapping[str, th.Tensor] = load_model_folder(weights)
@@ -133,7 +134,7 @@ def _found_in(
         hidden |= common_keys(known)
         names = " or ".join(model.name for model in known)
         equal = " (of equal shapes)" if len(known) > 1 else ""
-        lines.append(f"by its shapes it is {names}{equal}; what they do not show is taken from there")
+        lines.append(f"its shapes are those of {names}{equal}; what they do not show is taken from there")
     if "num_heads" in given:
         hidden.pop("num_head_channels", None)
     hidden |= given
