@@ -138,7 +138,7 @@ KNOWN_MODELS = (
         "the embedded digits teacher",
         _AT_16 | {"num_channels": 32},
         "digits_teacher.pt",
-        "this repository, in which it lies",
+        "the copy in this repository",
     ),
     *(
         KnownModel(f"a CIFAR-10 or ImageNet 32x32 student, {size}M", _AT_32 | widths)
