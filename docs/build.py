@@ -3,7 +3,14 @@
 from pathlib import Path
 
 from guided_diffusion.config.architectures import DiTArchitecture, UNet2DArchitecture
-from guided_diffusion.config.settings import SECTIONS, AdmArchitecture, Process, Space, describe_keys
+from guided_diffusion.config.settings import (
+    SECTIONS,
+    AdmArchitecture,
+    Architecture,
+    Process,
+    Space,
+    describe_keys,
+)
 
 INTRODUCTION = """# Configuration keys
 
@@ -28,11 +35,11 @@ def table(rows: list[tuple[str, object, str]]) -> str:
     return "\n".join(lines)
 
 
-def other_architectures(adm: list[tuple[str, object, str]]) -> list[str]:
-    """The keys of the built-in architectures beside ADM's, with what every one has left out."""
+def other_architectures(common: list[tuple[str, object, str]]) -> list[str]:
+    """The keys of the built-in architectures beside ADM's, but for those that every one has."""
     parts = []
     for name, settings in (("diffusers_unet2d", UNet2DArchitecture), ("dit", DiTArchitecture)):
-        rows = [row for row in describe_keys(settings) if row not in adm[:7]]
+        rows = [row for row in describe_keys(settings) if row not in common]
         parts += [f"\n### `architecture: {name}` ([teachers.md](teachers.md))\n", table(rows)]
     return parts
 
@@ -40,14 +47,15 @@ def other_architectures(adm: list[tuple[str, object, str]]) -> list[str]:
 def page() -> str:
     """The whole page."""
     architecture, process, space = (describe_keys(part) for part in (AdmArchitecture, Process, Space))
+    common = describe_keys(Architecture)
     shared = architecture + process + space
     where = "in `teacher`, in `student`, or at top level"
     parts = [
         INTRODUCTION,
         f"## Architecture: {where}\n",
-        "Those of `adm`. Another architecture has the first seven and keys of its own.\n",
+        f"Those of `adm`. Another architecture has the first {len(common)} and keys of its own.\n",
         table(architecture),
-        *other_architectures(architecture),
+        *other_architectures(common),
         f"\n## Process: {where}\n",
         table(process),
         f"\n## Space: {where}\n",

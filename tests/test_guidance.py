@@ -173,10 +173,10 @@ def test_every_sampler_is_guided_and_says_so(tmp_path):
             with np.load(out / "samples_8x8x8x3.npz") as samples:
                 drawn[scale] = samples["arr_0"].astype(int)
                 assert samples["arr_1"].max() < 5
-                told = json.loads(str(samples["provenance"])) if "provenance" in samples else None
+                told = json.loads(str(samples["provenance"]))
             recorded = json.loads((out / "sampling.json").read_text())
             assert recorded["guidance_scale"] == (scale or None)
-            assert told is None or told["guidance_scale"] == (scale or None)
+            assert told["guidance_scale"] == (scale or None)
         assert np.abs(drawn[1] - drawn[0]).max() <= 1 and np.abs(drawn[5] - drawn[0]).max() > 5
     done = script_here("scripts/image_sample.py", *flags, "--guidance_scale", 2, "--log_dir",
                        tmp_path / "ancestral0", check=False)  # fmt: skip

@@ -93,7 +93,7 @@ def test_every_known_model_is_known_by_its_shapes(model):
 
 
 @pytest.mark.parametrize(
-    "name, millions",  # "Diffusion Models Beat GANs", table 12; LDM's, table 12
+    "name, millions",  # in millions, as published beside the checkpoints of "Diffusion Models Beat GANs"
     [("64x64", 296), ("128x128", 422), ("256x256", 554), ("512x512", 559)],
 )
 def test_adm_has_the_published_sizes(name, millions):

@@ -74,8 +74,11 @@ def write_report(study: Study, results: Results, out: Path, path: Path, how: str
         baseline = next((row for row in of_budget if row.run.name == study.baseline), None)
         parts.append(f"## {budget.name}: {budget.amount:,.10g} {budget.kind}\n")
         for number, group in enumerate(dict.fromkeys(row.run.group for row in of_budget)):
-            shown = [row for row in of_budget if row.run.group == group or row is baseline]
-            shown.sort(key=lambda row: row is not baseline)
+            members = [row for row in of_budget if row.run.group == group and row is not baseline]
+            shown = [*([baseline] if baseline else []), *members]
+            if group and not any(row.records for row in members):
+                parts.append(f"### {group[:1].upper()}{group[1:]}\n\nNot run yet.\n")
+                continue
             if group:
                 parts.append(f"### {group[:1].upper()}{group[1:]}\n")
             parts.append(_scores_table(shown, baseline))
