@@ -239,6 +239,17 @@ class TestStages:
         assert len(first.loss) == 8 and len(second.loss) == len(second.t) == 3
         loop_for(model, diffusion, objective, tmp_path).train_step(batch)
 
+    def test_the_alignment_may_see_a_share_of_the_batch(self):
+        model, diffusion, objective = build(Distill(stage1_fraction=0.5, stage2_weight=0))
+        batch = make_batch(diffusion)
+        (part,) = objective.passes(model, batch)
+        objective.settings.stage1_fraction = 1.0
+        (alone,) = objective.passes(model, batch[:4])
+        (whole,) = objective.passes(model, batch)
+        assert len(part.loss) == 8 and len(alone.loss) == 4
+        th.testing.assert_close(part.terms["stage1_align"][:4], alone.terms["stage1_align"])
+        assert not th.isclose(part.terms["stage1_align"][0], whole.terms["stage1_align"][0])
+
     def test_the_source_is_told_what_the_student_says_of_x_t(self):
         model, diffusion, objective = build(Distill(stage1_weight=0))
         batch, told = make_batch(diffusion), []

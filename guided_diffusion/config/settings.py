@@ -316,6 +316,7 @@ class Distill:
 
     objective: str = key("tccd", "tccd (DKDM with both stages off), or package.module:Class of your own")
     stage1_weight: float = key(1.0, "weight of the timestep-noise alignment (0: off)")
+    stage1_fraction: float = key(1.0, "share of each batch that the alignment sees")
     stage2_weight: float = key(1.0, "weight of the interactive self-supervision pass (0: off)")
     stage2_align: bool = key(False, "use the alignment in stage 2 too (the paper's figure, not its code)")
     temperature: float = key(1.0, "temperature of the contrastive loss")
@@ -350,10 +351,9 @@ class Distill:
             _require(getattr(self, name) > 0, f"{where}{name} must be positive, not {getattr(self, name)}")
         for name in ("stride", "advance_stride"):
             _require(getattr(self, name) >= 1, f"{where}{name} must be at least 1, not {getattr(self, name)}")
-        _require(
-            0 < self.stage2_fraction <= 1,
-            f"{where}stage2_fraction must be in (0, 1], not {self.stage2_fraction}",
-        )
+        for name in ("stage1_fraction", "stage2_fraction"):
+            share = getattr(self, name)
+            _require(0 < share <= 1, f"{where}{name} must be in (0, 1], not {share}")
         _require(0 <= self.on_policy <= 1, f"{where}on_policy must be in [0, 1], not {self.on_policy}")
         _require_one_of(self.loss_weight, ("eps", "v", "min_snr"), f"{where}loss_weight")
         _require_one_of(self.stage2_time, ("same", "between"), f"{where}stage2_time")

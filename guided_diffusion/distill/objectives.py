@@ -128,7 +128,8 @@ class Distillation(Objective):
         """A stage's loss: its weight times the sum of its terms and, with `align`, the weighted alignment."""
         loss = th.stack(list(terms.values())).sum(0)
         if align:
-            terms["align"] = self.alignment(out.features, out.emb, t).expand_as(loss)
+            n = math.ceil(self.settings.stage1_fraction * len(t))
+            terms["align"] = self.alignment(out.features[:n], out.emb[:n], t[:n]).expand_as(loss)
             loss = loss + self.settings.stage1_weight * terms["align"]
         return PassLoss(weight * loss, {f"{stage}_{k}": v for k, v in terms.items()}, t)
 
