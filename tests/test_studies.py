@@ -204,7 +204,9 @@ class TestComparison:
             eps = network.eval()(states.x, states.t)[:, :3]
         expected = float((eps - states.eps).square().mean())
         assert found.held_out(states)["all"] == pytest.approx(expected, rel=1e-4)
-        assert found.own_chain(3, "5", lambda: None)["path_kl"] > 0
+        chain = found.own_chain(3, "5", lambda: None)
+        assert chain["path_kl"] > 0 and len(chain["step_kl"]) == 5
+        assert sum(chain["step_kl"]) == pytest.approx(chain["path_kl"]) and min(chain["step_kl"]) > 0
         assert found.own_chain(3, "5", lambda: None) == found.own_chain(3, "5", lambda: None)
 
     def test_quarters_of_the_chain(self):

@@ -327,7 +327,7 @@ class CellRun:
             found["held_out"] = comparison.held_out(states)
         if metrics.chains:
             chain = comparison.own_chain(metrics.chains, metrics.respacing, check)
-            found |= {"on_policy": chain["eps"], "path_kl": chain["path_kl"]}
+            found |= {"on_policy": chain["eps"], "path_kl": chain["path_kl"], "step_kl": chain["step_kl"]}
         return found
 
     def _tidy(self, iterations: int) -> None:

@@ -114,21 +114,22 @@ class Comparison:
         Returns:
             "eps": mean squared difference of the noise predictions at the states of the chains, in all and by
             quarters of T; "path_kl": the sum over the steps of KL(student's step || teacher's step) in nats,
-            summed over an image's values, mean over the chains.
+            summed over an image's values, mean over the chains; "step_kl": that of each step, by t.
         """
         process = build_process(self.experiment.student, "metrics.respacing", respacing)
         teacher_process = build_process(self.experiment.teacher, "metrics.respacing", respacing)
         errors: list[th.Tensor] = []
         steps: list[th.Tensor] = []
-        divergence = th.zeros((), dtype=th.float64)
+        divergence = th.zeros(process.num_timesteps, dtype=th.float64)
         for first in range(0, chains, _ROWS):
             rows = range(first, min(first + _ROWS, chains))
             for t, error, kl in self._chain(process, teacher_process, rows, check):
                 errors.append(error)
                 steps.append(t)
-                divergence += kl.sum().double().cpu()
+                divergence[t[0]] += kl.sum().double().cpu()
         eps = by_quarter(th.cat(errors), th.cat(steps), process.num_timesteps)
-        return {"eps": eps, "path_kl": float(divergence) / chains}
+        divergence /= chains
+        return {"eps": eps, "path_kl": float(divergence.sum()), "step_kl": divergence.tolist()}
 
     @th.no_grad()
     def _chain(
