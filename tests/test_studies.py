@@ -318,7 +318,8 @@ class TestReport:
         text = (tmp_path / "report.md").read_text()
         assert "| plain | 4 | 4 / 3 / 5 | - |" in text
         assert "| fast | 3 | 3 / 2.5 / 3.5 | -1 [-2.24, +0.242] (n = 3) | 0.250 | 0.250 |" in text
-        assert "`student.lr=0.01`" in text and "a processor" in text
+        assert "| fast |  | `student.lr=0.01` | short | 0, 1, 2 |" in text and "a processor" in text
+        assert (tmp_path / "report/study-short-why.png").is_file()
         assert (tmp_path / "report/study-short-0.png").is_file()
 
     def test_what_diverged_or_is_missing_is_said(self, tmp_path):

@@ -94,6 +94,18 @@ def ledger_of(experiment: DistillationExperiment, data: Data | None, images: int
     )
 
 
+def chains_seen(experiment: DistillationExperiment, iterations: int) -> float:
+    """About how many different chains of the teacher's a student is shown: the pool's, and those begun anew.
+
+    A draw takes an entry `advance_stride` of the T steps further in the mean, and a new chain begins after T.
+    """
+    total = build_process(experiment.teacher, "teacher.timestep_respacing").num_timesteps
+    batch = experiment.student.training.batch_size
+    size = pool_size(experiment.teacher.iter_choice, experiment.teacher.BATCH, total, batch)
+    draws = iterations * batch / experiment.teacher.prob
+    return size + draws * experiment.distill.advance_stride / total
+
+
 def _prepared_rows(experiment: DistillationExperiment, process: GaussianDiffusion) -> float:
     """Rows of teacher calls that the preparation is expected to take; its levels are drawn evenly."""
     teacher, total = experiment.teacher, process.num_timesteps

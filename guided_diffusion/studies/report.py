@@ -12,29 +12,36 @@ import numpy as np
 
 from ..io.files import atomic_path
 from .cells import cells_of
+from .ledger import chains_seen
 from .results import Results
 from .statistics import PairedDifference, holm, paired_difference
 from .study_file import Budget, Study, StudyRun
 
 _NAMES = {"fd": "digits-FD", "fid": "FID", "sfid": "sFID", "precision": "precision", "recall": "recall"}
-_HOW_TO_READ = """Lower is better in every column but precision and recall. Seeds are paired: with one seed
-all runs have the same initial weights, pool, order and sampling noise, as far as their configurations allow.
-A difference is the mean over the seeds that both runs have, with its 95 % interval (Student's t). p is the
-exact two-sided sign-flip test's, which cannot be below 2^(1-n) for n seeds; p (Holm) is corrected for the
-number of comparisons in its table. Held-out error: the mean squared difference of the noise predictions of
-student and teacher on states of the teacher's full chain. On-policy error: the same at the states of the
-student's own chain. Path KL: the sum over that chain's steps of KL(student's step ‖ teacher's step), in nats
-an image. Wall time and FLOPs are of preparation and training together: FLOPs are counted ([how]({how})), wall
-times depend on the machine and on what ran beside, both of which stand at the end."""
+_HOW_TO_READ = """Lower is better in every column but precision and recall. Seeds are paired: with one
+seed all runs have the same initial weights, pool, order and sampling noise, as far as their configurations allow. A difference is
+the mean over the seeds that both runs have, with its 95 % interval (Student's t). p is the exact two-sided
+sign-flip test's, which cannot be below 2^(1-n) for n seeds; p (Holm) is corrected for the number of
+comparisons in its table. Held-out error: the mean squared difference of the noise predictions of student
+and teacher on states of the teacher's full chain. On-policy error: the same at the states of the student's
+own chain. Path KL: the sum over that chain's steps of KL(student's step ‖ teacher's step), in nats an
+image. Chains: about how many of the teacher's different chains the student was shown. Wall time and FLOPs
+are of preparation and training together: FLOPs are counted ([how]({how})), wall times depend on the machine
+and on what ran beside, both of which stand at the end."""
 
 
 @dataclass(frozen=True)
 class Row:
-    """A run with a budget: its records, by seed."""
+    """A run with a budget: its records, by seed.
+
+    Attributes:
+        chains: about how many of the teacher's chains the student was shown; None if it did not distil.
+    """
 
     run: StudyRun
     budget: Budget
     records: Mapping[int, dict[str, Any]]
+    chains: float | None = None
 
     @property
     def done(self) -> dict[int, dict[str, Any]]:
@@ -73,6 +80,7 @@ def write_report(study: Study, results: Results, out: Path, path: Path, how: str
         of_budget = [row for row in rows if row.budget == budget]
         baseline = next((row for row in of_budget if row.run.name == study.baseline), None)
         parts.append(f"## {budget.name}: {budget.amount:,.10g} {budget.kind}\n")
+        parts += _why(study, of_budget, pictures)
         for number, group in enumerate(dict.fromkeys(row.run.group for row in of_budget)):
             members = [row for row in of_budget if row.run.group == group and row is not baseline]
             shown = [*([baseline] if baseline else []), *members]
@@ -100,6 +108,20 @@ def write_report(study: Study, results: Results, out: Path, path: Path, how: str
         temporary.write_text("\n".join(parts))
 
 
+def _why(study: Study, rows: list[Row], pictures: Path) -> list[str]:
+    """Two pictures of all that distilled: chains seen against the score, and where a student's chain errs."""
+    shown = [row for row in rows if row.done and row.chains]
+    if len(shown) < 2:
+        return []
+    image = pictures / f"{study.name}-{rows[0].budget.name}-why.png"
+    _plot_why(image, shown)
+    return [
+        "About how many different chains of the teacher's a student was shown, against its score; and where "
+        "its own chain leaves the teacher's: KL(student's step ‖ teacher's step) at each step, if known.\n",
+        f"![Chains seen, and divergence along the chain]({pictures.name}/{image.name})\n",
+    ]
+
+
 def _rows(study: Study, results: Results) -> list[Row]:
     known = results.read()
     found: dict[tuple[str, str], dict[int, dict[str, Any]]] = {}
@@ -107,7 +129,16 @@ def _rows(study: Study, results: Results) -> list[Row]:
         records = found.setdefault((cell.run.name, cell.budget.name), {})
         if cell.id in known:
             records[cell.seed] = known[cell.id]
-    return [Row(study.runs[run], study.budgets[budget], records) for (run, budget), records in found.items()]
+    return [
+        Row(study.runs[run], study.budgets[budget], records, _chains(study, study.runs[run], records))
+        for (run, budget), records in found.items()
+    ]
+
+
+def _chains(study: Study, run: StudyRun, records: Mapping[int, dict[str, Any]]) -> float | None:
+    if run.teacher or run.data or not records:
+        return None
+    return chains_seen(study.experiment(run), next(iter(records.values()))["iterations"])
 
 
 def _scores_table(rows: list[Row], baseline: Row | None) -> str:
@@ -121,7 +152,8 @@ def _scores_table(rows: list[Row], baseline: Row | None) -> str:
     more = [name for name in ("sfid", "precision", "recall") if any(row.final(name) for row in rows)]
     head = ["run", _NAMES[primary], "each seed", f"difference to {baseline.run.name if baseline else '-'}"]
     head += ["p", "p (Holm)", *(_NAMES[name] for name in more)]
-    head += ["held-out error", "on-policy error", "path KL", "iterations", "wall time", "TFLOPs"]
+    head += ["held-out error", "on-policy error", "path KL", "chains"]
+    head += ["iterations", "wall time", "TFLOPs"]
     lines = []
     for row in rows:
         seeds = [
@@ -137,6 +169,7 @@ def _scores_table(rows: list[Row], baseline: Row | None) -> str:
         ]
         line += [_number(row.mean(name)) for name in more]
         line += [_number(row.mean(name)) for name in ("held_out.all", "on_policy.all", "path_kl")]
+        line += ["-" if row.chains is None else f"{row.chains:,.0f}"]
         line += [_cost(row, lambda record: record["iterations"], "{:,.0f}"), _cost(row, _wall, "{:,.0f} s")]
         lines.append([*line, _cost(row, lambda record: record["flops"]["total"] / 1e12, "{:.3g}")])
     return _table(head, lines)
@@ -161,14 +194,10 @@ def _difference(row: Row, baseline: Row | None) -> PairedDifference | None:
 
 def _description(study: Study, rows: list[Row]) -> str:
     """What the runs are, where they were run, and what is not there."""
-    changed = {  # the last override of a key is what counts
-        run.name: dict(override.partition("=")[::2] for override in run.overrides)
-        for run in study.runs.values()
-    }
-    common = set.intersection(*(set(keys.items()) for keys in changed.values()))
+    common = _last(study.overrides)
     lines = []
     for run in study.runs.values():
-        own = [f"`{key}={value}`" for key, value in changed[run.name].items() if (key, value) not in common]
+        own = [f"`{key}={value}`" for key, value in _last(run.overrides).items() if common.get(key) != value]
         if run.data is not None:
             own.append(f"trained on images, {run.data.real:.0%} of them real, the others by the teacher")
         lines.append(
@@ -176,7 +205,7 @@ def _description(study: Study, rows: list[Row]) -> str:
         )
     parts = ["## What was run\n", f"Configuration: `{_short(study.config)}`; for all runs "]
     parts[-1] += (
-        ", ".join(f"`{key}={value}`" for key, value in sorted(common)) + ".\n" if common else "as it is.\n"
+        ", ".join(f"`{key}={value}`" for key, value in common.items()) + ".\n" if common else "as it is.\n"
     )
     parts.append(_table(["run", "what it is", "differs by", "budgets", "seeds"], lines))
     metrics = study.metrics
@@ -205,6 +234,11 @@ def _description(study: Study, rows: list[Row]) -> str:
         if "failed" in record
     ]
     return "\n".join(parts + (["Diverged:\n", *failed, ""] if failed else []))
+
+
+def _last(overrides: Iterable[str]) -> dict[str, str]:
+    """Overrides by key: the last of a key is what counts."""
+    return dict(override.partition("=")[::2] for override in overrides)
 
 
 def _samples(study: Study, row: Row, out: Path, pictures: Path) -> Path | None:
@@ -250,6 +284,31 @@ def _plot(path: Path, rows: list[Row]) -> None:
     primary = next(_primary(record) for row in rows for record in row.done.values())
     figure.axes[0].set_ylabel(_NAMES[primary])
     figure.legend(*axes.get_legend_handles_labels(), loc="outside right upper", fontsize=8, frameon=False)
+    with atomic_path(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=80)
+
+
+def _plot_why(path: Path, rows: list[Row]) -> None:
+    from matplotlib.figure import Figure
+
+    recorded = any("step_kl" in r["scores"][-1] for row in rows for r in row.done.values())
+    figure = Figure(figsize=(13 if recorded else 8, 4.6), layout="constrained")
+    chains, *others = figure.subplots(1, 1 + recorded, squeeze=False)[0]
+    for number, row in enumerate(rows):
+        look = {"color": f"C{number % 10}", "marker": "osD^v"[number // 10 % 5]}
+        scores = list(row.final("primary").values())
+        chains.plot([row.chains or 0] * len(scores), scores, linestyle="", label=row.run.name, **look)
+        divergences = [r["scores"][-1].get("step_kl") for r in row.done.values()]
+        if found := [divergence for divergence in divergences if divergence]:
+            mean = np.mean(found, axis=0)
+            t = (np.arange(len(mean)) + 0.5) / len(mean)
+            others[0].plot(t, mean, color=look["color"], linestyle=["-", "--", ":"][number // 10 % 3])
+    chains.set(xscale="log", yscale="log", xlabel="chains seen", ylabel="score")
+    for axes in others:
+        axes.set(yscale="log", xlabel="t / T (0: clean, 1: noise)", ylabel="KL of the step, nats an image")
+    for axes in (chains, *others):
+        axes.grid(alpha=0.25, which="both")
+    figure.legend(*chains.get_legend_handles_labels(), loc="outside right upper", fontsize=8, frameon=False)
     with atomic_path(path) as temporary:
         figure.savefig(temporary, format="png", dpi=80)
 

@@ -105,6 +105,7 @@ class Study:
     runs: Mapping[str, StudyRun]
     budgets: Mapping[str, Budget]
     baseline: str
+    overrides: tuple[str, ...] = ()
     about: str = ""
     reference: str = "digits"
     backend: str = "digits"
@@ -149,7 +150,7 @@ def load_study(path: Path) -> Study:
     path = path.resolve()
     content = read_mapping(path)
     plain = {f.name for f in dataclasses.fields(Study)} - {"path"}
-    _require_known(content, {*plain, "overrides", "seeds"}, path, "")
+    _require_known(content, {*plain, "seeds"}, path, "")
     for name in ("config", "runs", "budgets", "baseline"):
         if not content.get(name):
             raise UserError(f"{path}: '{name}' is missing")
@@ -164,6 +165,7 @@ def load_study(path: Path) -> Study:
     }
     content |= {
         "path": path,
+        "overrides": overrides,
         "budgets": budgets,
         "config": resolve_path(str(content["config"]), path),
         "metrics": _build(Metrics, content.get("metrics", {}), path, "metrics."),
