@@ -18,16 +18,16 @@ from .statistics import PairedDifference, holm, paired_difference
 from .study_file import Budget, Study, StudyRun
 
 _NAMES = {"fd": "digits-FD", "fid": "FID", "sfid": "sFID", "precision": "precision", "recall": "recall"}
-_HOW_TO_READ = """Lower is better in every column but precision and recall. Seeds are paired: with one
-seed all runs have the same initial weights, pool, order and sampling noise, as far as their configurations allow. A difference is
-the mean over the seeds that both runs have, with its 95 % interval (Student's t). p is the exact two-sided
-sign-flip test's, which cannot be below 2^(1-n) for n seeds; p (Holm) is corrected for the number of
-comparisons in its table. Held-out error: the mean squared difference of the noise predictions of student
-and teacher on states of the teacher's full chain. On-policy error: the same at the states of the student's
-own chain. Path KL: the sum over that chain's steps of KL(student's step ‖ teacher's step), in nats an
-image. Chains: about how many of the teacher's different chains the student was shown. Wall time and FLOPs
-are of preparation and training together: FLOPs are counted ([how]({how})), wall times depend on the machine
-and on what ran beside, both of which stand at the end."""
+_HOW_TO_READ = """Lower is better in every column but precision and recall. Seeds are paired: with one seed
+all runs have the same initial weights, pool, order and sampling noise, as far as their configurations
+allow. A difference is the mean over the seeds that both runs have, with its 95 % interval (Student's t). p
+is the exact two-sided sign-flip test's, which cannot be below 2^(1-n) for n seeds; p (Holm) is corrected
+for the number of comparisons in its table. Held-out error: the mean squared difference of the noise
+predictions of student and teacher on states of the teacher's full chain. On-policy error: the same at the
+states of the student's own chain. Path KL: the sum over that chain's steps of KL(student's step ‖ teacher's
+step), in nats an image. Chains: about how many of the teacher's different chains the student was shown.
+Wall time and FLOPs are of preparation and training together: FLOPs are counted ([how]({how})), wall times
+depend on the machine and on what ran beside, both of which stand at the end."""
 
 
 @dataclass(frozen=True)
