@@ -1,7 +1,8 @@
 """What mkdocs does here beside its own: pages for files outside docs/, and the notebook as a page.
 
-A page may link to any file of the repository, as it does where the repository itself is read. In the site such a file
-becomes a page under repository/, so no link leads out of it and nothing depends on where the repository lies.
+A page may link to any file of the repository, as one does where the repository itself is read. In the site such a file
+becomes a page under repository/, so no link leads out of it and nothing depends on where the repository lies; and a
+link to the notebook leads to its page, but for the one there, which is to the file itself.
 """
 
 import posixpath
@@ -43,8 +44,8 @@ def on_page_markdown(markdown: str, page: Page, **_: object) -> str:
     here = page.file.src_uri
 
     def moved(link: re.Match[str]) -> str:
-        path = posixpath.normpath(posixpath.join(posixpath.dirname(_path(here)), link[0]))
-        return posixpath.relpath(_uri(path), posixpath.dirname(here) or ".")
+        uri = _uri(posixpath.normpath(posixpath.join(posixpath.dirname(_path(here)), link[0])))
+        return link[0] if uri == here else posixpath.relpath(uri, posixpath.dirname(here) or ".")
 
     return _LINK.sub(moved, markdown)
 
@@ -63,5 +64,5 @@ def _path(uri: str) -> str:
 def _uri(path: str) -> str:
     """Where a file of the repository lies in the site."""
     if path.startswith("docs/"):
-        return path.removeprefix("docs/")
+        return path.removeprefix("docs/").replace(".ipynb", ".md")
     return f"repository/{path}" if path.endswith(".md") else f"repository/{path}.md"
