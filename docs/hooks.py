@@ -1,8 +1,8 @@
 """What mkdocs does here beside its own: pages for files outside docs/, and the notebook as a page.
 
-A page may link to any file of the repository, as one does where the repository itself is read. In the site such a file
-becomes a page under repository/, so no link leads out of it and nothing depends on where the repository lies; and a
-link to the notebook leads to its page, but for the one there, which is to the file itself.
+A page may link to any file of the repository, as one does where the repository itself is read. In the site
+such a file becomes a page under repository/, so no link leads out of it and nothing depends on where the
+repository lies; and a link to the notebook leads to its page, but for the one there, which is to the file.
 """
 
 import posixpath

@@ -1,8 +1,9 @@
-"""Pages that are written by code are as the code writes them, links lead somewhere, and commands are right."""
+"""Pages written by code are as the code writes them, links lead somewhere, and commands are right."""
 
 import re
 import runpy
 import shlex
+from itertools import pairwise
 
 import pytest
 import yaml
@@ -44,7 +45,9 @@ def commands():
     found = []
     for path, name in zip(PAGES, NAMES, strict=True):
         text = re.sub(r"\\\n\s*", "", path.read_text())
-        for line in re.findall(r"(?:^|`)(?:    |\$ )?(?:[A-Z_]+=\S* )*((?:mpiexec|torchrun|srun|python) .*)", text, re.M):
+        for line in re.findall(
+            r"(?:^|`)(?:    |\$ )?(?:[A-Z_]+=\S* )*((?:mpiexec|torchrun|srun|python) .*)", text, re.M
+        ):
             line = line.split("`")[0].split("  #")[0]
             if script := re.search(r"\b(?:scripts|evaluations|datasets|benchmarks)/\w+\.py\b.*", line):
                 found.append((name, script[0].split(" > ")[0].strip()))
@@ -67,14 +70,16 @@ def flags_of():
     return flags
 
 
-@pytest.mark.parametrize("page, command", COMMANDS, ids=[f"{page}-{i}" for i, (page, _) in enumerate(COMMANDS)])
+@pytest.mark.parametrize(
+    "page, command", COMMANDS, ids=[f"{page}-{i}" for i, (page, _) in enumerate(COMMANDS)]
+)
 def test_commands_exist_with_these_flags_and_keys(page, command, flags_of):
     script, *arguments = shlex.split(re.sub(r"[\[\]…]", " ", command))
     assert (ROOT / script).is_file(), command
     if not script.startswith("benchmarks/"):
         unknown = {a.split("=")[0] for a in arguments if a.startswith("--")} - flags_of(script)
         assert not unknown, command
-    config = next((ROOT / b for a, b in zip(arguments, arguments[1:]) if a == "--config"), None)
+    config = next((ROOT / b for a, b in pairwise(arguments) if a == "--config"), None)
     if config is not None and config.is_file():
         overrides = [a for a in arguments if re.fullmatch(r"[a-z]\S*=\S+", a) and a != "key=value"]
         load_experiment(config, overrides)

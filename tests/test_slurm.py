@@ -11,7 +11,7 @@ from tiny import ROOT, distillation
 
 FILE = ROOT / "docs/slurm/distil.sbatch"
 
-# Starts two ranks here as srun would, with all that it sets; STATUS is given instead of running a script it names.
+# Starts two ranks here as srun does, with all that it sets; PRETEND=script=status gives that status instead.
 SRUN = """\
 #!{python}
 import os, subprocess, sys
@@ -57,7 +57,7 @@ def test_what_slurm_reads():
 
 @pytest.fixture
 def sbatch(tmp_path):
-    """Runs the file as SLURM does, in the repository's folder; what srun and scontrol were given lies in log."""
+    """Runs the file as SLURM does; gives what came of it, and what srun and scontrol were given."""
     log = tmp_path / "log"
     for name, text in (("srun", SRUN), ("scontrol", SCONTROL)):
         path = tmp_path / "bin" / name

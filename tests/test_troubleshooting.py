@@ -1,4 +1,4 @@
-"""docs/troubleshooting.md: each message it shows is one that the program gives, to the mistake it belongs to."""
+"""docs/troubleshooting.md: each message it shows is given by the program, to the mistake it belongs to."""
 
 import re
 import sys
@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 from in_process import script_here
+from test_originals import original_pool
 from tiny import ROOT, distillation, one_line_error
 
 from guided_diffusion.errors import UserError
@@ -47,7 +48,9 @@ def test_mpi(monkeypatch, mpi4py, start):
 
 def test_pools_teachers_and_gradients(config, tmp_path):
     """In the order in which somebody meets them."""
-    prepare, distil = (["scripts/" + name, "--config", config] for name in ("dynamic_prepare.py", "image_kd.py"))
+    prepare, distil = (
+        ["scripts/" + name, "--config", config] for name in ("dynamic_prepare.py", "image_kd.py")
+    )
     assert re.fullmatch(shown("error: no such pool"), mistake(*distil))
     told = mistake(*prepare, "teacher.num_channels=64", "teacher.channel_mult=1,1,2")
     assert re.fullmatch(shown("error: …: does not fit"), told)
@@ -56,12 +59,16 @@ def test_pools_teachers_and_gradients(config, tmp_path):
     script_here(*prepare)
     linear = ["teacher.noise_schedule=linear", "student.noise_schedule=linear"]
     assert re.fullmatch(shown("error: …: was made for"), mistake(*distil, *linear))
-    assert re.fullmatch(shown("error: …: holds"), mistake(*distil, "teacher.BATCH=0.8"))
+    original_pool(tmp_path / "small.cache", 4, image_size=8)
+    told = mistake(*distil, f"teacher.tempfile={tmp_path / 'small.cache'}")
+    assert re.fullmatch(shown("error: …: holds"), told)
     told = mistake(*distil, "student.lr=1e30", "run.max_bad_steps=2", "--exp_dir", tmp_path / "run")
     assert re.fullmatch(shown("error: gradients"), told)
 
 
-@pytest.mark.parametrize("message", re.findall(r"^\| `([^`]+)` \|", PAGE, re.M) + ["no end is set (run.iterations=N"])
+@pytest.mark.parametrize(
+    "message", [*re.findall(r"^\| `([^`]+)` \|", PAGE, re.M), "no end is set (run.iterations=N"]
+)
 def test_other_messages_are_in_the_program(message):
     """Those of the tables, which other tests provoke: their words, between what differs."""
     if message.startswith(("student.", "distill.", "teacher.")):
