@@ -45,8 +45,8 @@ $(DOCS): $(STAMP) requirements-docs.txt
 	@touch $@
 
 docs: $(DOCS)
-	PYTHONPATH=. $(BIN)/python docs/build.py
-	$(BIN)/python -m mkdocs build --quiet
+	$(BIN)/python docs/build.py
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet
 
 clean:
 	rm -rf .venv site build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
