@@ -11,7 +11,7 @@ from tiny import ROOT, distillation
 
 FILE = ROOT / "docs/slurm/distil.sbatch"
 
-# Starts two ranks here as srun does, with all that it sets; PRETEND=script=status gives that status instead.
+# Starts two ranks here as srun does, with all that it sets; PRETEND gives a script's status instead.
 SRUN = """\
 #!{python}
 import os, subprocess, sys
@@ -20,9 +20,9 @@ while command[0].startswith("-"):
     command.pop(0)
 with open("{log}", "a") as log:
     log.write(" ".join(["srun", *sys.argv[1:]]) + "\\n")
-name, _, status = os.environ.get("PRETEND", "").partition("=")
-if name and name in command[1]:
-    sys.exit(int(status))
+for name, status in (pair.split("=") for pair in os.environ.get("PRETEND", "").split()):
+    if name in command[1]:
+        sys.exit(int(status))
 step = {{"SLURM_STEP_ID": "0", "SLURM_STEP_NODELIST": "localhost", "SLURM_NTASKS": "2"}}
 ranks = [
     subprocess.Popen(command, env=os.environ | step | {{"SLURM_PROCID": str(i), "SLURM_LOCALID": str(i)}})
@@ -90,11 +90,12 @@ def test_a_run_finishes(sbatch, tmp_path):
     assert "scontrol" not in log
 
 
-@pytest.mark.parametrize("script", ["dynamic_prepare", "image_kd"])
-def test_a_stopped_job_is_queued_again(sbatch, script):
-    if script == "image_kd":
-        sbatch(PRETEND="image_kd=1")  # prepares
-    done, log = sbatch(PRETEND=f"{script}=75")
+@pytest.mark.parametrize(
+    "script, pretend",
+    [("dynamic_prepare", "dynamic_prepare=75"), ("image_kd", "dynamic_prepare=0 image_kd=75")],
+)
+def test_a_stopped_job_is_queued_again(sbatch, script, pretend):
+    done, log = sbatch(PRETEND=pretend)
     assert done.returncode == 75
     assert log.endswith(f"scontrol requeue {os.getpid()}\n")
     assert f"{script}.py" in log.splitlines()[-2]
