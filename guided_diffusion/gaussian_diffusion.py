@@ -32,8 +32,8 @@ def get_named_beta_schedule(
         schedule_name: "linear": evenly spaced betas. "scaled_linear": evenly spaced square roots of betas
             (Latent Diffusion, Rombach et al., 2022). "cosine": Improved DDPM eq. 17.
         num_diffusion_timesteps: T.
-        beta_start, beta_end: the first and the last beta of the former two; 0 for DDPM's 1e-4 and 0.02,
-            which "linear" scales by 1000 / T.
+        beta_start: the first beta of the former two; 0 for DDPM's 1e-4, which "linear" scales by 1000 / T.
+        beta_end: their last; 0 for DDPM's 0.02, scaled likewise.
 
     Raises:
         ValueError: unknown name.
@@ -126,10 +126,10 @@ class GaussianDiffusion:
 
     Attributes:
         num_timesteps: T.
-        betas, alphas_cumprod, alphas_cumprod_prev, alphas_cumprod_next, sqrt_alphas_cumprod,
-        sqrt_one_minus_alphas_cumprod, log_one_minus_alphas_cumprod, sqrt_recip_alphas_cumprod,
-        sqrt_recipm1_alphas_cumprod, posterior_variance, posterior_log_variance_clipped,
-        posterior_mean_coef1, posterior_mean_coef2: float64 [T] each.
+        betas: float64 [T], as are alphas_cumprod, alphas_cumprod_prev, alphas_cumprod_next,
+            sqrt_alphas_cumprod, sqrt_one_minus_alphas_cumprod, log_one_minus_alphas_cumprod,
+            sqrt_recip_alphas_cumprod, sqrt_recipm1_alphas_cumprod, posterior_variance,
+            posterior_log_variance_clipped, posterior_mean_coef1 and posterior_mean_coef2.
     """
 
     def __init__(
@@ -579,9 +579,13 @@ class GaussianDiffusion:
             model: called as model(x, timesteps, **model_kwargs).
             shape: (B, C, H, W).
             noise: the start x_T; drawn when left out.
-            clip_denoised, denoised_fn, cond_fn, model_kwargs, noise_fn: as in `p_sample`.
+            clip_denoised: as in `p_sample`.
+            denoised_fn: as in `p_sample`.
+            cond_fn: as in `p_sample`.
+            model_kwargs: as in `p_sample`.
             device: where the chain runs; the model's own when left out.
             progress: show a progress bar.
+            noise_fn: as in `p_sample`.
         """
 
         def step(x: th.Tensor, t: th.Tensor) -> Sample:

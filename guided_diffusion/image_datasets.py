@@ -225,7 +225,8 @@ def sample_batches(
         dataset: the images.
         batch_size: of this rank.
         seed: of the permutations.
-        rank, world_size: which share of each global batch.
+        rank: which share of each global batch.
+        world_size: of how many shares.
         start_step: the first step.
         num_workers: processes that load images; 0 for this one.
         random_flip: mirror each image with probability 1/2, decided by (seed, its place in all batches).

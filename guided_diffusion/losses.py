@@ -12,8 +12,10 @@ def normal_kl(
     """KL divergence of two diagonal Gaussians, element by element.
 
     Args:
-        mean1, logvar1: mean and log variance of the first; broadcast against each other.
-        mean2, logvar2: of the second; tensors or numbers.
+        mean1: of the first; all four are broadcast against each other.
+        logvar1: log variance of the first.
+        mean2: of the second; a tensor or a number.
+        logvar2: log variance of the second; a tensor or a number.
 
     Returns:
         KL(first || second) in nats, of the broadcast shape.

@@ -30,7 +30,8 @@ class GroupNorm32(nn.GroupNorm):
 
         Args:
             x: [B, C, H, W].
-            scale, shift: [B, C] each, or both None.
+            scale: [B, C], or None.
+            shift: [B, C], or None where scale is.
             silu: whether to apply SiLU.
             dropout: probability, in [0, 1).
 

@@ -91,8 +91,9 @@ def create_model(
         class_cond: take class labels y.
         use_checkpoint: recompute blocks in backward to save memory.
         attention_resolutions: feature map sizes with attention, as "16,8".
-        num_heads, num_head_channels, num_heads_upsample: heads by number, or by width if that is
-            not -1; on the way up a number of its own if that is not -1.
+        num_heads: attention heads.
+        num_head_channels: width of a head instead, if not -1.
+        num_heads_upsample: heads on the way up, if not -1.
         use_scale_shift_norm: condition by scale and shift.
         dropout: in [0, 1).
         resblock_updown: resample inside residual blocks.
@@ -142,7 +143,9 @@ def create_gaussian_diffusion(
         steps: T of the original process.
         learn_sigma: learned variance; else fixed, small or large by `sigma_small`.
         sigma_small: the posterior variance instead of beta.
-        noise_schedule, beta_start, beta_end: see `gaussian_diffusion.get_named_beta_schedule`.
+        noise_schedule: see `gaussian_diffusion.get_named_beta_schedule`, also for the next two.
+        beta_start: its first beta, or 0.
+        beta_end: its last beta, or 0.
         use_kl: train the (rescaled) variational bound alone.
         predict_xstart: the model predicts x_0 instead of epsilon: `prediction_type="sample"`.
         prediction_type: what the model predicts: "epsilon", "sample" (x_0) or "v_prediction".

@@ -23,7 +23,9 @@ class DistillationBatch:
     Attributes:
         x_t: float32 [B, C, H, W].
         t: int64 [B], steps of the process.
-        eps, mean, log_variance: the teacher's outputs at (x_t, t); see `TeacherStep`.
+        eps: the teacher's output at (x_t, t), as in `TeacherStep`.
+        mean: the same.
+        log_variance: the same.
         y: int64 [B] class labels, or None.
         features: the teacher's features, float32 [B, C', H', W'], or None where nobody asked for them.
         index: int64 [B], the pool's entries that these were, or None for samples of no pool.

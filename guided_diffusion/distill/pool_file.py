@@ -58,7 +58,8 @@ def read_pool(
         shape: (C, H, W) of a sample.
         expected: what the pool must belong to; compared with what the file says where it says it. An
             original's file says nothing, and may hold more than `expected["size"]` samples.
-        rank, world_size: which share.
+        rank: which share.
+        world_size: of how many.
 
     Returns:
         The share, x as the file has it (float32 or float16), on the CPU.

@@ -15,7 +15,8 @@ class TeacherStep:
 
     Attributes:
         eps: the noise prediction, float32 [B, C, H, W].
-        mean, log_variance: of the reverse step p(x_{t-1} | x_t), float32 [B, C, H, W].
+        mean: of the reverse step p(x_{t-1} | x_t), float32 [B, C, H, W].
+        log_variance: of that step, float32 [B, C, H, W].
         x_next: x_{t-1} drawn from it, or a jump's x_s, float32 [B, C, H, W].
         features: the network's last feature map, float32 [B, C', H', W'], if asked for.
     """

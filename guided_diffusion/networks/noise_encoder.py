@@ -102,8 +102,7 @@ class NoiseEncoder(nn.Module):
 
     Args:
         feature_shape: (C, H, W) of the feature map, or of the map that a transformer's tokens make. A patch
-        is
-            a square of side ceil(max(H, W) / 4); there are as many as cover the map, which is padded with
+            is a square of side ceil(max(H, W) / 4); there are as many as cover the map, which is padded with
             zeros on the right and below where they do not divide it. So a square map whose side 4 divides
             has 16 patches (at 32x32 the published 8x8), a map smaller than 4x4 one for each position, and
             one of 7x7 16 of 2x2.

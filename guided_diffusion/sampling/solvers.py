@@ -59,9 +59,13 @@ def solver_sample_loop(
 
     Args:
         diffusion: the (respaced) process whose T steps are taken.
-        model, shape, noise, clip_denoised, model_kwargs, noise_fn: as in
-            `GaussianDiffusion.p_sample_loop_progressive`; noise is drawn for the start alone.
+        model: called as model(x, timesteps, **model_kwargs).
+        shape: (B, C, H, W).
         scheduler_class: a multistep scheduler of diffusers'.
+        noise: the start x_T; drawn when left out.
+        clip_denoised: clip the predicted x_0.
+        model_kwargs: further arguments of the model.
+        noise_fn: draws the start, and nothing else.
     """
     scheduler = make_scheduler(scheduler_class, diffusion)
 

@@ -1,0 +1,31 @@
+"""docs/tutorial.ipynb, executed as a reader does, in a small form."""
+
+import nbformat
+from nbclient import NotebookClient
+from tiny import ROOT
+
+PATH = ROOT / "docs/tutorial.ipynb"
+
+
+def test_it_runs_to_the_end(tmp_path, monkeypatch):
+    small = {"ITERATIONS": 4, "SAMPLES": 40, "RHO": 0.005, "FOLDER": tmp_path}
+    for name, value in small.items():
+        monkeypatch.setenv(f"TUTORIAL_{name}", str(value))
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    notebook = nbformat.read(PATH, as_version=4)
+    NotebookClient(notebook, timeout=300, kernel_name="python3").execute()
+    text = "".join(output.get("text", "") for cell in notebook.cells for output in cell.get("outputs", ()))
+    assert "160 samples of (3, 16, 16)" in text
+    assert "step 4/4" in text
+    assert "real digits (floor)" in text
+    assert (tmp_path / "export/model_index.json").is_file()
+
+
+def test_it_is_kept_with_its_outputs():
+    assert PATH.stat().st_size < 300_000
+    cells = [cell for cell in nbformat.read(PATH, as_version=4).cells if cell.cell_type == "code"]
+    assert [cell.execution_count for cell in cells] == list(range(1, len(cells) + 1))
+    pictures = [output for cell in cells for output in cell.outputs if "image/png" in output.get("data", {})]
+    assert len(pictures) >= 6
+    assert not any(output.output_type == "error" for cell in cells for output in cell.outputs)
