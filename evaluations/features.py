@@ -8,9 +8,9 @@ import torch
 
 from guided_diffusion.errors import UserError
 from guided_diffusion.io.image_sets import ImageFile
+from guided_diffusion.io.progress import Progress
 
 from .metrics import Gaussian, GaussianAccumulator, gaussian_of
-from .progress import progress
 
 
 class Extractor(Protocol):
@@ -73,7 +73,7 @@ def extract_features(
     kept: np.ndarray | None = None
     pooled, spread = GaussianAccumulator(), GaussianAccumulator()
     done, has_spatial = 0, False
-    with progress(images.count, images.path.name, "images") as advance:
+    with Progress(images.count, images.path.name, "images") as progress:
         for batch in images.batches(batch_size):
             block, spatial = extractor.extract(batch)
             if not np.isfinite(block).all():
@@ -88,7 +88,7 @@ def extract_features(
                         kept = np.empty((images.count, spatial.shape[1]), dtype=np.float32)
                     kept[done : done + len(batch)] = spatial
             done += len(batch)
-            advance(len(batch))
+            progress.advance(len(batch))
     return FeatureSet(
         features,
         pooled.result(),

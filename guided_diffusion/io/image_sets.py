@@ -9,7 +9,7 @@ import numpy as np
 from ..errors import UserError
 from .files import NpzFile
 from .npz_writer import create_npz
-from .progress import progress_bar
+from .progress import Progress
 
 BLOCK = 512  # images
 
@@ -89,9 +89,9 @@ def write_npz(images: ImageSet, out: Path) -> int:
         The number of classes; 0 without labels.
     """
     seen: set[int] = set()
-    with create_npz(out, images.count) as writer, progress_bar(images.count, out.name) as bar:
+    with create_npz(out, images.count) as writer, Progress(images.count, out.name, "images") as progress:
         for block, labels in images.blocks:
             writer.append(block, labels)
             seen.update([] if labels is None else labels.tolist())
-            bar.update(len(block))
+            progress.advance(len(block))
     return len(seen)
