@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 
@@ -12,6 +13,38 @@ from .npz_writer import create_npz
 from .progress import Progress
 
 BLOCK = 512  # images
+
+
+class Images(Protocol):
+    """Images that can be gone through again and again."""
+
+    @property
+    def count(self) -> int:
+        """N."""
+
+    @property
+    def path(self) -> Path:
+        """Where they lie, or what else messages call them."""
+
+    def batches(self, size: int) -> Iterator[np.ndarray]:
+        """The images in order, uint8 [at most `size`, H, W, 3]."""
+
+
+@dataclass(frozen=True)
+class ImageArray:
+    """Images uint8 [N, H, W, 3] in memory; `path` is what messages call them."""
+
+    images: np.ndarray
+    path: Path
+
+    @property
+    def count(self) -> int:
+        """N."""
+        return len(self.images)
+
+    def batches(self, size: int) -> Iterator[np.ndarray]:
+        """The images in order, uint8 [at most `size`, H, W, 3]."""
+        return (self.images[start : start + size] for start in range(0, self.count, size))
 
 
 @dataclass(frozen=True)
