@@ -17,7 +17,11 @@ if TYPE_CHECKING:
     from .features import Extractor
 
 _DIMENSION = {"tensorflow": 2048, "torch": 2048, "digits": 64}
-SIZE = {"tensorflow": None, "torch": None, "digits": (SIZE, SIZE)}  # height and width of the images
+IMAGE_SIZE = {
+    "tensorflow": None,
+    "torch": None,
+    "digits": (SIZE, IMAGE_SIZE),
+}  # height and width of the images
 AT_LEAST = 6  # images with five neighbours each
 
 
@@ -35,7 +39,7 @@ def evaluate_files(reference: Path, samples: Sequence[Path], settings: Settings)
     # A half-sample must be enough for every score too.
     needed = 2 * AT_LEAST if settings.intervals else AT_LEAST
     generated = [
-        open_images(NpzFile(path), at_least=needed, size=SIZE[settings.backend]) for path in samples
+        open_images(NpzFile(path), at_least=needed, size=IMAGE_SIZE[settings.backend]) for path in samples
     ]
     provenances = [_provenance(file.npz) for file in generated]
     for file in (*([real] if real else []), *generated):
@@ -46,12 +50,8 @@ def evaluate_files(reference: Path, samples: Sequence[Path], settings: Settings)
                 stacklevel=2,
             )
         counted = file is not real or not _has_statistics(real_npz, settings)
-        if counted and file.count < _DIMENSION[settings.backend]:
-            warnings.warn(
-                f"{file.path}: {file.count} images are fewer than the {_DIMENSION[settings.backend]} "
-                "features: Fréchet distances are far too high, compare only equal numbers of images",
-                stacklevel=2,
-            )
+        if counted:
+            warn_of_few(file.path, file.count, settings)
     # The networks' libraries are imported only now: mistakes above are told at once.
     from .reference import load_reference
     from .scoring import score_samples
@@ -80,13 +80,23 @@ def evaluate_files(reference: Path, samples: Sequence[Path], settings: Settings)
         )
 
 
+def warn_of_few(what: Path, count: int, settings: Settings) -> None:
+    """Warn of a set of images that is too small for Fréchet distances that mean something by themselves."""
+    if count < _DIMENSION[settings.backend]:
+        warnings.warn(
+            f"{what}: {count} images are fewer than the {_DIMENSION[settings.backend]} "
+            "features: Fréchet distances are far too high, compare only equal numbers of images",
+            stacklevel=3,
+        )
+
+
 def reference_images(npz: NpzFile, settings: Settings) -> ImageFile | None:
     """The reference's images; None if it holds stored Inception statistics alone."""
     if "arr_0" not in npz.headers and _has_statistics(npz, settings):
         if settings.density_coverage or settings.kid:
             raise UserError(f"{npz.path}: holds statistics alone; KID, density and coverage need its images")
         return None
-    return open_images(npz, at_least=AT_LEAST, size=SIZE[settings.backend])
+    return open_images(npz, at_least=AT_LEAST, size=IMAGE_SIZE[settings.backend])
 
 
 def _provenance(npz: NpzFile) -> dict[str, Any] | None:

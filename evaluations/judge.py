@@ -10,7 +10,7 @@ from guided_diffusion.errors import UserError
 from guided_diffusion.io.files import NpzFile
 from guided_diffusion.io.image_sets import ImageArray
 
-from .evaluation import AT_LEAST, SIZE, build_extractor, reference_images
+from .evaluation import AT_LEAST, IMAGE_SIZE, build_extractor, reference_images, warn_of_few
 from .features import choose_device, extract_features
 from .neighbours import PRECISION_RECALL_K, nearest_distances, neighbour_scores
 from .reference import load_reference
@@ -37,14 +37,15 @@ class Judge:
 
     def __init__(self, reference: Path, run: Run, image_size: int):
         self.settings = Settings(backend=run.eval_backend)  # type: ignore[arg-type]
-        size = SIZE[self.settings.backend]
-        if size not in (None, (image_size, image_size)):
+        size = IMAGE_SIZE[self.settings.backend]
+        if size is not None and size != (image_size, image_size):
             raise UserError(
                 f"run.eval_backend: {run.eval_backend} scores images of {size[0]}x{size[1]}, not of "
                 f"{image_size}x{image_size}; torch and tensorflow score any"
             )
         if run.eval_samples < AT_LEAST:
             raise UserError(f"run.eval_samples must be at least {AT_LEAST}, not {run.eval_samples}")
+        warn_of_few(Path("run.eval_samples"), run.eval_samples, self.settings)
         npz = NpzFile(reference)
         real = reference_images(npz, self.settings)
         self.extractor = build_extractor(self.settings)

@@ -164,9 +164,9 @@ class RunLog:
     def _append_csv(self, row: dict[str, float]) -> None:
         path = self.directory / "progress.csv"
         if row["step"] == self._last_step:
-            *earlier, last = (path.exists() and _raw_rows(path)) or [{"step": "-1"}]
-            if float(last["step"]) == row["step"]:
-                self._rewrite([*earlier, {**last, **row}])
+            rows = _raw_rows(path) if path.exists() else []
+            if rows and float(rows[-1]["step"]) == row["step"]:
+                self._rewrite([*rows[:-1], {**rows[-1], **row}])
                 return
         self._last_step = row["step"]
         header: list[str] = []

@@ -1,7 +1,5 @@
 """Metrics as pure functions: golden group g6, brute force, and what each score must mean."""
 
-import sys
-
 import numpy as np
 import pytest
 import torch as th

@@ -75,7 +75,16 @@ def test_every_long_command_has_it(tmp_path, always):
     assert "preparing: 32 of 32 samples" in prepared.stderr
     distilled = script_here("scripts/image_kd.py", "--config", config, "--exp_dir", tmp_path / "run")
     assert re.search(r"^training: 4 of 6 it \(.* left, images/s .*, loss [\d.]+\)$", distilled.stderr, re.M)
-    flags = ["--batch_size", 5, "--num_samples", 8, "--timestep_respacing", 2, "--log_dir", tmp_path / "samples"]
+    flags = [
+        "--batch_size",
+        5,
+        "--num_samples",
+        8,
+        "--timestep_respacing",
+        2,
+        "--log_dir",
+        tmp_path / "samples",
+    ]
     drawn = script_here("scripts/image_sample.py", "--model_path", tmp_path / "run/model000006.pt", *flags)
     assert "sampling: 5 of 8 images" in drawn.stderr and "sampling: 8 of 8 images" in drawn.stderr
     samples = tmp_path / "samples/samples_8x16x16x3.npz"

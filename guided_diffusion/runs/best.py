@@ -1,7 +1,7 @@
 """The best checkpoint of a run that is scored while it trains, and the file that names it, `best.json`.
 
-A checkpoint that was scored has one file more, `scoreNNNNNN.json`. `best.json` only repeats the best of these,
-so that it can be written anew from what is there.
+A checkpoint that was scored has one file more, `scoreNNNNNN.json`. `best.json` repeats the best of these, so
+that it can be written anew from what is there.
 """
 
 import json

@@ -344,7 +344,7 @@ def save_checkpoint(
 
 
 def add_file(checkpoint: Checkpoint, name: str, write: Callable[[Path], object]) -> None:
-    """Add a file to a checkpoint, or replace it: `write` is given the path. Without it it was complete, too."""
+    """Add a file to a checkpoint, which is complete before and after; `write` is given its path."""
     path = checkpoint.path(name)
     files = read_manifest(checkpoint.directory, checkpoint.step)
     with atomic_path(path) as temporary:
@@ -427,9 +427,7 @@ class Retention:
     def superfluous(self, steps: Sequence[int], best: int | None = None) -> list[int]:
         """Those of some checkpoints, the oldest first, that need not stay; `best` stays besides."""
         old = steps[: -self.keep_last] if self.keep_last else []
-        return [
-            step for step in old if step != best and (not self.keep_every or step % self.keep_every)
-        ]
+        return [step for step in old if step != best and (not self.keep_every or step % self.keep_every)]
 
     def without_pool(self, steps: Sequence[int]) -> list[int]:
         """Those of some checkpoints, the oldest first, whose pools need not stay."""

@@ -87,10 +87,9 @@ class Mirror:
         """Bring what best.json names here too, as it is among the checkpoints that are kept."""
         path = self.directory / BEST
         try:
-            step = read_best(path)[0] if path.is_file() else None
-            if step is not None and manifest_name(step) in there:
-                if not (self.directory / manifest_name(step)).is_file():
-                    _bring(folder, step, there, self.directory)
+            manifest = manifest_name(step := read_best(path)[0]) if path.is_file() else ""
+            if manifest in there and not (self.directory / manifest).is_file():
+                _bring(folder, step, there, self.directory)
         except (UserError, ValueError) as error:
             told = f"WARNING: ignoring the best checkpoint of {folder.url}: {error}"
             print(told, file=sys.stderr, flush=True)

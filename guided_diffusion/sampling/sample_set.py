@@ -141,9 +141,7 @@ class SampleSet:
         drawn = self.num_samples - sum(map(len, todo))
         if drawn and rank == 0:
             say(f"continuing: {drawn} of {self.num_samples} images are drawn already")
-        with Progress(
-            self.num_samples, "sampling", "images", initial=drawn, active=rank == 0
-        ) as progress:
+        with Progress(self.num_samples, "sampling", "images", initial=drawn, active=rank == 0) as progress:
             for number in range(rounds):
                 if number and dist_util.any_rank(bool(signals.received)):
                     raise Stopped(f"stopped by {signals.received or 'a signal to another rank'}")

@@ -1,6 +1,6 @@
 """Scores while training: what the network samples, against a reference, every so many iterations."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -25,7 +25,7 @@ class Judge(Protocol):
     """
 
     metric: str
-    identity: Mapping[str, Any]
+    identity: dict[str, Any]
 
     def score(self, images: np.ndarray) -> dict[str, float]:
         """Scores by name of images uint8 [N, H, W, 3]; "fd", a Fréchet distance, is among them.
@@ -68,8 +68,8 @@ class Score:
 class Scorer:
     """Scores a network; every method is collective.
 
-    What is scored is a function of the weights, (seed, number of the sample) and the process; `image_sample.py
-    --timestep_respacing` draws the same set. Nothing of it touches the training.
+    What is scored is a function of the weights, (seed, number of the sample) and the process;
+    `image_sample.py` draws the same set. Nothing of it touches the training.
 
     Args:
         load_judge: gives the judge of images of a height and width; called on rank 0 alone.

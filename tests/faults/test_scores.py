@@ -1,4 +1,4 @@
-"""Scores while training, of runs that are killed or stopped: computed once each, and the training stays exact."""
+"""Scores while training, of runs that are killed or stopped: computed once each; training stays exact."""
 
 import json
 import os
