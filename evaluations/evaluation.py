@@ -17,11 +17,7 @@ if TYPE_CHECKING:
     from .features import Extractor
 
 _DIMENSION = {"tensorflow": 2048, "torch": 2048, "digits": 64}
-IMAGE_SIZE = {
-    "tensorflow": None,
-    "torch": None,
-    "digits": (SIZE, IMAGE_SIZE),
-}  # height and width of the images
+IMAGE_SIZE = {"tensorflow": None, "torch": None, "digits": (SIZE, SIZE)}  # height and width
 AT_LEAST = 6  # images with five neighbours each
 
 

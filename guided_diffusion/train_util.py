@@ -134,6 +134,9 @@ class TrainLoop:
         self.objective.train()
         if not self.iterations:
             self.log.info("no end is set (run.iterations=N sets one): Ctrl-C saves a checkpoint and stops")
+        if self.scorer is not None:
+            every, samples = self.run_settings.eval_interval, self.run_settings.eval_samples
+            self.log.info(f"scored every {every} iterations by {self.scorer.metric} of {samples} samples")
         progress = Progress(
             self.iterations or None, "training", "it", initial=self.step, active=dist_util.rank() == 0
         )

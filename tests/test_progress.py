@@ -1,4 +1,4 @@
-"""How far work has come: bars on a real terminal, with lines above them, and a line now and then elsewhere."""
+"""How far work has come: bars on a real terminal, lines above them, and a line now and then elsewhere."""
 
 import fcntl
 import os

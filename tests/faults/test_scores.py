@@ -121,5 +121,5 @@ def test_a_run_that_ended_before_its_best_was_named(project, tmp_path):
     shutil.copytree(straight, folder)
     (folder / "best.json").unlink()
     code, text = run(tmp_path, *command, "--exp_dir", folder)
-    assert code == 0 and "digits-FD" not in text
+    assert code == 0 and "step 10: digits-FD" not in text
     assert best(straight) == best(folder)
