@@ -46,8 +46,8 @@ def evaluate_files(reference: Path, samples: Sequence[Path], settings: Settings)
                 stacklevel=2,
             )
         counted = file is not real or not _has_statistics(real_npz, settings)
-        if counted:
-            warn_of_few(file.path, file.count, settings)
+        if counted and (told := few(file.count, settings)):
+            warnings.warn(f"{file.path}: {told}", stacklevel=2)
     # The networks' libraries are imported only now: mistakes above are told at once.
     from .reference import load_reference
     from .scoring import score_samples
@@ -76,14 +76,14 @@ def evaluate_files(reference: Path, samples: Sequence[Path], settings: Settings)
         )
 
 
-def warn_of_few(what: Path, count: int, settings: Settings) -> None:
-    """Warn of a set of images that is too small for Fréchet distances that mean something by themselves."""
-    if count < _DIMENSION[settings.backend]:
-        warnings.warn(
-            f"{what}: {count} images are fewer than the {_DIMENSION[settings.backend]} "
-            "features: Fréchet distances are far too high, compare only equal numbers of images",
-            stacklevel=3,
-        )
+def few(count: int, settings: Settings) -> str:
+    """What to warn of if so many images are too few for a Fréchet distance that means something by itself."""
+    if count >= _DIMENSION[settings.backend]:
+        return ""
+    return (
+        f"{count} images are fewer than the {_DIMENSION[settings.backend]} features: Fréchet distances are "
+        "far too high, compare only equal numbers of images"
+    )
 
 
 def reference_images(npz: NpzFile, settings: Settings) -> ImageFile | None:

@@ -1,5 +1,6 @@
 """Scores of images in memory, for a training that is scored as it goes on (`training.scoring.Judge`)."""
 
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -9,8 +10,9 @@ from guided_diffusion.config.settings import Run
 from guided_diffusion.errors import UserError
 from guided_diffusion.io.files import NpzFile
 from guided_diffusion.io.image_sets import ImageArray
+from guided_diffusion.io.progress import say
 
-from .evaluation import AT_LEAST, IMAGE_SIZE, build_extractor, reference_images, warn_of_few
+from .evaluation import AT_LEAST, IMAGE_SIZE, build_extractor, few, reference_images
 from .features import choose_device, extract_features
 from .neighbours import PRECISION_RECALL_K, nearest_distances, neighbour_scores
 from .reference import load_reference
@@ -45,7 +47,8 @@ class Judge:
             )
         if run.eval_samples < AT_LEAST:
             raise UserError(f"run.eval_samples must be at least {AT_LEAST}, not {run.eval_samples}")
-        warn_of_few(Path("run.eval_samples"), run.eval_samples, self.settings)
+        if told := few(run.eval_samples, self.settings):
+            say(f"WARNING: run.eval_samples: {told}", sys.stderr)
         npz = NpzFile(reference)
         real = reference_images(npz, self.settings)
         self.extractor = build_extractor(self.settings)
