@@ -342,7 +342,7 @@ class TrainLoop:
         self.log.info(f"step {self.step}{of}: {', '.join(parts)} ({rate:.2f} it/s)")
         self.log.row(self.step, values)
         loss = values.get("loss", math.nan)
-        self._loss = loss if math.isnan(self._loss) else 0.7 * self._loss + 0.3 * loss
+        self._loss = loss if math.isnan(self._loss) else 0.5 * (self._loss + loss)
         images = f"{rate * self.training.batch_size:.3g}"
         self._shown = {"images/s": images, "loss": f"{self._loss:.4g}"} | {
             name: value for name, value in self._shown.items() if name not in ("images/s", "loss")
