@@ -22,7 +22,7 @@ from guided_diffusion.errors import UserError
 from guided_diffusion.io.diffusers_library import import_diffusers
 from guided_diffusion.io.digits import load_digit_images
 from guided_diffusion.io.npz_writer import create_npz
-from guided_diffusion.io.progress import progress_bar
+from guided_diffusion.io.progress import Progress
 from guided_diffusion.processes.launch import run_script
 from guided_diffusion.runs.checkpoint import load_state_dict, newest_checkpoint
 from guided_diffusion.spaces import LatentSpace, PixelSpace
@@ -48,7 +48,7 @@ def train_vae(folder: Path, iterations: int, seed: int) -> None:
     x = PixelSpace(16).encode(th.from_numpy(load_digit_images()[0].copy()))
     optimizer = th.optim.AdamW(vae.parameters(), lr=2e-3)
     schedule = th.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, iterations, pct_start=0.1)
-    with progress_bar(iterations, "VAE") as bar:
+    with Progress(iterations, "VAE", "it") as progress:
         for _ in range(iterations):
             batch = x[th.randint(len(x), (64,))]
             posterior = vae.encode(batch).latent_dist
@@ -57,7 +57,7 @@ def train_vae(folder: Path, iterations: int, seed: int) -> None:
             optimizer.step()
             schedule.step()
             optimizer.zero_grad()
-            bar.update()
+            progress.advance()
     with th.no_grad():
         z = th.cat([vae.encode(part).latent_dist.sample() for part in x.split(256)])
     vae.register_to_config(scaling_factor=1 / float(z.std()), shift_factor=float(z.mean()))

@@ -106,8 +106,8 @@ class Shipped:
 
     def prepare(self) -> Rate:
         """Prepare the pool, each sample by one step of the teacher."""
-        line = r"(\d+) of \d+ samples are at their level"
-        return self._rate(line, 1, "dynamic_prepare.py", *self._teacher, "--overwrite")
+        lines = {r"preparing: (\d+) of": 1, r"(\d+) of \d+ samples are at their level": 1}
+        return self._rate(lines, "dynamic_prepare.py", *self._teacher, "--overwrite")
 
     def distil(self) -> Rate:
         """Distil from the pool, which must be prepared."""
@@ -115,7 +115,7 @@ class Shipped:
         shutil.rmtree(run, ignore_errors=True)
         iterations = workload.stretch * self._stretches
         return self._rate(
-            r"step (\d+)/", workload.batch_size, "image_kd.py", *self._teacher, "--exp_dir", run,
+            {r"step (\d+)/": workload.batch_size}, "image_kd.py", *self._teacher, "--exp_dir", run,
             f"run.iterations={iterations}", f"student.log_interval={workload.stretch}",
             f"student.save_interval={iterations}", "run.sample_interval=-1",
         )  # fmt: skip
@@ -126,17 +126,18 @@ class Shipped:
         shutil.rmtree(folder, ignore_errors=True)
         (student, *_) = (self._folder / "run").glob("ema_*.pt")
         return self._rate(
-            r"batch (\d+) of \d+ drawn", size * STEPS, "image_sample.py", "--model_path", student,
+            {r"sampling: (\d+) of": STEPS, r"batch (\d+) of \d+ drawn": size * STEPS},
+            "image_sample.py", "--model_path", student,
             "--batch_size", size, "--num_samples", size * self._stretches,
             "--timestep_respacing", STEPS, "--log_dir", folder,
         )  # fmt: skip
 
-    def _rate(self, pattern: str, images: int, script: str, *arguments: object) -> Rate:
+    def _rate(self, patterns: dict[str, int], script: str, *arguments: object) -> Rate:
         """Run a command: the median rate between two lines of its log that tell how far it is.
 
         Args:
-            pattern: of these lines; its group is the count.
-            images: a count's.
+            patterns: of these lines, today's and an older tree's; the group is a count, of so many images
+                each.
             script: in `scripts/`.
             arguments: besides the configuration and its overrides.
 
@@ -145,9 +146,9 @@ class Shipped:
         """
         command = [sys.executable, f"scripts/{script}", "--config", self._config, *arguments]
         command = [*map(str, command), *self._workload.overrides]
-        environment = os.environ | {"PYTHONPATH": str(self._tree)}
+        environment = os.environ | {"PYTHONPATH": str(self._tree), "TCCD_PROGRESS_SECONDS": "0"}
         lines: list[str] = []
-        marks: list[tuple[int, Rate]] = []  # counts, and the clocks then
+        marks: list[tuple[int, Rate]] = []  # images, and the clocks then
         with subprocess.Popen(
             command, cwd=self._tree, env=environment, text=True,
             stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
@@ -156,16 +157,17 @@ class Shipped:
             try:
                 for line in process.stdout:
                     lines.append(line)
-                    if found := re.search(pattern, line):
-                        clocks = Rate(time.perf_counter(), processor_seconds(process.pid))
-                        marks.append((int(found[1]), clocks))
+                    for pattern, images in patterns.items():
+                        if found := re.search(pattern, line):
+                            clocks = Rate(time.perf_counter(), processor_seconds(process.pid))
+                            marks.append((images * int(found[1]), clocks))
             except BaseException:
                 process.kill()
                 raise
         if process.returncode or len(marks) < 2:
             raise UserError(f"{' '.join(command)} failed in {self._tree}:\n{''.join(lines[-20:])}")
         stretches = [
-            [images * (b - a) / max(end - start, TICK) for start, end in zip(before, after, strict=True)]
+            [(b - a) / max(end - start, TICK) for start, end in zip(before, after, strict=True)]
             for (a, before), (b, after) in pairwise(marks)
         ]
         return Rate(*map(statistics.median, zip(*stretches, strict=True)))

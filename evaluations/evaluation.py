@@ -17,8 +17,8 @@ if TYPE_CHECKING:
     from .features import Extractor
 
 _DIMENSION = {"tensorflow": 2048, "torch": 2048, "digits": 64}
-_SIZE = {"tensorflow": None, "torch": None, "digits": (SIZE, SIZE)}  # height and width of the images
-_AT_LEAST = 6  # images with five neighbours each
+IMAGE_SIZE = {"tensorflow": None, "torch": None, "digits": (SIZE, SIZE)}  # height and width
+AT_LEAST = 6  # images with five neighbours each
 
 
 def evaluate_files(reference: Path, samples: Sequence[Path], settings: Settings) -> Iterator[Result]:
@@ -31,11 +31,11 @@ def evaluate_files(reference: Path, samples: Sequence[Path], settings: Settings)
         UserError: a mistake in the files, in one line.
     """
     real_npz = NpzFile(reference)
-    real = _reference_images(real_npz, settings)
+    real = reference_images(real_npz, settings)
     # A half-sample must be enough for every score too.
-    needed = 2 * _AT_LEAST if settings.intervals else _AT_LEAST
+    needed = 2 * AT_LEAST if settings.intervals else AT_LEAST
     generated = [
-        open_images(NpzFile(path), at_least=needed, size=_SIZE[settings.backend]) for path in samples
+        open_images(NpzFile(path), at_least=needed, size=IMAGE_SIZE[settings.backend]) for path in samples
     ]
     provenances = [_provenance(file.npz) for file in generated]
     for file in (*([real] if real else []), *generated):
@@ -46,12 +46,8 @@ def evaluate_files(reference: Path, samples: Sequence[Path], settings: Settings)
                 stacklevel=2,
             )
         counted = file is not real or not _has_statistics(real_npz, settings)
-        if counted and file.count < _DIMENSION[settings.backend]:
-            warnings.warn(
-                f"{file.path}: {file.count} images are fewer than the {_DIMENSION[settings.backend]} "
-                "features: Fréchet distances are far too high, compare only equal numbers of images",
-                stacklevel=2,
-            )
+        if counted and (told := few(file.count, settings)):
+            warnings.warn(f"{file.path}: {told}", stacklevel=2)
     # The networks' libraries are imported only now: mistakes above are told at once.
     from .reference import load_reference
     from .scoring import score_samples
@@ -80,13 +76,23 @@ def evaluate_files(reference: Path, samples: Sequence[Path], settings: Settings)
         )
 
 
-def _reference_images(npz: NpzFile, settings: Settings) -> ImageFile | None:
+def few(count: int, settings: Settings) -> str:
+    """What to warn of if so many images are too few for a Fréchet distance that means something by itself."""
+    if count >= _DIMENSION[settings.backend]:
+        return ""
+    return (
+        f"{count} images are fewer than the {_DIMENSION[settings.backend]} features: Fréchet distances are "
+        "far too high, compare only equal numbers of images"
+    )
+
+
+def reference_images(npz: NpzFile, settings: Settings) -> ImageFile | None:
     """The reference's images; None if it holds stored Inception statistics alone."""
     if "arr_0" not in npz.headers and _has_statistics(npz, settings):
         if settings.density_coverage or settings.kid:
             raise UserError(f"{npz.path}: holds statistics alone; KID, density and coverage need its images")
         return None
-    return open_images(npz, at_least=_AT_LEAST, size=_SIZE[settings.backend])
+    return open_images(npz, at_least=AT_LEAST, size=IMAGE_SIZE[settings.backend])
 
 
 def _provenance(npz: NpzFile) -> dict[str, Any] | None:

@@ -7,10 +7,10 @@ import numpy as np
 import torch
 
 from guided_diffusion.errors import UserError
-from guided_diffusion.io.image_sets import ImageFile
+from guided_diffusion.io.image_sets import Images
+from guided_diffusion.io.progress import Progress
 
 from .metrics import Gaussian, GaussianAccumulator, gaussian_of
-from .progress import progress
 
 
 class Extractor(Protocol):
@@ -59,21 +59,21 @@ class FeatureSet:
 
 
 def extract_features(
-    extractor: Extractor, images: ImageFile, batch_size: int, *, keep_spatial: bool = False
+    extractor: Extractor, images: Images, batch_size: int, *, keep_spatial: bool = False
 ) -> FeatureSet:
-    """Run all images of a file through an extractor, in order.
+    """Run all images of a set through an extractor, in order.
 
     Memory: 4 D bytes an image (8 kB for Inception), 4 (D + S) if the spatial features are kept,
     and the two covariances.
 
     Raises:
-        UserError: the file is damaged, or the network answered with NaN or infinity.
+        UserError: their file is damaged, or the network answered with NaN or infinity.
     """
     features = np.empty((images.count, extractor.dimension), dtype=np.float32)
     kept: np.ndarray | None = None
     pooled, spread = GaussianAccumulator(), GaussianAccumulator()
     done, has_spatial = 0, False
-    with progress(images.count, images.path.name, "images") as advance:
+    with Progress(images.count, images.path.name, "images") as progress:
         for batch in images.batches(batch_size):
             block, spatial = extractor.extract(batch)
             if not np.isfinite(block).all():
@@ -88,7 +88,7 @@ def extract_features(
                         kept = np.empty((images.count, spatial.shape[1]), dtype=np.float32)
                     kept[done : done + len(batch)] = spatial
             done += len(batch)
-            advance(len(batch))
+            progress.advance(len(batch))
     return FeatureSet(
         features,
         pooled.result(),

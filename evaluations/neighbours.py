@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from .progress import tracked
+from guided_diffusion.io.progress import tracked
 
 PRECISION_RECALL_K = 3
 DENSITY_COVERAGE_K = 5

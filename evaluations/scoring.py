@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from guided_diffusion.io.image_sets import ImageFile
+from guided_diffusion.io.image_sets import Images
 
 from .digits import is_noise
 from .features import Extractor, FeatureSet, choose_device, extract_features
@@ -24,29 +24,39 @@ from .settings import Settings
 
 
 def score_samples(
-    images: ImageFile, reference: Reference, extractor: Extractor, settings: Settings
+    images: Images, reference: Reference, extractor: Extractor, settings: Settings
 ) -> tuple[Scores, dict[str, tuple[float, float]]]:
     """Scores of one sample file and, if the settings ask for them, their intervals."""
     samples = extract_features(extractor, images, settings.batch_size, keep_spatial=settings.intervals > 0)
-    rough = np.zeros(0, dtype=bool)
-    if settings.backend == "digits":
-        rough = np.concatenate([is_noise(batch) for batch in images.batches(settings.batch_size)])
-
-    def score(part: FeatureSet, noise: np.ndarray) -> Scores:
-        if settings.backend == "digits":
-            return score_digits(reference.gaussian, part, extractor.probabilities(part.features), noise)
-        return score_inception(reference, part, extractor, settings)
-
-    scores = score(samples, rough)
+    rough = noise_of(images, settings)
+    scores = score_set(reference, samples, rough, extractor, settings)
     if not settings.intervals:
         return scores, {}
     return scores, half_sample_intervals(
-        lambda rows: score(samples.subset(rows), rough[rows] if len(rough) else rough),
+        lambda rows: score_set(
+            reference, samples.subset(rows), rough[rows] if len(rough) else rough, extractor, settings
+        ),
         scores,
         images.count,
         settings.intervals,
         settings.seed,
     )
+
+
+def noise_of(images: Images, settings: Settings) -> np.ndarray:
+    """Which images count as noise, bool [N]; empty where no score asks."""
+    if settings.backend != "digits":
+        return np.zeros(0, dtype=bool)
+    return np.concatenate([is_noise(batch) for batch in images.batches(settings.batch_size)])
+
+
+def score_set(
+    reference: Reference, samples: FeatureSet, noise: np.ndarray, extractor: Extractor, settings: Settings
+) -> Scores:
+    """The scores of the settings' backend, of some features and what `noise_of` says of their images."""
+    if settings.backend == "digits":
+        return score_digits(reference.gaussian, samples, extractor.probabilities(samples.features), noise)
+    return score_inception(reference, samples, extractor, settings)
 
 
 def score_inception(

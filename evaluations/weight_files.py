@@ -9,8 +9,7 @@ from pathlib import Path
 
 from guided_diffusion.errors import UserError
 from guided_diffusion.io.files import atomic_path, sha256_of
-
-from .progress import progress
+from guided_diffusion.io.progress import Progress
 
 _TIMEOUT_SEC = 30
 
@@ -50,10 +49,10 @@ def _fetch(url: str, path: Path) -> None:
         length = response.headers.get("Content-Length")
         expected = None if length is None else int(length)
         name = url.rsplit("/", 1)[1]
-        with progress(expected, name, "B") as advance:
+        with Progress(expected, name, "B") as progress:
             while chunk := response.read(1 << 20):
                 file.write(chunk)
-                advance(len(chunk))
+                progress.advance(len(chunk))
         if expected is not None and file.tell() != expected:
             raise OSError(f"the connection ended after {file.tell()} of {expected} bytes")
 

@@ -10,8 +10,10 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from .config.loading import mapping_text
 from .errors import UserError
 from .io.files import atomic_path
+from .io.progress import say
 
 
 class RunLog:
@@ -24,7 +26,7 @@ class RunLog:
             variables (WANDB_PROJECT, WANDB_ENTITY). A directory that is continued continues its run there,
             whose id is kept in `wandb_id`.
         name: the run's name there.
-        config: the run's configuration, shown there.
+        config: the run's configuration, shown there and in TensorBoard.
 
     Attributes:
         publish: brings the directory's copy elsewhere up to date, if it has one; the writer of
@@ -48,6 +50,8 @@ class RunLog:
         self.publish: Callable[[], None] | None = None
         self._events: Any = None
         self._wandb: Any = None
+        self._config = dict(config or {})
+        self._last_step = -1.0  # of the last row
         if not active:
             return
         directory.mkdir(parents=True, exist_ok=True)
@@ -63,7 +67,7 @@ class RunLog:
                     resume="allow",
                     name=name,
                     dir=str(directory),
-                    config=dict(config or {}),
+                    config=self._config,
                 )
             except wandb_module.Error as error:
                 raise UserError(f"--wandb: {str(error).strip().splitlines()[0]}") from None
@@ -71,16 +75,16 @@ class RunLog:
                 temporary.write_text(self._wandb.id)
 
     def info(self, message: str) -> None:
-        """Print a line and keep it in log.txt with the time."""
+        """Print a line, above a progress bar if there is one, and keep it in log.txt with the time."""
         if not self.active:
             return
-        print(message, flush=True)
+        say(message)
         now = datetime.datetime.now().isoformat(sep=" ", timespec="seconds")
         with self.tolerant(), open(self.directory / "log.txt", "a") as file:
             file.write(f"{now}  {message}\n")
 
     def row(self, step: int, values: Mapping[str, float]) -> None:
-        """Record the values of one step everywhere."""
+        """Record the values of one step everywhere; further values of it come into the same row."""
         if not self.active:
             return
         with self.tolerant():
@@ -115,7 +119,9 @@ class RunLog:
         if not self.active or not path.exists():
             return
         with self.tolerant():
-            self._rewrite([row for row in _raw_rows(path) if float(row["step"]) <= step])
+            rows = [row for row in _raw_rows(path) if float(row["step"]) <= step]
+            self._rewrite(rows)
+            self._last_step = float(rows[-1]["step"]) if rows else -1.0
 
     def close(self) -> None:
         """Flush and close what is open."""
@@ -129,6 +135,7 @@ class RunLog:
         # Not its SummaryWriter, whose thread dies of a full disk and whose queue then blocks for ever.
         from tensorboardX.event_file_writer import EventsWriter
         from tensorboardX.proto.event_pb2 import Event, SessionLog
+        from tensorboardX.summary import text
 
         try:
             if self._events is None:
@@ -136,6 +143,9 @@ class RunLog:
                 # Readers then forget what an interrupted run wrote from this step on.
                 start = SessionLog(status=SessionLog.START)
                 self._events.write_event(Event(wall_time=time.time(), step=step, session_log=start))
+                if self._config:
+                    block = text("config", f"```yaml\n{mapping_text(self._config)}```")
+                    self._events.write_event(Event(wall_time=time.time(), step=step, summary=block))
             for summary in summaries:
                 self._events.write_event(Event(wall_time=time.time(), step=step, summary=summary))
             self._events.flush()
@@ -149,10 +159,16 @@ class RunLog:
         try:
             yield
         except OSError as error:
-            print(f"WARNING: could not write the record: {error}", file=sys.stderr, flush=True)
+            say(f"WARNING: could not write the record: {error}", sys.stderr)
 
     def _append_csv(self, row: dict[str, float]) -> None:
         path = self.directory / "progress.csv"
+        if row["step"] == self._last_step:
+            rows = _raw_rows(path) if path.exists() else []
+            if rows and float(rows[-1]["step"]) == row["step"]:
+                self._rewrite([*rows[:-1], {**rows[-1], **row}])
+                return
+        self._last_step = row["step"]
         header: list[str] = []
         whole = True  # whether the last line is: a kill or a full disk may have cut it
         if path.exists():

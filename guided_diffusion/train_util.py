@@ -1,34 +1,41 @@
 """The training loop: source of batches -> objective -> optimizer -> record. One loop for every objective."""
 
 import json
+import math
 import os
 import time
 from collections.abc import Mapping
+from contextlib import nullcontext
 from typing import Any
 
 import numpy as np
 import torch as th
 
 from . import dist_util
-from .config.settings import Run, Student, Training
+from .config.settings import Run, Training
 from .errors import UserError
 from .gaussian_diffusion import GaussianDiffusion
 from .io.files import atomic_path
-from .io.progress import progress_bar
+from .io.progress import Progress
 from .io.torch_file import read_torch_file
 from .logger import RunLog
 from .networks.base import DenoisingNetwork
 from .processes.stopping import Stopped, StopSignals
-from .runs.checkpoint import Checkpoint, Retention, load_network, load_state_dict, load_strictly
+from .runs.checkpoint import (
+    Checkpoint,
+    Retention,
+    complete_checkpoints,
+    load_network,
+    load_state_dict,
+    load_strictly,
+)
 from .runs.checkpoint_writer import CheckpointWriter
-from .runs.figures import save_grid
-from .sampling.samplers import sample_images
-from .script_util import build_process
-from .spaces import SampleSpace
 from .training.ema import Ema
+from .training.grids import Grids
 from .training.metrics import Metrics
 from .training.objective import Objective
 from .training.optimizer_state import load_optimizer_state
+from .training.scoring import Scorer
 from .training.sources import Source
 
 
@@ -58,8 +65,8 @@ class TrainLoop:
         training: how the network is optimised.
         run: how the run is carried out.
         log: the record.
-        space: what the samples are, for grids.
-        grid_process: the respaced process that grids are sampled from; None for no grids.
+        grids: draws grids of samples; None for none.
+        scorer: scores the last EMA's weights; None for no scores.
         resume: continue from this checkpoint.
         description: what checkpoints say of the network, see `runs.checkpoint.read_description`.
 
@@ -77,13 +84,13 @@ class TrainLoop:
         training: Training,
         run: Run,
         log: RunLog,
-        space: SampleSpace | None = None,
-        grid_process: GaussianDiffusion | None = None,
+        grids: Grids | None = None,
+        scorer: Scorer | None = None,
         resume: Checkpoint | None = None,
         description: Mapping[str, Any] | None = None,
     ):
         self.network, self.objective, self.source = network, objective, source
-        self.process, self.space, self.grid_process = process, space, grid_process
+        self.process, self.grids, self.scorer, self.resumed = process, grids, scorer, resume
         self.training, self.run_settings, self.log = training, run, log
         self.iterations = run.iterations or training.lr_anneal_steps
         self.step = 0
@@ -102,6 +109,8 @@ class TrainLoop:
         )
         self.bad_steps = th.zeros((), device=dist_util.dev())  # skipped in a row
         self.metrics = Metrics()
+        self._shown: dict[str, str] = {}  # beside the progress bar
+        self._loss = math.nan  # smoothed, as it is shown there
         retention = Retention.of(training, run)
         self.writer = CheckpointWriter(
             log.directory, log.info, retention, log.publish, description, run.weights_format
@@ -123,31 +132,41 @@ class TrainLoop:
         """
         self.network.train()
         self.objective.train()
-        started, step_at_start = time.monotonic(), self.step
         if not self.iterations:
             self.log.info("no end is set (run.iterations=N sets one): Ctrl-C saves a checkpoint and stops")
-        bar = progress_bar(
-            self.iterations or None, "training", initial=self.step, active=dist_util.rank() == 0
+        if self.scorer is not None:
+            every, samples = self.run_settings.eval_interval, self.run_settings.eval_samples
+            self.log.info(f"scored every {every} iterations by {self.scorer.metric} of {samples} samples")
+        progress = Progress(
+            self.iterations or None, "training", "it", initial=self.step, active=dist_util.rank() == 0
         )
-        with StopSignals() as signals, bar:
-            stop = False
+        with StopSignals() as signals, progress:
+            stop = self._score_what_was_due(signals)
+            started, step_at_start = time.monotonic(), self.step
             while not stop and (not self.iterations or self.step < self.iterations):
                 reseed(self.run_settings.seed, dist_util.rank(), self.step)
                 batch = self.source.next_batch(self.step)
                 self.train_step(batch)
-                bar.update()
+                progress.advance()
                 log_due = self.step % self.training.log_interval == 0 or self.step == self.iterations
                 if log_due or self.step % self.run_settings.max_bad_steps == 0:
                     self._give_up_if_hopeless(batch)
                 if log_due:
                     self._log((self.step - step_at_start) / (time.monotonic() - started))
+                    progress.show(self._shown)
                 # A run whose last iteration is done has finished, whatever signal came.
                 stop = self.step != self.iterations and dist_util.any_rank(bool(signals.received))
                 last = stop or self.step == self.iterations
-                if last or self.step % self.training.save_interval == 0:
+                scored = self._score_due() and not stop
+                if last or scored or self.step % self.training.save_interval == 0:
                     self.save()
-                if self._samples_due(last) and not stop:
-                    self.save_samples()
+                if self.grids is not None and self._samples_due(last) and not stop:
+                    self.grids.save(self.step, self.network, self._last_ema, self.log)
+                if scored:
+                    before = time.monotonic()
+                    stop = self._score(signals) and self.step != self.iterations
+                    started += time.monotonic() - before  # the rate is that of training
+                    progress.show(self._shown)
             dist_util.from_rank_zero(self.writer.close)
         if stop:
             raise Stopped(f"stopped by {signals.received or 'a signal to another rank'} at step {self.step}")
@@ -240,25 +259,55 @@ class TrainLoop:
                 contents["pool"] = write
             self.writer.submit(self.step, contents)
 
-    def save_samples(self) -> None:
-        """Draw a grid of samples with the last EMA's weights, on rank 0."""
-        if self.grid_process is None or self.space is None:
-            return
-        if dist_util.rank() == 0:
-            ema = list(self.emas.values())[-1] if self.emas else None
-            if ema:
-                ema.swap()
-            indices = range(self.run_settings.num_samples)
-            images, _ = sample_images(
-                self.network, self.grid_process, self.space, indices, seed=self.run_settings.seed
-            )
-            if ema:
-                ema.swap()
-            with self.log.tolerant():
-                path = self.log.directory / f"samples{self.step:06d}.png"
-                save_grid(path, images)
-                self.log.picture(self.step, "sample_grid", path)
-        dist_util.barrier()
+    @property
+    def _last_ema(self) -> Ema | None:
+        """The average that grids and scores are of; None if there is none."""
+        return list(self.emas.values())[-1] if self.emas else None
+
+    def _score_due(self) -> bool:
+        return self.scorer is not None and self.scorer.due(self.step, self.step == self.iterations)
+
+    def _score_what_was_due(self, signals: StopSignals) -> bool:
+        """Score the step that is resumed from, if the run ended between its checkpoint and its score.
+
+        Returns:
+            Whether a rank was asked to stop.
+        """
+        if self.resumed is None or not self._score_due():
+            return False
+        own = self.resumed.directory.resolve() == self.log.directory.resolve()
+        if own and not self.resumed.has("score"):
+            return self._score(signals)
+        if own and dist_util.rank() == 0:
+            self.writer.note_best(complete_checkpoints(self.log.directory))
+        return False
+
+    def _score(self, signals: StopSignals) -> bool:
+        """Score the last EMA's weights; this step's checkpoint is submitted. Nothing of the training changes.
+
+        A score that cannot be had costs the run no more than that.
+
+        Returns:
+            Whether a rank was asked to stop. If so, resuming scores the step, unless it has been.
+        """
+        assert self.scorer is not None
+        before, ema = time.monotonic(), self._last_ema
+        try:
+            with ema.swapped() if ema else nullcontext():
+                score = self.scorer.score(self.network, lambda: bool(signals.received))
+        except UserError as error:
+            self.log.info(f"WARNING: step {self.step} could not be scored: {error}; training goes on")
+            score = None
+        if score is not None:
+            seconds = time.monotonic() - before
+            samples = f"{self.run_settings.eval_samples} samples, {seconds:.1f} s"
+            self.log.info(f"step {self.step}: {score} ({samples})")
+            self.log.row(self.step, score.columns())
+            self._shown[score.metric] = f"{score.values['fd']:.4g}"
+            weights = f"ema_{ema.rate}" if ema else "model"
+            if dist_util.rank() == 0:
+                self.writer.add_score(self.step, score.record(weights))
+        return dist_util.any_rank(bool(signals.received))
 
     def _samples_due(self, last: bool) -> bool:
         if self.run_settings.sample_interval == 0:
@@ -292,6 +341,12 @@ class TrainLoop:
         parts = [f"{name} {value:.4g}" for name, value in shown.items()]
         self.log.info(f"step {self.step}{of}: {', '.join(parts)} ({rate:.2f} it/s)")
         self.log.row(self.step, values)
+        loss = values.get("loss", math.nan)
+        self._loss = loss if math.isnan(self._loss) else 0.5 * (self._loss + loss)
+        images = f"{rate * self.training.batch_size:.3g}"
+        self._shown = {"images/s": images, "loss": f"{self._loss:.4g}"} | {
+            name: value for name, value in self._shown.items() if name not in ("images/s", "loss")
+        }
 
     def _load(self, checkpoint: Checkpoint) -> None:
         """Take up a checkpoint; an original's may lack parts, which then start anew and are named."""
@@ -337,13 +392,3 @@ class TrainLoop:
             load_optimizer_state(self.optimizer, state)
         except (LookupError, AttributeError, ValueError, TypeError, RuntimeError) as error:
             raise UserError(f"{path}: does not fit the networks being trained ({error})") from None
-
-
-def grid_process(student: Student, run: Run) -> GaussianDiffusion | None:
-    """The respaced process that grids are sampled from while training; None if there are to be none."""
-    if run.sample_interval < 0:
-        return None
-    respacing = run.sample_respacing
-    if respacing.isdigit():
-        respacing = str(min(student.process.diffusion_steps, int(respacing)))
-    return build_process(student, "run.sample_respacing", respacing)

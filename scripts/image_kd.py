@@ -1,5 +1,7 @@
 """Distil a student from a teacher and its dynamic batch: TCCD, or DKDM with both stages off."""
 
+from functools import partial
+
 from guided_diffusion.config import command_line
 from guided_diffusion.processes.launch import detect_launch, run_script
 
@@ -20,6 +22,9 @@ def main() -> None:
     initial_name = ""
     if training.model_path:
         initial_name = command_line.input_file(training.model_path, args.config, "student.model_path")
+    run, reference_name = experiment.run, ""
+    if run.eval_interval:
+        reference_name = command_line.input_file(run.eval_reference, args.config, "run.eval_reference")
     batch_size = command_line.per_rank(training.batch_size, detect_launch().world_size, "student.batch_size")
     tempfile = command_line.output_path(teacher.tempfile, args.config)
 
@@ -32,6 +37,11 @@ def main() -> None:
     cache = command_line.fetched_path(args.config)
     weights = dist_util.local_copy(weights_name, cache)
     initial = dist_util.local_copy(initial_name, cache) if initial_name else None
+    load_judge = None
+    if reference_name:
+        from evaluations.judge import Judge
+
+        load_judge = partial(Judge, dist_util.local_copy(reference_name, cache), run)
     with start_run("kd", experiment, args, batch_size) as (log, resume):
         distillation_loop(
             experiment,
@@ -42,6 +52,7 @@ def main() -> None:
             initial=initial,
             resume=resume,
             description=describe_network(experiment.name, experiment.student, args.config),
+            load_judge=load_judge,
         ).run()
 
 

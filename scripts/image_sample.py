@@ -26,7 +26,9 @@ def main() -> None:
     """Parse, build, run."""
     parser = command_line.make_parser(__doc__, ["student", "run"], "what the checkpoint says of itself")
     parser.add_argument(
-        "--model_path", required=True, help="the checkpoint: model* or ema_*, .pt, .safetensors or .ckpt"
+        "--model_path",
+        required=True,
+        help="the checkpoint: model* or ema_*, .pt, .safetensors or .ckpt; or a run's best.json",
     )
     parser.add_argument(
         "--batch_size", type=command_line.positive, default=16, help="images at a time and rank"
@@ -65,6 +67,7 @@ def main() -> None:
     from guided_diffusion import dist_util
     from guided_diffusion.io.remote import is_url
     from guided_diffusion.networks.precision import place
+    from guided_diffusion.runs.best import BEST, read_best
     from guided_diffusion.runs.checkpoint import load_network, read_description, require_agreement
     from guided_diffusion.runs.mirror import Mirror
     from guided_diffusion.runs.provenance import describe_network, described_experiment
@@ -72,7 +75,11 @@ def main() -> None:
     from guided_diffusion.script_util import build_network, build_space
 
     dist_util.setup_dist()
-    weights = dist_util.local_copy(weights_name, command_line.fetched_path(config))
+    cache = command_line.fetched_path(config)
+    weights = dist_util.local_copy(weights_name, cache)
+    if weights.name == BEST:
+        weights_name = weights_name.removesuffix(BEST) + read_best(weights)[1]
+        weights = dist_util.local_copy(weights_name, cache)
     if experiment is None:
         experiment = described_experiment(weights, args.overrides)
     experiment.student.architecture.require_guidable(args.guidance_scale, "--guidance_scale", "")

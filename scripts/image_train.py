@@ -1,5 +1,6 @@
 """Train a diffusion model on images: the embedded teacher, or the data-based baselines."""
 
+from functools import partial
 from pathlib import Path
 
 from guided_diffusion.config import command_line
@@ -32,6 +33,9 @@ def main() -> None:
     initial_name = ""
     if training.model_path:
         initial_name = command_line.input_file(training.model_path, args.config, "model_path")
+    run, reference_name = experiment.run, ""
+    if run.eval_interval:
+        reference_name = command_line.input_file(run.eval_reference, args.config, "run.eval_reference")
     batch_size = command_line.per_rank(training.batch_size, detect_launch().world_size, "batch_size")
 
     from guided_diffusion import dist_util
@@ -42,6 +46,11 @@ def main() -> None:
     dist_util.setup_dist()
     cache = command_line.fetched_path(args.config)
     initial = dist_util.local_copy(initial_name, cache) if initial_name else None
+    load_judge = None
+    if reference_name:
+        from evaluations.judge import Judge
+
+        load_judge = partial(Judge, dist_util.local_copy(reference_name, cache), run)
     with start_run("train", experiment, args, batch_size) as (log, resume):
         training_loop(
             experiment,
@@ -53,6 +62,7 @@ def main() -> None:
             initial=initial,
             resume=resume,
             description=describe_network(experiment.name, experiment.student, args.config),
+            load_judge=load_judge,
         ).run()
 
 

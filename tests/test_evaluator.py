@@ -12,12 +12,15 @@ from golden_data import GOLDEN, manifest
 from inception_graphs import unpack_golden_graph
 from scipy import special
 
+from evaluations import inception_tensorflow
 from evaluations import reference as reference_module
 from evaluations.evaluator import evaluate
 from evaluations.inception_tensorflow import TensorflowExtractor
+from evaluations.judge import Judge
 from evaluations.metrics import Gaussian, frechet_distance, gaussian_of
 from evaluations.reference import cache_path
 from evaluations.results import format_result, values
+from guided_diffusion.config.settings import Run
 from guided_diffusion.errors import UserError
 from guided_diffusion.io.files import NpzFile, sha256_of
 from guided_diffusion.io.image_sets import open_images
@@ -307,6 +310,21 @@ def test_command_prints_and_records(folder, graph, result, tmp_path):
     assert (record["backend"], record["seed"]) == ("tensorflow", 0)
     assert record["weights_sha256"] == sha256_of(graph)
     assert {"python", "numpy", "scipy"} <= set(record["versions"])
+
+
+def test_a_training_is_judged_as_the_evaluator_judges_files(small, graph, images, monkeypatch, capsys):
+    cached = small / "cache/guided-diffusion-tccd" / inception_tensorflow.URL.rpartition("/")[2]
+    cached.parent.mkdir(parents=True)
+    cached.symlink_to(graph)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(small / "cache"))
+    result = evaluate(small / "ref.npz", small / "sample.npz", weights=graph)
+    judge = Judge(small / "ref.npz", Run(eval_samples=30), image_size=32)
+    assert judge.metric == "FID-30"
+    assert judge.identity["weights_sha256"] == result.weights_sha256
+    assert "WARNING: run.eval_samples: 30 images are fewer than the 2048" in capsys.readouterr().err
+    scores = judge.score(images["sample"][:30])
+    assert scores.pop("fd") == result.fid
+    assert scores == {name: value for name, value in values(result).items() if name != "fid"}
 
 
 def test_few_images_are_warned_of(small, graph):

@@ -1,7 +1,5 @@
 """Metrics as pure functions: golden group g6, brute force, and what each score must mean."""
 
-import sys
-
 import numpy as np
 import pytest
 import torch as th
@@ -11,7 +9,7 @@ from hypothesis import strategies as st
 from scipy import linalg, special
 from scipy.spatial.distance import cdist
 
-from evaluations import neighbours, progress
+from evaluations import neighbours
 from evaluations.metrics import (
     Gaussian,
     GaussianAccumulator,
@@ -401,20 +399,3 @@ def test_intervals_of_a_frechet_distance_match_its_spread_over_fresh_samples():
         seed=0,
     )["fd"]
     assert (high - low) / 2 / 1.96 == pytest.approx(np.std(fresh), rel=0.35)
-
-
-# Progress
-
-
-def test_progress_off_a_terminal_is_a_line_now_and_then(monkeypatch, capsys):
-    assert list(progress.tracked(range(3), "work", "parts")) == [0, 1, 2]
-    assert capsys.readouterr().err == ""
-    monkeypatch.setattr(progress, "_LINE_SEC", 0)
-    assert list(progress.tracked(range(3), "work", "parts")) == [0, 1, 2]
-    assert capsys.readouterr().err.splitlines() == [f"work: {done} of 3 parts" for done in (1, 2, 3)]
-
-
-def test_progress_on_a_terminal_is_a_bar(monkeypatch, capsys):
-    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
-    assert list(progress.tracked(range(3), "work", "parts")) == [0, 1, 2]
-    assert "work:" in capsys.readouterr().err

@@ -10,7 +10,8 @@ import pytest
 from tensorboardX.proto.event_pb2 import Event
 from tiny import distillation, one_line_error, script
 
-from guided_diffusion.logger import RunLog
+from guided_diffusion.io.digits import load_digit_images
+from guided_diffusion.logger import RunLog, read_progress
 from guided_diffusion.runs.checkpoint import newest_checkpoint
 from guided_diffusion.runs.figures import save_grid
 
@@ -32,19 +33,37 @@ def events(folder):
 def test_rows_and_pictures_are_events(tmp_path):
     path = tmp_path / "samples000004.png"
     save_grid(path, np.random.default_rng(0).integers(0, 256, (3, 8, 8, 3), dtype=np.uint8))
-    log = RunLog(tmp_path)
+    log = RunLog(tmp_path, config={"run": {"seed": 3}})
     log.row(4, {"loss": 0.5})
-    log.picture(4, "sample_grid", path)
+    log.picture(4, "samples/ema", path)
     log.close()
-    RunLog(tmp_path / "elsewhere", active=False).picture(4, "sample_grid", path)
+    RunLog(tmp_path / "elsewhere", active=False).picture(4, "samples/ema", path)
     found = {value.tag: (event.step, value) for event in events(tmp_path) for value in event.summary.value}
-    assert found.keys() == {"loss", "sample_grid"}
-    assert found["loss"][0] == found["sample_grid"][0] == 4
+    assert found.keys() == {"loss", "samples/ema", "config/text_summary"}
+    assert {step for step, _ in found.values()} == {4}  # from where readers forget an interrupted run
     assert found["loss"][1].simple_value == 0.5
-    image = found["sample_grid"][1].image
+    text = found["config/text_summary"][1]
+    assert text.metadata.plugin_data.plugin_name == "text"
+    assert text.tensor.string_val == [b"```yaml\nrun:\n  seed: 3\n```"]
+    image = found["samples/ema"][1].image
     assert image.encoded_image_string == path.read_bytes()
     assert (image.width, image.height) == (32, 12)
     assert not (tmp_path / "elsewhere").exists()
+
+
+def test_values_of_one_step_are_one_row(tmp_path):
+    log = RunLog(tmp_path)
+    log.row(2, {"loss": 0.5})
+    log.row(4, {"loss": 0.25})
+    log.row(4, {"eval_fd": 3.0})
+    log.row(6, {"loss": 0.125})
+    expected = [{"step": 2, "loss": 0.5}, {"step": 4, "loss": 0.25, "eval_fd": 3.0}]
+    assert read_progress(tmp_path / "progress.csv") == [*expected, {"step": 6, "loss": 0.125}]
+    resumed = RunLog(tmp_path)
+    resumed.drop_rows_after(4)
+    resumed.row(4, {"eval_fd": 3.5})  # its score had not been computed
+    expected[1]["eval_fd"] = 3.5
+    assert read_progress(tmp_path / "progress.csv") == expected
 
 
 def wandb_records(path):
@@ -85,7 +104,9 @@ def test_a_run_and_its_continuation_are_one(tmp_path):
     script("scripts/dynamic_prepare.py", "--config", config)
     command = ["scripts/image_kd.py", "--config", config, "--exp_dir", folder, "--wandb", "student.lr=2e-3"]
     command += ["run.sample_interval=0", "run.sample_respacing=2", "run.num_samples=2"]
-    command += ["student.log_interval=1"]
+    command += ["student.log_interval=1", "run.eval_interval=2", "run.eval_samples=8"]
+    np.savez(tmp_path / "digits.npz", load_digit_images()[0][:100])
+    command += ["run.eval_backend=digits", f"run.eval_reference={tmp_path / 'digits.npz'}"]
     for iterations in (2, 4):
         script(*command, f"run.iterations={iterations}", WANDB_MODE="offline", WANDB_SILENT="true")
     assert newest_checkpoint(folder).step == 4
@@ -98,10 +119,14 @@ def test_a_run_and_its_continuation_are_one(tmp_path):
         assert settings["student"]["lr"] == 2e-3 and settings["teacher"]["batch_size"] == 6
         assert [row["_step"] for row in rows if "loss" in row] == steps
         assert all(row["loss"] > 0 and row["lr"] == 2e-3 for row in rows if "loss" in row)
-        (picture,) = [row for row in rows if any("sample_grid" in key for key in row)]
-        assert picture["_step"] == steps[-1]
-        (file,) = Path(where, "files/media/images").iterdir()
-        assert file.read_bytes() == (folder / f"samples{steps[-1]:06d}.png").read_bytes()
+        (scored,) = [row for row in rows if "eval_fd" in row]
+        assert scored["_step"] == steps[-1] and "eval_precision" in scored
+        pictures = {f"samples{steps[-1]:06d}.png", f"samples_raw{steps[-1]:06d}.png"}
+        pictures |= {"samples_teacher.png"} if steps[0] == 1 else set()
+        files = {file.read_bytes() for file in Path(where, "files/media/images").rglob("*.png")}
+        assert files == {(folder / name).read_bytes() for name in pictures}
+        named = [key.partition("/")[2] for row in rows for key in row if key.startswith("samples/")]
+        assert {name.partition("/")[0] for name in named} >= {"raw", "ema"}
 
 
 @needs_wandb

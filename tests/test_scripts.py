@@ -151,7 +151,7 @@ def test_sampling_continues_where_it_stopped(tmp_path):
         with create_npz(folder / "shards" / f"{start}-{stop}.npz", stop - start) as writer:
             writer.append(images[start:stop])
     done = script("scripts/image_sample.py", *flags, "--log_dir", folder)
-    assert "batch 3 of 3" in done.stdout
+    assert "continuing: 4 of 9 images are drawn already" in done.stdout
     assert final.read_bytes() == (whole / "samples_9x16x16x3.npz").read_bytes()
     other = script("scripts/image_sample.py", *flags, "--log_dir", folder, "run.seed=1", check=False)
     assert "another seed" in one_line_error(other)

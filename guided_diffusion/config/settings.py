@@ -389,12 +389,25 @@ class Run:
     weights_format: str = key("pt", "files of the networks: pt, safetensors (for other programs too) or both")
     sample_interval: int = key(0, "iterations between grids of samples (0: with every checkpoint; -1: never)")
     num_samples: int = key(16, "samples in such a grid")
-    sample_respacing: str = key("50", "timestep_respacing of such a grid")
+    sample_respacing: str = key("50", "timestep_respacing of such a grid, and of what is scored")
+    eval_interval: int = key(
+        0, "iterations between scores of the averaged weights, whose checkpoints are kept (0: never)"
+    )
+    eval_samples: int = key(10000, "samples that are scored")
+    eval_backend: str = key("tensorflow", "what scores them: tensorflow or torch (FID), or digits")
+    eval_reference: str = key("", "npz of the real images they are scored against: a path or a URL")
 
     def check(self, where: str) -> None:
         """Raise `UserError` for values that cannot be right."""
         for name in ("iterations", "warmup_steps", "seed", "grad_clip", "keep_last", "keep_every"):
             _require(getattr(self, name) >= 0, f"{where}{name} must not be negative")
+        _require(self.eval_interval >= 0, f"{where}eval_interval must not be negative")
+        _require(self.eval_samples > 0, f"{where}eval_samples must be positive, not {self.eval_samples}")
+        _require_one_of(self.eval_backend, ("tensorflow", "torch", "digits"), f"{where}eval_backend")
+        _require(
+            not self.eval_interval or bool(self.eval_reference),
+            f"{where}eval_interval: scores need {where}eval_reference, an npz of real images",
+        )
         _require_one_of(self.precision, ("auto", "fp32", "bf16", "fp16"), f"{where}precision")
         _require_one_of(self.weights_format, ("pt", "safetensors", "both"), f"{where}weights_format")
         _require(self.max_bad_steps > 0, f"{where}max_bad_steps must be positive, not {self.max_bad_steps}")

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from ..errors import UserError
-from .progress import progress_bar
+from .progress import Progress
 
 
 def require_absent(folder: Path) -> None:
@@ -50,13 +50,13 @@ def write_image_folder(
     temporary.mkdir()
     number = 0
     try:
-        with progress_bar(count, folder.name) as bar:
+        with Progress(count, folder.name, "images") as progress:
             for images, labels in blocks:
                 for i, image in enumerate(images):
                     prefix = "" if labels is None else f"{class_name(int(labels[i]))}_"
                     Image.fromarray(image).save(temporary / f"{prefix}{number:0{digits}}.png")
                     number += 1
-                bar.update(len(images))
+                progress.advance(len(images))
         temporary.rename(folder)
     finally:
         if temporary.exists():

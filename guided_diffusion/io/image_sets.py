@@ -3,15 +3,48 @@
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 
 from ..errors import UserError
 from .files import NpzFile
 from .npz_writer import create_npz
-from .progress import progress_bar
+from .progress import Progress
 
 BLOCK = 512  # images
+
+
+class Images(Protocol):
+    """Images that can be gone through again and again."""
+
+    @property
+    def count(self) -> int:
+        """N."""
+
+    @property
+    def path(self) -> Path:
+        """Where they lie, or what else messages call them."""
+
+    def batches(self, size: int) -> Iterator[np.ndarray]:
+        """The images in order, uint8 [at most `size`, H, W, 3]."""
+
+
+@dataclass(frozen=True)
+class ImageArray:
+    """Images uint8 [N, H, W, 3] in memory; `path` is what messages call them."""
+
+    images: np.ndarray
+    path: Path
+
+    @property
+    def count(self) -> int:
+        """N."""
+        return len(self.images)
+
+    def batches(self, size: int) -> Iterator[np.ndarray]:
+        """The images in order, uint8 [at most `size`, H, W, 3]."""
+        return (self.images[start : start + size] for start in range(0, self.count, size))
 
 
 @dataclass(frozen=True)
@@ -89,9 +122,9 @@ def write_npz(images: ImageSet, out: Path) -> int:
         The number of classes; 0 without labels.
     """
     seen: set[int] = set()
-    with create_npz(out, images.count) as writer, progress_bar(images.count, out.name) as bar:
+    with create_npz(out, images.count) as writer, Progress(images.count, out.name, "images") as progress:
         for block, labels in images.blocks:
             writer.append(block, labels)
             seen.update([] if labels is None else labels.tolist())
-            bar.update(len(block))
+            progress.advance(len(block))
     return len(seen)

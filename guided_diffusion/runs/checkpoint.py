@@ -2,7 +2,8 @@
 
 A run's checkpoint at step N is `modelNNNNNN.pt`, `ema_RATE_NNNNNN.pt` (plain ADM state dicts; with
 `run.weights_format` `.safetensors` instead or beside), `optNNNNNN.pt`, `headNNNNNN.pt` (what the objective
-trains beside the network) and, in distillation, `teacher-state-NNNNNN.cache` (the pool).
+trains beside the network) and, in distillation, `teacher-state-NNNNNN.cache` (the pool); `best` adds
+`scoreNNNNNN.json` to some.
 `checkpointNNNNNN.json` is written last, with every file's size and checksum: a set without it, or that
 differs from it, is no checkpoint.
 """
@@ -37,7 +38,8 @@ HEAD_PREFIX = "out_embed."  # of the noise encoder inside the original TCCD's ch
 _DESCRIPTION = "guided_diffusion"  # in a state dict's metadata, which other programs pass over
 _MANIFEST = re.compile(r"checkpoint(\d{6,})\.json", re.ASCII)
 _OF_A_SET = re.compile(
-    r"(?:model|ema_[^/]*_|opt|head|teacher-state-)(\d{6}|[1-9]\d{6,})\.(?:pt|safetensors|cache)", re.ASCII
+    r"(?:model|ema_[^/]*_|opt|head|teacher-state-|score)(\d{6}|[1-9]\d{6,})\.(?:pt|safetensors|cache|json)",
+    re.ASCII,
 )
 # What attention was called in a UNet2DModel before diffusers 0.15.
 _OLD_ATTENTION = re.compile(r"(.*attentions\.\d+\.)(query|key|value|proj_attn)\.")
@@ -273,9 +275,11 @@ class Checkpoint:
 
 
 def file_name(name: str, step: int, suffix: str = ".pt") -> str:
-    """`modelNNNNNN.pt`, `ema_RATE_NNNNNN.pt`, ..., `teacher-state-NNNNNN.cache`."""
+    """`modelNNNNNN.pt`, `ema_RATE_NNNNNN.pt`, ..., `teacher-state-NNNNNN.cache`, `scoreNNNNNN.json`."""
     if name == "pool":
         return f"teacher-state-{step:06d}.cache"
+    if name == "score":
+        return f"score{step:06d}.json"
     return f"{name}{'_' if name.startswith('ema') else ''}{step:06d}{suffix}"
 
 
@@ -337,6 +341,16 @@ def save_checkpoint(
                 sums[file] = {"bytes": temporary.stat().st_size, "sha256": sha256_of(temporary)}
     _write_manifest(directory, step, sums)
     return Checkpoint(directory, step, tuple(sums))
+
+
+def add_file(checkpoint: Checkpoint, name: str, write: Callable[[Path], object]) -> None:
+    """Add a file to a checkpoint, which is complete before and after; `write` is given its path."""
+    path = checkpoint.path(name)
+    files = read_manifest(checkpoint.directory, checkpoint.step)
+    with atomic_path(path) as temporary:
+        write(temporary)
+        files[path.name] = {"bytes": temporary.stat().st_size, "sha256": sha256_of(temporary)}
+    _write_manifest(checkpoint.directory, checkpoint.step, files)
 
 
 def drop_file(checkpoint: Checkpoint, name: str) -> None:
@@ -410,10 +424,10 @@ class Retention:
         """As a configuration says."""
         return cls(run.keep_last, run.keep_every, training.cache_save_interval)
 
-    def superfluous(self, steps: Sequence[int]) -> list[int]:
-        """Those of some checkpoints, the oldest first, that need not stay."""
+    def superfluous(self, steps: Sequence[int], best: int | None = None) -> list[int]:
+        """Those of some checkpoints, the oldest first, that need not stay; `best` stays besides."""
         old = steps[: -self.keep_last] if self.keep_last else []
-        return [step for step in old if not self.keep_every or step % self.keep_every]
+        return [step for step in old if step != best and (not self.keep_every or step % self.keep_every)]
 
     def without_pool(self, steps: Sequence[int]) -> list[int]:
         """Those of some checkpoints, the oldest first, whose pools need not stay."""

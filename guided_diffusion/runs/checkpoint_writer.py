@@ -2,7 +2,7 @@
 
 import contextlib
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,9 @@ import torch as th
 from safetensors import SafetensorError
 
 from ..errors import UserError
+from .best import add_score, best_checkpoint, write_best
 from .checkpoint import (
+    Checkpoint,
     Retention,
     complete_checkpoints,
     drop_file,
@@ -59,6 +61,11 @@ class CheckpointWriter:
         held = {name: content if callable(content) else to_cpu(content) for name, content in contents.items()}
         self._pending = self._thread.submit(self._save, step, held)
 
+    def add_score(self, step: int, score: Mapping[str, Any]) -> None:
+        """Add what the network scored to the checkpoint that was submitted last; see `best.add_score`."""
+        self.wait()
+        self._pending = self._thread.submit(self._add_score, step, dict(score), self._failure)
+
     def wait(self) -> None:
         """Wait for the save under way, if any."""
         if self._pending is not None:
@@ -91,8 +98,26 @@ class CheckpointWriter:
                         (self.directory / file).unlink(missing_ok=True)
             return reason
         self.report(f"saved step {step} to {self.directory}")
+        self._tidy(step)
+        return ""
+
+    def _add_score(self, step: int, score: Mapping[str, Any], failure: str) -> str:
+        """Add a score, unless its checkpoint could not be saved, which `failure` then tells."""
         try:
-            self._prune()
+            for checkpoint in complete_checkpoints(self.directory):
+                if checkpoint.step == step:
+                    add_score(checkpoint, score)
+        except (OSError, ValueError) as error:
+            self.report(f"WARNING: could not keep the score of step {step}: {_first_line(error)}")
+        self._tidy(step)
+        return failure
+
+    def _tidy(self, step: int) -> None:
+        """What there is to do after a save: name the best, remove what is superfluous, publish."""
+        checkpoints = complete_checkpoints(self.directory)
+        best = self.note_best(checkpoints)
+        try:
+            self._prune(checkpoints, best)
         except OSError as error:  # what is superfluous stays; nothing is lost
             self.report(f"WARNING: could not remove older checkpoints: {_first_line(error)}")
         if self.publish is not None:
@@ -103,12 +128,21 @@ class CheckpointWriter:
                     f"WARNING: step {step} is saved here alone: {_first_line(error)}; training goes on, "
                     "and the next save tries again"
                 )
-        return ""
 
-    def _prune(self) -> None:
-        checkpoints = complete_checkpoints(self.directory)
+    def note_best(self, checkpoints: Sequence[Checkpoint]) -> int | None:
+        """Bring best.json up to date: the best one's step; None if none of the checkpoints was scored."""
+        if (best := best_checkpoint(checkpoints)) is None:
+            return None
+        try:
+            write_best(self.directory, *best)
+        except OSError as error:
+            self.report(f"WARNING: could not name the best checkpoint: {_first_line(error)}")
+        return best[0].step
+
+    def _prune(self, checkpoints: Sequence[Checkpoint], best: int | None) -> None:
         steps = [checkpoint.step for checkpoint in checkpoints]
-        without_pool, superfluous = self.retention.without_pool(steps), self.retention.superfluous(steps)
+        without_pool = self.retention.without_pool(steps)
+        superfluous = self.retention.superfluous(steps, best)
         for checkpoint in checkpoints:
             if checkpoint.step in superfluous:
                 remove_checkpoint(checkpoint)

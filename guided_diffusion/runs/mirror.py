@@ -13,6 +13,7 @@ from typing import Any
 from ..errors import UserError
 from ..io.files import sha256_of
 from ..io.remote import Folder, RemoteError, RemoteFile, fetch_together, local_name, normalised
+from .best import BEST, best_checkpoint, read_best
 from .checkpoint import (
     MANIFEST_BYTES,
     Checkpoint,
@@ -79,7 +80,19 @@ class Mirror:
             for name in filter(_is_record, there):
                 folder.download(name, there[name], self.directory / name)
                 self._records[name] = _stamp(self.directory / name)
+            self._bring_best(folder, there)
         return newest
+
+    def _bring_best(self, folder: Folder, there: _Listing) -> None:
+        """Bring what best.json names here too, as it is among the checkpoints that are kept."""
+        path = self.directory / BEST
+        try:
+            manifest = manifest_name(step := read_best(path)[0]) if path.is_file() else ""
+            if manifest in there and not (self.directory / manifest).is_file():
+                _bring(folder, step, there, self.directory)
+        except (UserError, ValueError) as error:
+            told = f"WARNING: ignoring the best checkpoint of {folder.url}: {error}"
+            print(told, file=sys.stderr, flush=True)
 
     def push(self) -> None:
         """Bring the copy up to date: records, then the checkpoints that it lacks, the newest first.
@@ -94,15 +107,21 @@ class Mirror:
         folder = Folder(self.url)
         there = folder.files()
         for path in sorted(self.directory.iterdir()):
-            if path.is_file() and _is_record(path.name) and self._records.get(path.name) != _stamp(path):
-                stamp = _stamp(path)  # of before: what is written while it is sent is sent the next time
-                folder.upload(path)
-                self._records[path.name] = stamp
+            if path.is_file() and _is_record(path.name) and path.name != BEST:
+                self._push_record(folder, path)
         here = complete_checkpoints(self.directory)
         for checkpoint in reversed(here):
             self._push_set(folder, checkpoint, there)
+        if (self.directory / BEST).is_file():  # only now is there what it names
+            self._push_record(folder, self.directory / BEST)
         if here:
-            self._prune(folder, [checkpoint.step for checkpoint in here], there)
+            self._prune(folder, here, there)
+
+    def _push_record(self, folder: Folder, path: Path) -> None:
+        stamp = _stamp(path)  # of before: what is written while it is sent is sent the next time
+        if self._records.get(path.name) != stamp:
+            folder.upload(path)
+            self._records[path.name] = stamp
 
     def _push_set(self, folder: Folder, checkpoint: Checkpoint, there: _Listing) -> None:
         step, name = checkpoint.step, manifest_name(checkpoint.step)
@@ -126,19 +145,21 @@ class Mirror:
         self._sent[step] = ours
         self._damaged.discard(step)
 
-    def _prune(self, folder: Folder, here: list[int], there: _Listing) -> None:
+    def _prune(self, folder: Folder, checkpoints: list[Checkpoint], there: _Listing) -> None:
         """Apply the retention to what is there and not here, such as what another machine has left.
 
         Sets that are newer than ours, which we could not use, are not counted.
         """
+        here, best = [checkpoint.step for checkpoint in checkpoints], best_checkpoint(checkpoints)
         steps = sorted({*here, *(step for step in _steps(there) if step < here[-1])})
-        for step in self.retention.superfluous(steps):
+        superfluous = self.retention.superfluous(steps, best[0].step if best else None)
+        for step in superfluous:
             if step not in here:
                 folder.remove(manifest_name(step))
                 for name in there:
                     if file_step(name) == step:
                         folder.remove(name)
-        for step in set(self.retention.without_pool(steps)) - set(self.retention.superfluous(steps)):
+        for step in set(self.retention.without_pool(steps)) - set(superfluous):
             if step not in here and (pool := file_name("pool", step)) in there:
                 files = _their_manifest(folder, step, there)
                 if files.pop(pool, None):
@@ -220,7 +241,7 @@ def fetch_checkpoint(url: str, cache: Path) -> Checkpoint:
     beside = {
         f: there[f]
         for f in there
-        if f == manifest or re.fullmatch(rf".*\D{number}\.(pt|safetensors|cache)", f)
+        if f == manifest or re.fullmatch(rf".*\D{number}\.(pt|safetensors|cache|json)", f)
     }
     return open_checkpoint(fetch_together(folder, beside, cache) / name)
 

@@ -16,7 +16,7 @@ from ..gaussian_diffusion import GaussianDiffusion
 from ..io.files import NpzFile, atomic_path, remove_leftovers
 from ..io.model_folder import weights_sha256
 from ..io.npz_writer import create_npz
-from ..io.progress import progress_bar
+from ..io.progress import Progress, say
 from ..networks.base import DenoisingNetwork
 from ..networks.guidance import guided
 from ..processes.stopping import Stopped, StopSignals
@@ -138,7 +138,10 @@ class SampleSet:
         rank, world = dist_util.rank(), dist_util.world_size()
         mine = todo[rank::world]
         rounds = -(-len(todo) // world)  # as many on all ranks, though in the last some may be idle
-        with progress_bar(sum(len(batch) for batch in mine), "sampling", active=rank == 0) as bar:
+        drawn = self.num_samples - sum(map(len, todo))
+        if drawn and rank == 0:
+            say(f"continuing: {drawn} of {self.num_samples} images are drawn already")
+        with Progress(self.num_samples, "sampling", "images", initial=drawn, active=rank == 0) as progress:
             for number in range(rounds):
                 if number and dist_util.any_rank(bool(signals.received)):
                     raise Stopped(f"stopped by {signals.received or 'a signal to another rank'}")
@@ -157,9 +160,8 @@ class SampleSet:
                 shard = self.shards / f"{indices.start}-{indices.stop}.npz"
                 with create_npz(shard, len(images)) as writer:
                     writer.append(images, labels)
-                bar.update(len(indices))
-                if bar.disable and rank == 0:
-                    print(f"  batch {number + 1} of {len(mine)} drawn", flush=True)
+                # The other ranks' batches of this round take as long.
+                progress.advance(sum(map(len, todo[number * world : (number + 1) * world])))
 
     def _check_settings(self, settings: dict[str, Any], provenance: Mapping[str, Any]) -> None:
         path = self.directory / "sampling.json"

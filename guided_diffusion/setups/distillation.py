@@ -1,5 +1,6 @@
 """Putting a distillation together: the teacher, the pool it belongs to, and the student's training."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,9 @@ from ..networks.guidance import guided
 from ..networks.precision import place
 from ..runs.checkpoint import Checkpoint, load_network, require_agreement
 from ..script_util import build_network, build_space
-from ..train_util import TrainLoop, grid_process, reseed
+from ..train_util import TrainLoop, reseed
+from ..training.grids import Grids, sampling_process
+from ..training.scoring import Judge, Scorer
 
 
 def load_teacher(experiment: DistillationExperiment, weights: Path) -> Teacher:
@@ -152,6 +155,14 @@ def build_objective(
     )
 
 
+def _grids(experiment: DistillationExperiment, teacher: Teacher) -> Grids | None:
+    run = experiment.run
+    if run.sample_interval < 0:
+        return None
+    own, theirs = (sampling_process(one, run) for one in (experiment.student, experiment.teacher))
+    return Grids(own, teacher.space, run.num_samples, run.seed, (teacher.network, theirs))
+
+
 def distillation_loop(
     experiment: DistillationExperiment,
     *,
@@ -162,6 +173,7 @@ def distillation_loop(
     initial: Path | None = None,
     resume: Checkpoint | None = None,
     description: dict[str, Any] | None = None,
+    load_judge: Callable[[int], Judge] | None = None,
 ) -> TrainLoop:
     """Build everything a distillation needs, ready to run.
 
@@ -174,9 +186,13 @@ def distillation_loop(
         initial: the student's initial weights, if not random.
         resume: continue from this checkpoint, with the pool it holds.
         description: what checkpoints say of the student.
+        load_judge: gives what scores images of a size, while the student trains; None for no scores.
     """
     student, run, device = experiment.student, experiment.run, dist_util.dev()
     teacher = load_teacher(experiment, weights)
+    scorer = None
+    if load_judge is not None:
+        scorer = Scorer(load_judge, run, sampling_process(student, run), teacher.space, batch_size)
     reseed(run.seed, 0, 2**32 - 2)  # the same initial weights on every rank
     network, process = build_network(student, "student.")
     objective = build_objective(experiment, teacher, network, process)
@@ -223,8 +239,8 @@ def distillation_loop(
         training=student.training,
         run=run,
         log=log,
-        space=teacher.space,
-        grid_process=grid_process(student, run),
+        grids=_grids(experiment, teacher),
+        scorer=scorer,
         resume=resume,
         description=description,
     )

@@ -12,7 +12,7 @@ from .. import dist_util
 from ..errors import UserError
 from ..image_datasets import ImageDataset
 from ..io.files import atomic_path, remove_leftovers
-from ..io.progress import progress_bar
+from ..io.progress import Progress
 from ..spaces import LatentSpace
 
 _BLOCK = 256  # images read at a time
@@ -87,7 +87,7 @@ def encode_dataset(
 
 def _write(path: Path, dataset: ImageDataset, space: LatentSpace, views: int) -> None:
     device, file = dist_util.dev(), None
-    with progress_bar(len(dataset), "encoding", active=True) as bar:
+    with Progress(len(dataset), "encoding", "images") as progress:
         for start in range(0, len(dataset), _BLOCK):
             indices = np.arange(start, min(start + _BLOCK, len(dataset)))
             images = th.from_numpy(dataset.batch(indices)[0]).to(device)
@@ -96,6 +96,6 @@ def _write(path: Path, dataset: ImageDataset, space: LatentSpace, views: int) ->
                 if file is None:
                     file = open_memmap(path, "w+", np.float32, (len(dataset), views, *moments.shape[1:]))
                 file[indices, view] = moments
-            bar.update(len(indices))
+            progress.advance(len(indices))
     assert file is not None
     file.flush()

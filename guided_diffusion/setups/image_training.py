@@ -16,8 +16,10 @@ from ..resample import create_named_schedule_sampler
 from ..runs.checkpoint import Checkpoint, load_network, require_agreement
 from ..script_util import build_network, build_space
 from ..spaces import LatentSpace
-from ..train_util import TrainLoop, grid_process, reseed
+from ..train_util import TrainLoop, reseed
+from ..training.grids import Grids, sampling_process
 from ..training.objective import DiffusionTraining
+from ..training.scoring import Judge, Scorer
 from ..training.sources import ImageSource
 from .encoding import encode_dataset
 
@@ -33,6 +35,7 @@ def training_loop(
     initial: Path | None = None,
     resume: Checkpoint | None = None,
     description: dict[str, Any] | None = None,
+    load_judge: Callable[[int], Judge] | None = None,
 ) -> TrainLoop:
     """Build everything that training on images needs, ready to run.
 
@@ -46,6 +49,7 @@ def training_loop(
         initial: initial weights, if not random.
         resume: continue from this checkpoint.
         description: what checkpoints say of the network.
+        load_judge: gives what scores images of a size, while the network trains; None for no scores.
 
     Raises:
         UserError: unreadable data, images or labels that do not fit the network.
@@ -58,6 +62,11 @@ def training_loop(
         raise UserError(
             f"{data_dir}: has {dataset.num_classes} classes, num_classes is {architecture.num_classes}"
         )
+    scorer = grids = None
+    if load_judge is not None:
+        scorer = Scorer(load_judge, run, sampling_process(student, run), space, batch_size)
+    if run.sample_interval >= 0:
+        grids = Grids(sampling_process(student, run), space, run.num_samples, run.seed)
     encode: Callable[[th.Tensor], th.Tensor] = space.encode
     if isinstance(space, LatentSpace):
         dataset = encode_dataset(dataset, space, training.random_flip, cache)
@@ -95,8 +104,8 @@ def training_loop(
         training=training,
         run=run,
         log=log,
-        space=space,
-        grid_process=grid_process(student, run),
+        grids=grids,
+        scorer=scorer,
         resume=resume,
         description=description,
     )

@@ -22,7 +22,7 @@ from ..distill.pool_file import arrays_sha256, join_parts, part_path, read_pool,
 from ..distill.teacher import Teacher
 from ..errors import UserError
 from ..io.files import atomic_path, remove_leftovers
-from ..io.progress import progress_bar
+from ..io.progress import Progress, say
 from ..processes.stopping import Stopped, StopSignals
 from ..train_util import reseed
 from .distillation import load_teacher, noise_pool, pool_file, pool_identity, pool_seed, stored
@@ -96,15 +96,12 @@ def _denoise(
 ) -> bool:
     """Take a pool to its goal, all ranks in step; False if a signal to any of them came before."""
     arrived = int((pool.levels == goal).sum())
-    told = 10 * arrived // len(pool)
     calls = prepare(pool, teacher, experiment.teacher.batch_size, experiment.distill.stride, goal)
-    with progress_bar(len(pool), "preparing", initial=arrived, active=dist_util.rank() == 0) as bar:
+    with Progress(
+        len(pool), "preparing", "samples", initial=arrived, active=dist_util.rank() == 0
+    ) as progress:
         while dist_util.any_rank((count := next(calls, None)) is not None):
-            arrived += count or 0
-            bar.update(count or 0)
-            if bar.disable and 10 * arrived // len(pool) > told:
-                told = 10 * arrived // len(pool)
-                _say(f"  {arrived} of {len(pool)} samples are at their level")
+            progress.advance(count or 0)
             if dist_util.any_rank(bool(signals.received)):
                 return False
     return True
@@ -184,4 +181,4 @@ def _read_partial(
 def _say(line: str) -> None:
     """Tell a person, by rank 0."""
     if dist_util.rank() == 0:
-        print(line, flush=True)
+        say(line)

@@ -249,7 +249,7 @@ class CellRun:
         if iterations:
             training.lr_anneal_steps = iterations if training.lr_anneal_steps else 0
             training.save_interval = iterations // self.study.divisor
-            run.iterations, run.sample_interval, run.keep_last = iterations, -1, 0
+            run.iterations, run.sample_interval, run.keep_last, run.eval_interval = iterations, -1, 0, 0
         if data is not None:
             training.random_flip = data.random_flip
         text = flat(experiment.student) | {"run": flat(run)} if data else experiment_keys(experiment)

@@ -24,6 +24,7 @@ _NOT_IDENTITY = {
     "run": {
         *("iterations", "seed", "keep_last", "keep_every"),
         *("sample_interval", "num_samples", "sample_respacing"),
+        *("eval_interval", "eval_samples", "eval_backend", "eval_reference"),
     },
 }
 

@@ -1,6 +1,7 @@
 """Exponential moving averages of a network's weights."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 
 import torch as th
 from torch import nn
@@ -46,6 +47,15 @@ class Ema:
         """Take the average from a state dict of the module."""
         for (name, _), average in zip(self.module.named_parameters(), self.average, strict=True):
             average.copy_(state[name])
+
+    @contextmanager
+    def swapped(self) -> Iterator[None]:
+        """Exchange the average with the module's weights until the block ends."""
+        self.swap()
+        try:
+            yield
+        finally:
+            self.swap()
 
     @th.no_grad()
     def swap(self) -> None:

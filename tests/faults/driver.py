@@ -1,6 +1,7 @@
 """Runs the real scripts in forked processes: they start at once, can be killed, and tampered with."""
 
 import csv
+import json
 import multiprocessing
 import os
 import random
@@ -169,6 +170,8 @@ def assert_same_end(first, second, step):
         if name.endswith(".cache"):
             a, b = (read_pool(end.directory / name, T, (3, 16, 16)) for end in ends)
             assert th.equal(a.x, b.x) and th.equal(a.levels, b.levels)
+        elif name.endswith(".json"):  # a score
+            assert json.loads((first / name).read_text()) == json.loads((second / name).read_text())
         else:
             a, b = (read_torch_file(end.directory / name) for end in ends)
             if name.startswith("opt"):

@@ -407,3 +407,36 @@ def test_azure(store, tmp_path):
     store.fail = lambda method, name: True
     with pytest.raises(RemoteError, match=r"az://account/bucket/runs/one.*: unexpected status 503"):
         second.push()
+
+
+def test_the_best_is_kept_there_and_comes_along(store, tmp_path):
+    """A machine that goes on for another has the best checkpoint too, and best.json is sent after it."""
+    keep, url = Retention(keep_last=1), "gs://bucket/r"
+
+    def save_scored(mirror, values):
+        writer = CheckpointWriter(mirror.directory, print, mirror.retention, mirror.push)
+        for step, value in values.items():
+            writer.submit(step, {"model": {"w": th.full((1,), float(step))}})
+            writer.add_score(step, {"metric": "FD", "value": value, "weights": "model", "of": {}})
+        writer.close()
+
+    def steps_there():
+        return {name for name in store.names("r/") if name.startswith("model")}
+
+    first = Mirror(url, tmp_path / "first", keep)
+    save_scored(first, {1: 3.0, 2: 1.0, 3: 2.0})
+    assert steps_there() == {"model000002.pt", "model000003.pt"}
+    written = [name for method, name in store.log if method == "PUT" and name.startswith("r/")]
+    last = max(place for place, name in enumerate(written) if name == "r/best.json")
+    assert "r/checkpoint000002.json" in written[:last]
+    second = Mirror(url, tmp_path / "second", keep)
+    assert second.pull().step == 3
+    assert [c.step for c in complete_checkpoints(second.directory)] == [2, 3]
+    save_scored(second, {4: 5.0})
+    assert steps_there() == {"model000002.pt", "model000004.pt"}
+    assert (second.directory / "best.json").read_bytes() == store.objects["r/best.json"]
+    save_scored(second, {5: 0.5})
+    assert steps_there() == {"model000005.pt"}
+    third = Mirror(url, tmp_path / "third", keep)
+    store.put("r/best.json", b'{"step": 9, "scored": "../x"}')
+    assert third.pull().step == 5  # what cannot be understood is passed over

@@ -1,0 +1,84 @@
+"""Scores of images in memory, for a training that is scored as it goes on (`training.scoring.Judge`)."""
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from guided_diffusion.config.settings import Run
+from guided_diffusion.errors import UserError
+from guided_diffusion.io.files import NpzFile
+from guided_diffusion.io.image_sets import ImageArray
+from guided_diffusion.io.progress import say
+
+from .evaluation import AT_LEAST, IMAGE_SIZE, build_extractor, few, reference_images
+from .features import choose_device, extract_features
+from .neighbours import PRECISION_RECALL_K, nearest_distances, neighbour_scores
+from .reference import load_reference
+from .results import values
+from .scoring import noise_of, score_set
+from .settings import Settings
+
+
+class Judge:
+    """One reference and one feature network, loaded once.
+
+    The scores are the evaluator's, `evaluations.results` describes them; its "fd" or "fid" is "fd" here, and
+    of digits there are precision and recall too, of the classifier's features.
+
+    Args:
+        reference: npz of the real images, or with Inception their statistics alone.
+        run: the backend, and the number of samples.
+        image_size: height and width of the samples.
+
+    Raises:
+        UserError: the reference is missing or damaged, the network's library or weights are not there, or the
+            samples do not suit the backend.
+    """
+
+    def __init__(self, reference: Path, run: Run, image_size: int):
+        self.settings = Settings(backend=run.eval_backend)  # type: ignore[arg-type]
+        size = IMAGE_SIZE[self.settings.backend]
+        if size is not None and size != (image_size, image_size):
+            raise UserError(
+                f"run.eval_backend: {run.eval_backend} scores images of {size[0]}x{size[1]}, not of "
+                f"{image_size}x{image_size}; torch and tensorflow score any"
+            )
+        if run.eval_samples < AT_LEAST:
+            raise UserError(f"run.eval_samples must be at least {AT_LEAST}, not {run.eval_samples}")
+        if told := few(run.eval_samples, self.settings):
+            say(f"WARNING: run.eval_samples: {told}", sys.stderr)
+        npz = NpzFile(reference)
+        real = reference_images(npz, self.settings)
+        self.extractor = build_extractor(self.settings)
+        self.reference = load_reference(npz, real, self.extractor, self.settings)
+        self.is_digits = self.settings.backend == "digits"
+        self.metric = "digits-FD" if self.is_digits else f"FID-{run.eval_samples}"
+        self.identity: dict[str, Any] = {
+            "backend": self.settings.backend,
+            "weights_sha256": self.extractor.weights_sha256,
+            "reference_sha256": self.reference.sha256,
+        }
+
+    def score(self, images: np.ndarray) -> dict[str, float]:
+        """Scores by name of images uint8 [N, H, W, 3].
+
+        Raises:
+            UserError: the network answered with NaN or infinity.
+        """
+        file = ImageArray(images, Path("the samples"))
+        samples = extract_features(self.extractor, file, self.settings.batch_size)
+        noise = noise_of(file, self.settings)
+        scores = values(score_set(self.reference, samples, noise, self.extractor, self.settings))
+        if self.is_digits and self.reference.features is not None and self.reference.neighbours is not None:
+            device = choose_device(None)
+            near = neighbour_scores(
+                self.reference.features,
+                samples.features,
+                self.reference.neighbours,
+                nearest_distances(samples.features, PRECISION_RECALL_K, device),
+                device=device,
+            )
+            scores |= {"precision": near.precision, "recall": near.recall}
+        return {"fd": scores.pop("fd" if self.is_digits else "fid")} | scores

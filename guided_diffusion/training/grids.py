@@ -1,0 +1,83 @@
+"""Grids of samples while training, for a person: of the raw weights, of their average, of the teacher."""
+
+from dataclasses import dataclass
+
+from .. import dist_util
+from ..config.settings import Denoiser, Run
+from ..gaussian_diffusion import GaussianDiffusion
+from ..logger import RunLog
+from ..networks.base import DenoisingNetwork
+from ..runs.figures import save_grid
+from ..sampling.samplers import sample_images
+from ..script_util import build_process
+from ..spaces import SampleSpace
+from .ema import Ema
+
+TEACHER_GRID = "samples_teacher.png"
+
+
+def sampling_process(denoiser: Denoiser, run: Run) -> GaussianDiffusion:
+    """The process respaced by `run.sample_respacing`, which grids and scores are sampled from.
+
+    Raises:
+        UserError: impossible respacing.
+    """
+    respacing = run.sample_respacing
+    if respacing.isdigit():
+        respacing = str(min(denoiser.process.diffusion_steps, int(respacing)))
+    return build_process(denoiser, "run.sample_respacing", respacing)
+
+
+@dataclass(frozen=True)
+class Grids:
+    """Grids of the first samples of `seed`, all from the same noise and, if there are classes, of the same.
+
+    Attributes:
+        process: the respaced process of the network that is trained.
+        space: what the samples are.
+        count: samples in a grid.
+        seed: of the samples, as `sampling.samplers.sample_images` has it.
+        teacher: a network and its respaced process, whose grid is drawn once.
+    """
+
+    process: GaussianDiffusion
+    space: SampleSpace
+    count: int
+    seed: int
+    teacher: tuple[DenoisingNetwork, GaussianDiffusion] | None = None
+
+    def save(self, step: int, network: DenoisingNetwork, ema: Ema | None, log: RunLog) -> None:
+        """Draw on rank 0, write PNGs, and record them; the other ranks wait.
+
+        Args:
+            step: iterations done; samplesSTEP.png is of the average, or without one of the weights
+                themselves, which otherwise have samples_rawSTEP.png.
+            network: with the weights themselves.
+            ema: their average.
+            log: the record.
+        """
+        if dist_util.rank() == 0:
+            if self.teacher is not None and not (log.directory / TEACHER_GRID).exists():
+                self._draw(step, "teacher", TEACHER_GRID, *self.teacher, log)
+            name = f"samples{step:06d}.png"
+            if ema is None:
+                self._draw(step, "raw", name, network, self.process, log)
+            else:
+                self._draw(step, "raw", f"samples_raw{step:06d}.png", network, self.process, log)
+                with ema.swapped():
+                    self._draw(step, "ema", name, network, self.process, log)
+        dist_util.barrier()
+
+    def _draw(
+        self,
+        step: int,
+        what: str,
+        name: str,
+        network: DenoisingNetwork,
+        process: GaussianDiffusion,
+        log: RunLog,
+    ) -> None:
+        images, _ = sample_images(network, process, self.space, range(self.count), seed=self.seed)
+        with log.tolerant():
+            save_grid(log.directory / name, images)
+            log.picture(step, f"samples/{what}", log.directory / name)
