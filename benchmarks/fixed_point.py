@@ -1,11 +1,11 @@
 """Does stage 2 teach a student to hand noise back? Four students, and what each makes of the teacher's noise.
 
 Stage 2 as published shows the student the teacher's noise prediction eps_T at the timestep t and asks for
-eps_T itself, so that noise becomes a fixed point at every t, also where x_t is nearly clean. This distils four
-students from one pool with one seed: without stage 2, as published, with the role vector, and between t and T.
-It prints for each the mean squared difference of its answer to (eps_T, t) from eps_T (0: a fixed point), its
-error on real states (x_t, t), and how far the latter draws it to its input; and draws the first over t, beside
-samples.
+eps_T itself, so that noise becomes a fixed point at every t, also where x_t is nearly clean. This distils
+four students from one pool with one seed: without stage 2, as published, with the role vector, and between
+t and T. It prints for each the mean squared difference of its answer to (eps_T, t) from eps_T (0: a fixed
+point), its error on real states (x_t, t), and how far the latter draws it to its input; and draws the first
+over t, beside samples.
 """
 
 import argparse
