@@ -208,7 +208,7 @@ def _ends_whole(path: Path) -> bool:
 
 
 def read_pool_records(path: str | os.PathLike) -> list[dict[str, Any]]:
-    """The lines of a pool.jsonl; one that a kill cut short is left out. `TeacherSource.pool_record` writes them."""
+    """The lines of a pool.jsonl (`TeacherSource.pool_record`); one that a kill cut short is left out."""
     found = []
     with open(path, errors="replace") as file:
         for line in file:

@@ -28,7 +28,13 @@ class Browser:
     def __init__(self, profile):
         theirs, self._pipe_in = _pipe()
         self._pipe_out, answers = _pipe()
-        flags = ["--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--no-first-run"]
+        flags = [
+            "--headless=new",
+            "--no-sandbox",
+            "--disable-gpu",
+            "--disable-dev-shm-usage",
+            "--no-first-run",
+        ]
         flags += ["--remote-debugging-pipe", f"--user-data-dir={profile}", "--disable-background-networking"]
         command = ["bash", "-c", f'exec "$@" 3<&{theirs} 4>&{answers}', "bash", CHROMIUM, *flags]
         self._process = subprocess.Popen(
@@ -82,11 +88,15 @@ class Browser:
     def resize(self, width, height=900):
         """Give the page another size, in CSS pixels."""
         self(
-            "Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=width < 500
+            "Emulation.setDeviceMetricsOverride",
+            width=width,
+            height=height,
+            deviceScaleFactor=1,
+            mobile=width < 500,
         )
 
     def complaints(self):
-        """Errors and warnings of the console, exceptions, and all addresses but of files that were asked for."""
+        """What the console says, exceptions, and addresses other than files' that were asked for."""
         self.value("0")  # what came before this is told before this is answered
         found = []
         for method, told in self.events:

@@ -1,7 +1,8 @@
-"""A page about runs: made of real ones, of damaged ones and of hostile ones, and looked at by a real browser."""
+"""A page about runs: made of real, of damaged and of hostile ones, and looked at by a real browser."""
 
 import base64
 import csv
+import itertools
 import json
 import re
 import shutil
@@ -28,15 +29,20 @@ def made(tmp_path_factory):
     """Two short runs of the demo's configuration, samples of the first, and their scores."""
     folder = tmp_path_factory.mktemp("runs")
     keys = [f"teacher.tempfile={folder / 'pool.cache'}", "teacher.BATCH=0.02", "distill.stride=500"]
-    keys += ["student.batch_size=8", "student.num_channels=8", "student.num_heads=2", "student.log_interval=2"]
+    keys += [
+        "student.batch_size=8",
+        "student.num_channels=8",
+        "student.num_heads=2",
+        "student.log_interval=2",
+    ]
     keys += ["student.save_interval=4", "run.iterations=8", "run.sample_respacing=2", "run.num_samples=4"]
     keys += ["distill.advance_stride=400", "--config", CONFIG]
     script_here("scripts/dynamic_prepare.py", *keys)
     for name, lr in (("a", "1e-3"), ("b", "2e-3")):
         script_here("scripts/image_kd.py", *keys, "--exp_dir", folder / name, f"student.lr={lr}")
     script_here(
-        "scripts/image_sample.py", *keys, "--model_path", folder / "a/ema_0.99_000008.pt", "--num_samples", 100,
-        "--batch_size", 100, "--timestep_respacing", 2, "--log_dir", folder / "samples",
+        "scripts/image_sample.py", *keys, "--model_path", folder / "a/ema_0.99_000008.pt", "--log_dir",
+        folder / "samples", "--num_samples", 100, "--batch_size", 100, "--timestep_respacing", 2,
     )  # fmt: skip
     np.savez(folder / "real.npz", np.random.default_rng(0).integers(0, 256, (300, 16, 16, 3), dtype=np.uint8))
     script_here(
@@ -89,7 +95,16 @@ def test_a_page_of_two_runs(made, tmp_path):
     assert list(page.parent.iterdir()) == [page]
     parsed = Parsed(page)
     text = re.sub(r"\s+", " ", parsed.text)
-    for term in ("stage1_mse", "stage1_vb", "stage1_align", "stage2_mse", "stage2_vb", "loss", "grad_norm", "lr"):
+    for term in (
+        "stage1_mse",
+        "stage1_vb",
+        "stage1_align",
+        "stage2_mse",
+        "stage2_vb",
+        "loss",
+        "grad_norm",
+        "lr",
+    ):
         assert re.search(rf"\b{term}\b", text), term
     assert "finished" in text and "iterations/s" in text and "Not in this report" not in text
     (key,) = re.findall(r"What differs between the runs\. key a b (.*?) All keys", text)
@@ -104,7 +119,12 @@ def test_a_page_of_two_runs(made, tmp_path):
     assert [base64.b64decode(source.removeprefix("data:image/png;base64,")) for source in sources] == wanted
     assert all(image["alt"] for image in parsed.of("img"))
     charts = [kind for kind in parsed.of("div") if "chart" in kind.get("class", "")]
-    assert {kind["class"] for kind in charts} == {"chart", "chart over-step", "chart over-samples", "chart over-seconds"}
+    assert {kind["class"] for kind in charts} == {
+        "chart",
+        "chart over-step",
+        "chart over-samples",
+        "chart over-seconds",
+    }
     assert len(parsed.of("svg")) > len(charts)
     identifiers = [attributes["id"] for _, attributes in parsed.elements if "id" in attributes]
     assert len(identifiers) == len(set(identifiers))
@@ -119,7 +139,7 @@ def test_what_a_run_records_for_it(made):
     rows = read_progress(made / "a/progress.csv")
     assert [row["step"] for row in rows] == [2, 4, 6, 8]
     seconds = [row["seconds"] for row in rows]
-    assert 0 < seconds[0] and seconds == sorted(set(seconds))
+    assert seconds[0] > 0 and seconds == sorted(set(seconds))
     records = read_pool_records(made / "a/pool.jsonl")
     assert [record["step"] for record in records] == [0, 4, 8]
     for record in records:
@@ -159,7 +179,7 @@ def test_levels_are_those_of_all_ranks_and_a_resumed_run_counts_on(made, tmp_pat
 
 
 def test_words_and_numbers(run):
-    """Skipped iterations are counted from their shares; chains live as long as it takes to restart them all."""
+    """Skipped iterations come from their shares; chains live as long as it takes to restart them all."""
     with open(run / "progress.csv", "w", newline="") as file:
         columns = ["step", "skipped", "samples", "seconds", "eval_fd"]
         rows = [[2, 0.5, 16, 10, 9.0], [4, 0, 32, 20, 8.0], [8, 0.25, 64, 40, 7.5]]
@@ -225,9 +245,20 @@ def test_what_comes_from_files_is_escaped(run, tmp_path):
     return page
 
 
-@pytest.mark.parametrize("damage", [b"", b"\0\xff{]", b"[" * 100_000, b'{"a": 1'], ids=["empty", "bytes", "deep", "cut"])
 @pytest.mark.parametrize(
-    "name", ["run.json", "config.yaml", "progress.csv", "pool.jsonl", "best.json", "samples000008.png", "checkpoint000008.json"]
+    "damage", [b"", b"\0\xff{]", b"[" * 100_000, b'{"a": 1'], ids=["empty", "bytes", "deep", "cut"]
+)
+@pytest.mark.parametrize(
+    "name",
+    [
+        "run.json",
+        "config.yaml",
+        "progress.csv",
+        "pool.jsonl",
+        "best.json",
+        "samples000008.png",
+        "checkpoint000008.json",
+    ],
 )
 def test_a_damaged_file_costs_its_part_of_the_page(run, tmp_path, name, damage):
     (run / name).write_bytes(damage)
@@ -300,7 +331,9 @@ def page(made, tmp_path_factory):
 
 
 SHOWN = "[...document.querySelectorAll('.frame')].filter(f => f.offsetParent).map(f => f.dataset.step)"
-AXES = "[...new Set([...document.querySelectorAll('.chart')].filter(c => c.offsetParent).map(c => c.className))]"
+AXES = (
+    "[...new Set([...document.querySelectorAll('.chart')].filter(c => c.offsetParent).map(c => c.className))]"
+)
 PAPER = "getComputedStyle(document.body).backgroundColor"
 
 
@@ -373,7 +406,9 @@ class TestInABrowser:
         try:
             browser.open(page)
             assert browser.value("document.documentElement.scrollWidth") <= 360
-            widths = browser.value("[...document.querySelectorAll('.chart svg')].map(s => s.clientWidth).filter(w => w)")
+            widths = browser.value(
+                "[...document.querySelectorAll('.chart svg')].map(s => s.clientWidth).filter(w => w)"
+            )
             assert min(widths) > 250
         finally:
             browser.resize(1200)
@@ -382,7 +417,9 @@ class TestInABrowser:
         browser.open(page)
         nodes = [node for node in browser("Accessibility.getFullAXTree")["nodes"] if not node["ignored"]]
         found = [(node["role"]["value"], node.get("name", {}).get("value", "")) for node in nodes]
-        assert all(name for role, name in found if role in ("image", "img", "slider", "radio", "table", "region"))
+        assert all(
+            name for role, name in found if role in ("image", "img", "slider", "radio", "table", "region")
+        )
         assert sum(role in ("image", "img") for role, _ in found) > 20
         assert ("slider", "Iteration") in found and ("radio", "training time") in found
         levels = [
@@ -391,7 +428,7 @@ class TestInABrowser:
             if node["role"]["value"] == "heading"
         ]
         assert levels[0] == 1 and levels.count(1) == 1
-        assert all(after <= before + 1 for before, after in zip(levels, levels[1:], strict=False))
+        assert all(after <= before + 1 for before, after in itertools.pairwise(levels))
 
     def test_hostile_files_do_nothing(self, browser, run, tmp_path):
         browser.open(test_what_comes_from_files_is_escaped(run, tmp_path))

@@ -72,7 +72,8 @@ class TeacherSource:
 
         Returns:
             "T"; "levels", how many entries are about to be denoised at t in [i T / 20, (i + 1) T / 20), for i
-            in 0..19; "clean", how many are at level 0, whose next turn restarts them; "mean_level"; "restarts".
+            in 0..19; "clean", how many are at level 0, whose next turn restarts them; "mean_level"; and
+            "restarts".
             The age of an entry's chain, in steps since its noise, is T - level.
         """
         pool, total = self.pool, self.pool.num_timesteps

@@ -10,6 +10,7 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 from xml.etree import ElementTree
 
 import numpy as np
@@ -17,14 +18,14 @@ import numpy as np
 # The horizontal axes that the page lets one choose from, by the column of progress.csv.
 AXES = {"step": "iterations", "samples": "images seen", "seconds": "training time"}
 COLOURS = 8  # of runs; the page's CSS has as many
-_DASHES = ["solid", (0, (5, 2)), (0, (1.5, 1.5)), (0, (7, 2, 1.5, 2))]
+_DASHES: list[Any] = ["solid", (0, (5, 2)), (0, (1.5, 1.5)), (0, (7, 2, 1.5, 2))]
 _INK, _RULE, _START = "#0a0b01", "#0a0b02", "#0a0b03"
 _STAND_INS = {_INK: "var(--muted)", _RULE: "var(--rule)", _START: "var(--start)"}
 _MOST_POINTS = 300
 _UNITS = [(1, "s"), (60, "min"), (3600, "h"), (86400, "d")]
 _NAMESPACE = "http://www.w3.org/2000/svg"
 _salts = itertools.count()
-_STYLE = {
+_STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",
     "font.size": 10,
     "axes.spines.top": False,
@@ -89,7 +90,10 @@ def line_chart(lines: Sequence[Line], axis: str, *, height: int = 190, wide: int
         for line in lines:
             if line.errors is None:
                 xs, ys = _thinned(line.xs, line.ys)
-                style = {"linestyle": _DASHES[line.run % len(_DASHES)], "solid_capstyle": "round"}
+                style: dict[str, Any] = {
+                    "linestyle": _DASHES[line.run % len(_DASHES)],
+                    "solid_capstyle": "round",
+                }
                 if len(xs) == 1:
                     style = {"linestyle": "none", "marker": "o", "markersize": 4}
                 axes.plot(xs / scale, ys, color=colour(line.run), **style)

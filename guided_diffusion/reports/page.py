@@ -2,7 +2,7 @@
 
 import base64
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -93,22 +93,16 @@ def render(material: Material, score_names: Mapping[str, str]) -> str:
     )
 
 
-def _points(run: Run, axis: str, value: Callable[[Mapping[str, float]], float | None]) -> tuple[list, list]:
-    pairs = [(row[axis], y) for row in run.rows if axis in row and (y := value(row)) is not None]
+def _points(run: Run, axis: str, column: str) -> tuple[list[float], list[float]]:
+    pairs = [(row[axis], row[column]) for row in run.rows if axis in row and column in row]
     return [x for x, _ in pairs], [y for _, y in pairs]
 
 
-def _panel(
-    material: Material,
-    axes: Mapping[str, str],
-    title: str,
-    about: str,
-    value: Callable[[Mapping[str, float]], float | None],
-    **size: int,
-) -> Panel:
-    """One number of each row, over each axis."""
+def _column(material: Material, axes: Mapping[str, str], name: str, title: str = "", **size: int) -> Panel:
+    """A column of progress.csv over each axis; called by its name, unless a title is given."""
+    about = "" if title else _MEANINGS.get(name) or _MEANINGS.get(name.rpartition("_")[2], "")
     lines = {
-        axis: [Line(i, *_points(run, axis, value)) for i, run in enumerate(material.runs)] for axis in axes
+        axis: [Line(i, *_points(run, axis, name)) for i, run in enumerate(material.runs)] for axis in axes
     }
     says = []
     for line in lines["step"]:
@@ -116,18 +110,13 @@ def _panel(
             ends = f"{line.ys[0]:.4g} at iteration {line.xs[0]:.0f}, {line.ys[-1]:.4g} at {line.xs[-1]:.0f}"
             says.append(f"{material.runs[line.run].label}: {ends}")
     charts = {axis: line_chart(of_axis, axis, **size) for axis, of_axis in lines.items()}
-    return Panel(title, about, f"{title}. {'; '.join(says)}", charts)
-
-
-def _column(material: Material, axes: Mapping[str, str], name: str) -> Panel:
-    about = _MEANINGS.get(name) or _MEANINGS.get(name.rpartition("_")[2], "")
-    return _panel(material, axes, name, about, lambda row: row.get(name))
+    return Panel(title or name, about, f"{name}{title and f', {title}'}. {'; '.join(says)}", charts)
 
 
 def _quartiles(material: Material, axes: Mapping[str, str], term: str) -> list[Panel]:
     return [
-        _panel(material, axes, _QUARTILES[q], "", lambda row, q=q: row.get(f"{term}_q{q}"), height=150, wide=240)
-        for q in range(4)
+        _column(material, axes, f"{term}_q{q}", title, height=150, wide=240)
+        for q, title in enumerate(_QUARTILES)
     ]
 
 
@@ -151,8 +140,7 @@ def _scores(
         charts, says, points = {}, [], 0
         for axis in axes:
             lines = [
-                Line(i, *_points(run, axis, lambda row, run=run: row.get(_eval_column(run, name))))
-                for i, run in enumerate(material.runs)
+                Line(i, *_points(run, axis, _eval_column(run, name))) for i, run in enumerate(material.runs)
             ]
             recorded = [_recorded(material, i, name, axis) for i in range(len(material.runs))]
             lines += [line for line in recorded if line.xs]
@@ -215,7 +203,9 @@ def _pool(material: Material, run: Run) -> Panel | None:
     entries = sum(now["levels"]) + now["clean"]
     bins = len(now["levels"])
     quarters = [sum(now["levels"][q * bins // 4 : (q + 1) * bins // 4]) for q in range(4)]
-    about = f"{entries:,} entries at iteration {now['step']:,}" + (", and at the start (grey)" if begun else "")
+    about = f"{entries:,} entries at iteration {now['step']:,}" + (
+        ", and at the start (grey)" if begun else ""
+    )
     says = f"{run.label}: {about}; by quarters from clean to noise now {', '.join(map(str, quarters))}"
     svg = histogram(begun, now["levels"], now["T"], material.runs.index(run))
     return Panel(run.label, about, says, {"": svg})
@@ -224,4 +214,6 @@ def _pool(material: Material, run: Run) -> Panel | None:
 def _sample_facts(facts: Mapping[str, Any]) -> str:
     """How a set was drawn, in one line."""
     names: Sequence[str] = ("config", "model", "step", "sampler", "steps", "seed")
-    return ", ".join(f"{n} {str(facts[n])[:80]}" for n in names if isinstance(facts.get(n), str | int | float))
+    return ", ".join(
+        f"{n} {str(facts[n])[:80]}" for n in names if isinstance(facts.get(n), str | int | float)
+    )

@@ -1,7 +1,8 @@
-"""What a report is made of: run directories, folders of samples and evaluator records, as far as they are sound."""
+"""What a report is made of: run directories, folders of samples, evaluator records, as far as sound."""
 
 import base64
 import io
+import itertools
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -186,7 +187,7 @@ def _read_run(path: Path) -> Run:
 
 
 def _add_speeds(rows: Sequence[dict[str, float]]) -> None:
-    for before, row in zip(rows, rows[1:], strict=False):
+    for before, row in itertools.pairwise(rows):
         spent = row.get("seconds", 0.0) - before.get("seconds", 0.0)
         if "seconds" in before and spent > 0:
             row["speed"] = (row["step"] - before["step"]) / spent
@@ -225,7 +226,9 @@ def _read_records(path: Path) -> list[dict[str, Any]]:
     except _DAMAGE as error:
         raise UserError(f"{path}: not readable as JSON ({_reason(error)})") from None
     if not sound:
-        raise UserError(f"{path}: is no record of the evaluator (evaluator.py --output {path.name} writes one)")
+        raise UserError(
+            f"{path}: is no record of the evaluator (evaluator.py --output {path.name} writes one)"
+        )
     return records
 
 
