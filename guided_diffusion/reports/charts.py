@@ -32,8 +32,8 @@ _STYLE: dict[Any, Any] = {
     "axes.spines.right": False,
     "axes.edgecolor": _RULE,
     "axes.labelcolor": _INK,
-    "xtick.color": _RULE,
-    "ytick.color": _RULE,
+    "xtick.bottom": False,
+    "ytick.left": False,
     "xtick.labelcolor": _INK,
     "ytick.labelcolor": _INK,
     "axes.grid": True,
@@ -128,7 +128,7 @@ def histogram(start: Sequence[int] | None, now: Sequence[int], total: int, run: 
 
 
 def _set_scale(axes, values: Sequence[float]) -> None:
-    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
     low, high = min(values, default=0.0), max(values, default=0.0)
     if low <= 0 or high / low < 3:
@@ -138,8 +138,7 @@ def _set_scale(axes, values: Sequence[float]) -> None:
     near = math.log10(high / low) < 1.5
     axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if near else (1,), numticks=6))
     axes.yaxis.set_major_formatter(FuncFormatter(_short))
-    axes.yaxis.set_minor_formatter(NullFormatter())
-    axes.tick_params(which="minor", length=0)
+    axes.yaxis.set_minor_locator(NullLocator())
 
 
 def _set_ticks(axis) -> None:
@@ -154,7 +153,7 @@ def _short(value: float, _: object = None) -> str:
     for size, name in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
         if abs(value) >= size:
             return f"{value / size:.4g}{name}"
-    return f"{value:.4g}"
+    return f"{value:.4g}".replace("e-0", "e-")
 
 
 def _thinned(xs: Sequence[float], ys: Sequence[float]) -> tuple[np.ndarray, np.ndarray]:
