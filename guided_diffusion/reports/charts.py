@@ -71,60 +71,85 @@ def dashes(run: int) -> str:
     return "" if isinstance(style, str) else " ".join(str(1.6 * length) for length in style[1])
 
 
-def line_chart(lines: Sequence[Line], axis: str, *, height: int = 190, wide: int = 320) -> str:
-    """Lines over one of `AXES`, as <svg>; logarithmic where all is positive and spans a factor of three.
+class Canvas:
+    """Draws one chart after the other, all of one size; making its parts anew would take twice as long.
 
     Args:
-        lines: of runs.
-        axis: the name of the column that their xs are of.
-        height, wide: in pixels, of the page at its usual width.
+        wide, height: in pixels, of the page at its usual width.
     """
-    scale, unit = 1.0, AXES[axis]
-    if axis == "seconds":
-        longest = max((max(line.xs) for line in lines if len(line.xs)), default=0.0)
-        scale, name = max((u for u in _UNITS if u[0] * 2 <= longest), default=_UNITS[0])
-        unit = f"{unit} ({name})"
-    shown = [value for line in lines for value in line.ys]
 
-    def draw(axes) -> None:
+    def __init__(self, wide: int = 320, height: int = 190):
+        from matplotlib import rc_context
+        from matplotlib.figure import Figure
+
+        with rc_context(_STYLE):
+            self._figure = Figure(figsize=(wide / 72, height / 72))
+            self._axes = self._figure.add_axes((48 / wide, 40 / height, 1 - 60 / wide, 1 - 50 / height))
+            self._axes.set_axisbelow(True)
+
+    def lines(self, lines: Sequence[Line], axis: str) -> str:
+        """Lines over one of `AXES`, as <svg>; logarithmic where all is positive and spans a factor of three.
+
+        Args:
+            lines: of runs.
+            axis: the name of the column that their xs are of.
+        """
+        scale, unit = 1.0, AXES[axis]
+        if axis == "seconds":
+            longest = max((max(line.xs) for line in lines if len(line.xs)), default=0.0)
+            scale, name = max((u for u in _UNITS if u[0] * 2 <= longest), default=_UNITS[0])
+            unit = f"{unit} ({name})"
+        axes = self._empty()
         for line in lines:
             if line.errors is None:
                 xs, ys = _thinned(line.xs, line.ys)
-                style: dict[str, Any] = {
-                    "linestyle": _DASHES[line.run % len(_DASHES)],
-                    "solid_capstyle": "round",
-                }
+                style: dict[str, Any] = {"linestyle": _DASHES[line.run % len(_DASHES)]}
                 if len(xs) == 1:
                     style = {"linestyle": "none", "marker": "o", "markersize": 4}
                 axes.plot(xs / scale, ys, color=colour(line.run), **style)
             elif len(line.xs):
-                reach = np.abs(np.transpose(line.errors) - np.asarray(line.ys))
+                xs, reach = np.asarray(line.xs), np.abs(np.transpose(line.errors) - np.asarray(line.ys))
                 style = {"fmt": "o", "markersize": 4.5, "capsize": 3, "elinewidth": 1.2}
-                axes.errorbar(
-                    np.asarray(line.xs) / scale, line.ys, yerr=reach, color=colour(line.run), **style
-                )
-        _set_scale(axes, shown)
+                axes.errorbar(xs / scale, line.ys, yerr=reach, color=colour(line.run), **style)
+        axes.relim()
+        axes.autoscale()
+        _set_scale(axes, [value for line in lines for value in line.ys])
         _set_ticks(axes.xaxis)
         axes.set_xlabel(unit)
+        return self._drawn()
 
-    return _drawn(draw, wide, height)
-
-
-def histogram(start: Sequence[int] | None, now: Sequence[int], total: int, run: int) -> str:
-    """Counts in equal bins of the timesteps 0..total, at the start (a filled outline) and now, as <svg>."""
-
-    def draw(axes) -> None:
+    def histogram(self, start: Sequence[int] | None, now: Sequence[int], total: int, run: int) -> str:
+        """Counts in equal bins of timesteps 0..total, at the start (filled) and now (lines), as <svg>."""
+        axes = self._empty()
         edges = np.linspace(0, total, len(now) + 1)
         if start is not None and len(start) == len(now):
             axes.stairs(start, edges, fill=True, color=_START, linewidth=0)
         axes.stairs(now, edges, color=colour(run), linewidth=1.6)
         axes.set_xlim(0, total)
-        axes.set_ylim(bottom=0)
+        axes.set_ylim(0, 1.1 * max([*now, *(start or [])]) or 1)
+        axes.set_yscale("linear")
         _set_ticks(axes.xaxis)
         _set_ticks(axes.yaxis)
         axes.set_xlabel("timestep, from clean to noise")
+        return self._drawn()
 
-    return _drawn(draw, 320, 190)
+    def _empty(self) -> Any:
+        axes = self._axes
+        for container in list(axes.containers):  # its lines are the axes' too
+            container.remove()
+        for artist in [*axes.lines, *axes.patches]:
+            artist.remove()
+        return axes
+
+    def _drawn(self) -> str:
+        from matplotlib import rc_context
+
+        # Identifiers of one chart must not be those of another in the same page.
+        with rc_context(_STYLE | {"svg.hashsalt": f"chart{next(_salts)}"}):
+            file = io.BytesIO()
+            nothing = dict.fromkeys(("Date", "Creator", "Format", "Type"))
+            self._figure.savefig(file, format="svg", transparent=True, metadata=nothing)
+        return _inlined(file.getvalue().decode())
 
 
 def _set_scale(axes, values: Sequence[float]) -> None:
@@ -132,6 +157,7 @@ def _set_scale(axes, values: Sequence[float]) -> None:
 
     low, high = min(values, default=0.0), max(values, default=0.0)
     if low <= 0 or high / low < 3:
+        axes.set_yscale("linear")
         _set_ticks(axes.yaxis)
         return
     axes.set_yscale("log")
@@ -163,22 +189,6 @@ def _thinned(xs: Sequence[float], ys: Sequence[float]) -> tuple[np.ndarray, np.n
         return np.zeros(0), np.zeros(0)
     means = [[piece.mean() for piece in np.array_split(np.asarray(v, float), pieces)] for v in (xs, ys)]
     return np.asarray(means[0]), np.asarray(means[1])
-
-
-def _drawn(draw, width: int, height: int) -> str:
-    from matplotlib import rc_context
-    from matplotlib.figure import Figure
-
-    # Identifiers of one chart must not be those of another in the same page.
-    with rc_context(_STYLE | {"svg.hashsalt": f"chart{next(_salts)}"}):
-        figure = Figure(figsize=(width / 72, height / 72))
-        axes = figure.add_axes((48 / width, 40 / height, 1 - 60 / width, 1 - 50 / height))
-        axes.set_axisbelow(True)
-        draw(axes)
-        file = io.BytesIO()
-        nothing = dict.fromkeys(("Date", "Creator", "Format", "Type"))
-        figure.savefig(file, format="svg", transparent=True, metadata=nothing)
-    return _inlined(file.getvalue().decode())
 
 
 def _inlined(text: str) -> str:

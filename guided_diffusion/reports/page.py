@@ -9,7 +9,7 @@ from typing import Any
 
 from ..io.files import atomic_path
 from . import tables
-from .charts import AXES, Line, dashes, histogram, line_chart
+from .charts import AXES, Canvas, Line, dashes
 from .reading import Material, Run
 
 _HERE = Path(__file__).parent
@@ -67,6 +67,7 @@ def render(material: Material, score_names: Mapping[str, str]) -> str:
     columns = dict.fromkeys(name for run in material.runs for row in run.rows for name in row)
     terms = [name for name in columns if any(f"{name}_q{q}" in columns for q in range(4))]
     axes = {name: title for name, title in AXES.items() if name in columns or name == "step"}
+    canvas, small = Canvas(), Canvas(240, 150)
     script = (_HERE / "page.js").read_text()
     checksum = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     return environment.get_template("page.html").render(
@@ -78,11 +79,14 @@ def render(material: Material, score_names: Mapping[str, str]) -> str:
         style=(_HERE / "page.css").read_text(),
         script=script,
         script_checksum=checksum,
-        terms=[_column(material, axes, name) for name in [*terms, *(["loss"] if "loss" in columns else [])]],
-        quartiles=[(name, _quartiles(material, axes, name)) for name in terms],
-        course=_course(material, axes, columns),
-        scores=_scores(material, axes, columns, score_names),
-        pools=[panel for run in material.runs if (panel := _pool(material, run))],
+        terms=[
+            _column(canvas, material, axes, name)
+            for name in [*terms, *(["loss"] if "loss" in columns else [])]
+        ],
+        quartiles=[(name, _quartiles(small, material, axes, name)) for name in terms],
+        course=_course(canvas, material, axes, columns),
+        scores=_scores(canvas, material, axes, columns, score_names),
+        pools=[panel for run in material.runs if (panel := _pool(canvas, material, run))],
         overview=tables.overview(material),
         losses=tables.losses(material, terms),
         score_table=tables.scores(material, score_names),
@@ -98,7 +102,7 @@ def _points(run: Run, axis: str, column: str) -> tuple[list[float], list[float]]
     return [x for x, _ in pairs], [y for _, y in pairs]
 
 
-def _column(material: Material, axes: Mapping[str, str], name: str, title: str = "", **size: int) -> Panel:
+def _column(canvas: Canvas, material: Material, axes: Mapping[str, str], name: str, title: str = "") -> Panel:
     """A column of progress.csv over each axis; called by its name, unless a title is given."""
     about = "" if title else _MEANINGS.get(name) or _MEANINGS.get(name.rpartition("_")[2], "")
     lines = {
@@ -109,30 +113,33 @@ def _column(material: Material, axes: Mapping[str, str], name: str, title: str =
         if line.ys:
             ends = f"{line.ys[0]:.4g} at iteration {line.xs[0]:.0f}, {line.ys[-1]:.4g} at {line.xs[-1]:.0f}"
             says.append(f"{material.runs[line.run].label}: {ends}")
-    charts = {axis: line_chart(of_axis, axis, **size) for axis, of_axis in lines.items()}
+    charts = {axis: canvas.lines(of_axis, axis) for axis, of_axis in lines.items()}
     return Panel(title or name, about, f"{name}{title and f', {title}'}. {'; '.join(says)}", charts)
 
 
-def _quartiles(material: Material, axes: Mapping[str, str], term: str) -> list[Panel]:
-    return [
-        _column(material, axes, f"{term}_q{q}", title, height=150, wide=240)
-        for q, title in enumerate(_QUARTILES)
-    ]
+def _quartiles(canvas: Canvas, material: Material, axes: Mapping[str, str], term: str) -> list[Panel]:
+    return [_column(canvas, material, axes, f"{term}_q{q}", title) for q, title in enumerate(_QUARTILES)]
 
 
-def _course(material: Material, axes: Mapping[str, str], columns: Mapping[str, Any]) -> list[Panel]:
+def _course(
+    canvas: Canvas, material: Material, axes: Mapping[str, str], columns: Mapping[str, Any]
+) -> list[Panel]:
     """How the training itself went."""
     names = [name for name in ("grad_norm", "lr", "loss_scale") if name in columns]
     if any(row.get("skipped") for run in material.runs for row in run.rows):
         names.append("skipped")
-    panels = [_column(material, axes, name) for name in names]
+    panels = [_column(canvas, material, axes, name) for name in names]
     if "speed" in columns:
-        panels.append(_column(material, axes, "speed"))
+        panels.append(_column(canvas, material, axes, "speed"))
     return panels
 
 
 def _scores(
-    material: Material, axes: Mapping[str, str], columns: Mapping[str, Any], names: Mapping[str, str]
+    canvas: Canvas,
+    material: Material,
+    axes: Mapping[str, str],
+    columns: Mapping[str, Any],
+    names: Mapping[str, str],
 ) -> list[Panel]:
     """Scores while training, and those of records whose samples a run's weights drew."""
     panels = []
@@ -144,7 +151,7 @@ def _scores(
             ]
             recorded = [_recorded(material, i, name, axis) for i in range(len(material.runs))]
             lines += [line for line in recorded if line.xs]
-            charts[axis] = line_chart(lines, axis)
+            charts[axis] = canvas.lines(lines, axis)
             if axis == "step":
                 points = max(len(line.xs) for line in lines)
                 for line in lines:
@@ -195,7 +202,7 @@ def _counted(material: Material, name: str) -> str:
     return "; ".join(parts)
 
 
-def _pool(material: Material, run: Run) -> Panel | None:
+def _pool(canvas: Canvas, material: Material, run: Run) -> Panel | None:
     if not run.pool:
         return None
     start, now = run.pool[0], run.pool[-1]
@@ -207,7 +214,7 @@ def _pool(material: Material, run: Run) -> Panel | None:
         ", and at the start (grey)" if begun else ""
     )
     says = f"{run.label}: {about}; by quarters from clean to noise now {', '.join(map(str, quarters))}"
-    svg = histogram(begun, now["levels"], now["T"], material.runs.index(run))
+    svg = canvas.histogram(begun, now["levels"], now["T"], material.runs.index(run))
     return Panel(run.label, about, says, {"": svg})
 
 

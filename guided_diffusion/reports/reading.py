@@ -160,6 +160,8 @@ def _read_run(path: Path) -> Run:
         rows = read_progress(path / "progress.csv")
         run.rows = [_finite(row) for row in rows if _is_number(row["step"])]
         _add_speeds(run.rows)
+        if not rows:
+            raise ValueError("holds no whole row")
     except _DAMAGE as error:
         run.notes.append(f"progress.csv: {_reason(error)}; no curves")
     try:
@@ -170,6 +172,8 @@ def _read_run(path: Path) -> Run:
         try:
             records = read_pool_records(path / "pool.jsonl")
             run.pool = list({record["step"]: record for record in records if _is_pool(record)}.values())
+            if not run.pool:
+                raise ValueError("holds no whole line")
         except _DAMAGE as error:
             run.notes.append(f"pool.jsonl: {_reason(error)}; no levels of the pool")
     if (path / "best.json").is_file():
