@@ -9,6 +9,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from ..config.loading import read_plain
 from ..errors import UserError
 from ..io.files import short_names
@@ -45,8 +47,9 @@ class Run:
     Attributes:
         path, label: where it lies, and what tells it from the others.
         record: its run.json.
-        rows: its progress.csv, as `read_progress` returns it, with finite numbers alone, and each row's
-            "speed", the iterations per second since the row before.
+        rows: its progress.csv, as `read_progress` returns it, with finite numbers alone. Rows also have
+            "speed", the iterations per second since the row before. A row of scores alone has its "samples" and
+            "seconds" from those beside it.
         keys: its resolved configuration, by "section.key".
         pool: its pool.jsonl, the oldest first.
         grids, teacher: its grids of samples, the oldest first, and the teacher's from the same noise.
@@ -159,13 +162,15 @@ def _read_run(path: Path) -> Run:
     try:
         rows = read_progress(path / "progress.csv")
         run.rows = [_finite(row) for row in rows if _is_number(row["step"])]
-        _add_speeds(run.rows)
+        _complete(run.rows)
         if not rows:
             raise ValueError("holds no whole row")
     except _DAMAGE as error:
         run.notes.append(f"progress.csv: {_reason(error)}; no curves")
     try:
         run.keys = _flat(read_plain(path / "config.yaml"))
+        if not run.keys:
+            raise ValueError("holds nothing")
     except (UserError, *_DAMAGE) as error:
         run.notes.append(f"config.yaml: {_reason(error)}; no configuration")
     if (path / "pool.jsonl").is_file():
@@ -190,11 +195,16 @@ def _read_run(path: Path) -> Run:
     return run
 
 
-def _add_speeds(rows: Sequence[dict[str, float]]) -> None:
-    for before, row in itertools.pairwise(rows):
-        spent = row.get("seconds", 0.0) - before.get("seconds", 0.0)
-        if "seconds" in before and spent > 0:
+def _complete(rows: Sequence[dict[str, float]]) -> None:
+    for before, row in itertools.pairwise(row for row in rows if "seconds" in row):
+        if (spent := row["seconds"] - before["seconds"]) > 0:
             row["speed"] = (row["step"] - before["step"]) / spent
+    for name in ("samples", "seconds"):
+        told = [(row["step"], row[name]) for row in rows if name in row]
+        steps, values = zip((0.0, 0.0), *told, strict=True)
+        for row in rows:
+            if told and name not in row:
+                row[name] = float(np.interp(row["step"], steps, values))
 
 
 def _read_grids(run: Run) -> None:

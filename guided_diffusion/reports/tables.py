@@ -157,10 +157,11 @@ def _throughput(run: Run) -> str:
 def _skipped(run: Run) -> str:
     """Each row holds the share of the iterations since the row before that were skipped."""
     total, before = 0.0, 0.0
-    for row in run.rows:
-        total += row.get("skipped", 0.0) * (row["step"] - before)
+    rows = [row for row in run.rows if "skipped" in row]
+    for row in rows:
+        total += row["skipped"] * (row["step"] - before)
         before = row["step"]
-    return whole(total) if any("skipped" in row for row in run.rows) else "–"
+    return whole(total) if rows else "–"
 
 
 def _best(run: Run) -> str:
