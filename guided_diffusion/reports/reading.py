@@ -48,8 +48,8 @@ class Run:
         path, label: where it lies, and what tells it from the others.
         record: its run.json.
         rows: its progress.csv, as `read_progress` returns it, with finite numbers alone. Rows also have
-            "speed", the iterations per second since the row before. A row of scores alone has its "samples" and
-            "seconds" from those beside it.
+            "speed", the iterations per second since the row before. A row of scores alone has its "samples"
+            and "seconds" from those beside it.
         keys: its resolved configuration, by "section.key".
         pool: its pool.jsonl, the oldest first.
         grids, teacher: its grids of samples, the oldest first, and the teacher's from the same noise.
@@ -276,7 +276,7 @@ def _picture(path: Path, notes: list[str], where: str = "") -> Picture | None:
     """A picture that is there and whole; None without."""
     if not path.is_file():
         return None
-    from PIL import Image
+    from PIL import Image, UnidentifiedImageError
 
     try:
         if path.stat().st_size > _MOST_BYTES:
@@ -286,7 +286,9 @@ def _picture(path: Path, notes: list[str], where: str = "") -> Picture | None:
             image.load()
             return Picture(f"data:image/png;base64,{base64.b64encode(content).decode()}", *image.size)
     except (*_DAMAGE, Image.DecompressionBombError) as error:
-        notes.append(f"{where and f'{where}: '}{path.name}: {_reason(error)}; not shown")
+        # Pillow's own words name the object in memory that it was given.
+        reason = "is no PNG" if isinstance(error, UnidentifiedImageError) else _reason(error)
+        notes.append(f"{where and f'{where}: '}{path.name}: {reason}; not shown")
         return None
 
 
