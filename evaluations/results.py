@@ -10,7 +10,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from guided_diffusion.io.files import atomic_path
+from guided_diffusion.io.files import atomic_path, short_names
 
 
 @dataclass(frozen=True)
@@ -173,7 +173,7 @@ def format_table(results: Sequence[Result]) -> str:
     """Several results, a file to a row; files are told apart by as little of their path as it takes."""
     names = [name for name in SCORES if any(name in values(result) for result in results)]
     rows = [["samples", "N", *(SCORES[name][0] for name in names)]]
-    for label, result in zip(_labels([result.samples for result in results]), results, strict=True):
+    for label, result in zip(short_names([result.samples for result in results]), results, strict=True):
         scores = values(result)
         cells = [f"{scores[name]:.5g}" if name in scores else "-" for name in names]
         rows.append([label, str(result.n), *cells])
@@ -184,12 +184,3 @@ def format_table(results: Sequence[Result]) -> str:
         )
         for row in rows
     )
-
-
-def _labels(paths: Sequence[str]) -> list[str]:
-    parts = [Path(path).parts for path in paths]
-    for depth in range(1, max(map(len, parts)) + 1):
-        labels = [str(Path(*part[-depth:])) for part in parts]
-        if len(set(labels)) == len(set(paths)):
-            break
-    return labels

@@ -2,6 +2,7 @@
 
 import csv
 import datetime
+import json
 import os
 import sys
 import time
@@ -113,15 +114,37 @@ class RunLog:
 
             self._wandb.log({name: wandb.Image(str(path))}, step=step)
 
-    def drop_rows_after(self, step: int) -> None:
-        """Forget rows of progress.csv beyond a step: a resumed run writes them again."""
+    def pool(self, step: int, record: Mapping[str, Any]) -> None:
+        """Add a line to pool.jsonl: where the entries of the pool are."""
+        if not self.active:
+            return
+        path = self.directory / "pool.jsonl"
+        line = json.dumps({"step": step, **record}) + "\n"
+        with self.tolerant():
+            cut = path.exists() and not _ends_whole(path)
+            with open(path, "a") as file:
+                file.write(f"\n{line}" if cut else line)
+
+    def last(self, name: str) -> float:
+        """The newest number in a column of progress.csv; 0 if there is none."""
         path = self.directory / "progress.csv"
         if not self.active or not path.exists():
+            return 0.0
+        return next((row[name] for row in reversed(read_progress(path)) if name in row), 0.0)
+
+    def drop_rows_after(self, step: int) -> None:
+        """Forget what progress.csv and pool.jsonl say of later steps: a resumed run writes it again."""
+        if not self.active:
             return
         with self.tolerant():
-            rows = [row for row in _raw_rows(path) if float(row["step"]) <= step]
-            self._rewrite(rows)
-            self._last_step = float(rows[-1]["step"]) if rows else -1.0
+            if (path := self.directory / "progress.csv").exists():
+                rows = [row for row in _raw_rows(path) if float(row["step"]) <= step]
+                self._rewrite(rows)
+                self._last_step = float(rows[-1]["step"]) if rows else -1.0
+            if (path := self.directory / "pool.jsonl").exists():
+                kept = [record for record in read_pool_records(path) if record["step"] <= step]
+                with atomic_path(path) as temporary:
+                    temporary.write_text("".join(json.dumps(record) + "\n" for record in kept))
 
     def close(self) -> None:
         """Flush and close what is open."""
@@ -174,9 +197,7 @@ class RunLog:
         if path.exists():
             with open(path, newline="", errors="replace") as file:
                 header = next(csv.reader(file), [])
-            with open(path, "rb") as last, suppress(OSError):  # of an empty file
-                last.seek(-1, os.SEEK_END)
-                whole = last.read() == b"\n"
+            whole = _ends_whole(path)
         if header and whole and set(row) <= set(header):
             with open(path, "a", newline="") as file:
                 csv.DictWriter(file, header).writerow(row)
@@ -192,6 +213,26 @@ class RunLog:
             writer = csv.DictWriter(file, columns)
             writer.writeheader()
             writer.writerows(rows)
+
+
+def _ends_whole(path: Path) -> bool:
+    """Whether a file's last line is whole, or there is none."""
+    with open(path, "rb") as file, suppress(OSError):  # of an empty file
+        file.seek(-1, os.SEEK_END)
+        return file.read() == b"\n"
+    return True
+
+
+def read_pool_records(path: str | os.PathLike) -> list[dict[str, Any]]:
+    """The lines of a pool.jsonl (`TeacherSource.pool_record`); one that a kill cut short is left out."""
+    found = []
+    with open(path, errors="replace") as file:
+        for line in file:
+            with suppress(ValueError, KeyError, TypeError, RecursionError):
+                record = json.loads(line)
+                if isinstance(record["step"], int):
+                    found.append(record)
+    return found
 
 
 def read_progress(path: str | os.PathLike) -> list[dict[str, float]]:

@@ -118,7 +118,7 @@ class TrainLoop:
         if resume is not None:
             self._load(resume)
         else:
-            log.drop_rows_after(0)  # of a run that was killed before its first checkpoint
+            log.drop_rows_after(-1)  # of a run that was killed before its first checkpoint
         dist_util.sync_params([*self.parameters, *(a for ema in self.emas.values() for a in ema.average)])
         self._set_lr()
 
@@ -132,6 +132,9 @@ class TrainLoop:
         """
         self.network.train()
         self.objective.train()
+        spent = self.log.last("seconds")
+        if self.step == 0:
+            self._record_pool()
         if not self.iterations:
             self.log.info("no end is set (run.iterations=N sets one): Ctrl-C saves a checkpoint and stops")
         if self.scorer is not None:
@@ -152,7 +155,8 @@ class TrainLoop:
                 if log_due or self.step % self.run_settings.max_bad_steps == 0:
                     self._give_up_if_hopeless(batch)
                 if log_due:
-                    self._log((self.step - step_at_start) / (time.monotonic() - started))
+                    seconds = time.monotonic() - started
+                    self._log((self.step - step_at_start) / seconds, spent + seconds)
                     progress.show(self._shown)
                 # A run whose last iteration is done has finished, whatever signal came.
                 stop = self.step != self.iterations and dist_util.any_rank(bool(signals.received))
@@ -242,6 +246,7 @@ class TrainLoop:
 
     def save(self) -> None:
         """Have a checkpoint written. Collective."""
+        self._record_pool()
         write = self.source.writer()
         totals = self.metrics.totals()
         if dist_util.rank() == 0:
@@ -309,6 +314,10 @@ class TrainLoop:
                 self.writer.add_score(self.step, score.record(weights))
         return dist_util.any_rank(bool(signals.received))
 
+    def _record_pool(self) -> None:
+        if record := self.source.pool_record():
+            self.log.pool(self.step, record)
+
     def _samples_due(self, last: bool) -> bool:
         if self.run_settings.sample_interval == 0:
             return last or self.step % self.training.save_interval == 0
@@ -327,16 +336,17 @@ class TrainLoop:
         for group in self.optimizer.param_groups:
             group["lr"] = self.training.lr * factor
 
-    def _log(self, rate: float) -> None:
+    def _log(self, rate: float, seconds: float) -> None:
         values = self.metrics.read()
         values["lr"] = self.optimizer.param_groups[0]["lr"]
         values["samples"] = float(self.step * self.training.batch_size)
         values["iterations_per_second"] = rate
+        values["seconds"] = seconds
         if self.scaler.is_enabled():
             values["loss_scale"] = self.scaler.get_scale()
         shown = {k: v for k, v in values.items() if k[-2:] not in ("q0", "q1", "q2", "q3")}
-        shown.pop("samples")
-        shown.pop("iterations_per_second")
+        for name in ("samples", "iterations_per_second", "seconds"):
+            shown.pop(name)
         of = f"/{self.iterations}" if self.iterations else ""
         parts = [f"{name} {value:.4g}" for name, value in shown.items()]
         self.log.info(f"step {self.step}{of}: {', '.join(parts)} ({rate:.2f} it/s)")

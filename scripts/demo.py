@@ -87,13 +87,13 @@ def report(
     """Score the samples, draw the pictures, and print the table."""
     from evaluations.digits_floor import RealFloor, real_floor
     from evaluations.evaluator import evaluate
-    from evaluations.results import DigitsResult
+    from evaluations.results import DigitsResult, write_json
     from guided_diffusion.io.files import NpzFile, atomic_path
     from guided_diffusion.runs.checkpoint import load_state_dict
     from guided_diffusion.runs.figures import save_comparison
 
     files = {name: folder / name / f"samples_{n}x16x16x3.npz" for name in ("teacher", "student")}
-    scores = {name: evaluate(digits, path, backend="digits") for name, path in files.items()}
+    scores = {name: evaluate(digits, path, backend="digits", intervals=20) for name, path in files.items()}
     floor = real_floor(digits, n)
     weights = {"teacher": teacher, "student": student}
     sizes = {name: sum(v.numel() for v in load_state_dict(path).values()) for name, path in weights.items()}
@@ -120,11 +120,16 @@ def report(
     save_comparison(folder / "comparison.png", panels)
     with atomic_path(folder / "table.txt") as temporary:
         temporary.write_text("\n".join(lines) + "\n")
+    write_json(list(scores.values()), folder / "scores.json")
+    page = folder / "report.html"
+    shown = [folder / name for name in ("run", "teacher", "student", "scores.json")]
+    run("Writing the report", "scripts/report.py", *shown, "--out", page)
     print("\n" + "\n".join(lines))
     print(f"\nPictures: {folder / 'comparison.png'} (real, teacher, student side by side)")
     print(f"          {folder / 'teacher/samples.png'}, {folder / 'student/samples.png'}")
     print(f"Losses:   {folder / 'run/curves.png'}")
     print(f"Table:    {folder / 'table.txt'}")
+    print(f"Report:   {page} (all of this in one page; open it in a browser)")
 
 
 if __name__ == "__main__":

@@ -28,6 +28,7 @@ LAYERS = [
     {"distill"},
     {"setups"},
     {"studies"},
+    {"reports"},
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 FILES = sorted(PACKAGE.rglob("*.py"))
@@ -96,6 +97,7 @@ def test_only_the_factory_and_the_networks_know_the_unet():
         ("tensorboardX", {"logger.py"}),
         ("wandb", {"logger.py"}),
         ("blobfile", {"io/remote.py"}),
+        ("jinja2", {"reports/page.py"}),
     ],
 )
 def test_a_library_is_known_to_one_module(library, users):

@@ -161,6 +161,15 @@ def read_mapping(path: Path) -> dict[str, Any]:
     return OmegaConf.to_container(_read(path), resolve=True)  # type: ignore[return-value]
 
 
+def read_plain(path: Path) -> dict[str, Any]:
+    """The keys and values of a YAML file as they stand there: nothing included, nothing filled in.
+
+    Raises:
+        UserError: it is not readable, or holds something else.
+    """
+    return OmegaConf.to_container(_load(path), resolve=False)  # type: ignore[return-value]
+
+
 def mapping_text(content: dict[str, Any]) -> str:
     """Keys and values as YAML."""
     return OmegaConf.to_yaml(OmegaConf.create(content))
@@ -224,11 +233,9 @@ def _existing(path: Path) -> Path:
     return path.with_name(f"{match[1]}.yaml")
 
 
-def _read(path: Path, depth: int = 0) -> DictConfig:
+def _load(path: Path) -> DictConfig:
     if not path.is_file():
         raise UserError(f"no such configuration file: {path}")
-    if depth > 8:
-        raise UserError(f"{path}: 'base' files nest too deeply (in a circle?)")
     try:
         _require_modest(path)
         tree = OmegaConf.load(path)
@@ -236,6 +243,13 @@ def _read(path: Path, depth: int = 0) -> DictConfig:
         raise UserError(f"{path}: not readable as YAML: {_first_line(error)}") from None
     if not isinstance(tree, DictConfig):
         raise UserError(f"{path}: must hold keys and values")
+    return tree
+
+
+def _read(path: Path, depth: int = 0) -> DictConfig:
+    if depth > 8:
+        raise UserError(f"{path}: 'base' files nest too deeply (in a circle?)")
+    tree = _load(path)
     bases = tree.pop("base", None)
     if bases is None:
         return tree

@@ -70,6 +70,9 @@ class DynamicBatch:
         y: int64 [N] class labels, or None.
         device: where batches go; by default where the pool lies, which may be elsewhere.
 
+    Attributes:
+        restarts: int64 [], how many entries were restarted from noise so far; who reads it may reset it.
+
     Raises:
         UserError: shapes that do not belong together, or a level outside {0..T}.
     """
@@ -93,6 +96,7 @@ class DynamicBatch:
             )
         self.x, self.levels, self.num_timesteps, self.y = x, levels, num_timesteps, y
         self.device = th.device(x.device if device is None else device)
+        self.restarts = th.zeros((), dtype=th.int64, device=self.device)
 
     def __len__(self) -> int:
         return len(self.levels)
@@ -142,6 +146,7 @@ class DynamicBatch:
         """
         x_t, level, y = self.take(index)
         restart = level == 0
+        self.restarts += restart.sum()
         x_t = th.where(restart.reshape(-1, 1, 1, 1), th.randn_like(x_t), x_t)
         t = th.where(restart, self.num_timesteps, level) - 1
         s = None

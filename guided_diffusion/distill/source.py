@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch as th
 
@@ -11,6 +12,8 @@ from ..runs.checkpoint_writer import to_cpu
 from .dynamic_batch import DistillationBatch, DynamicBatch
 from .pool_file import write_pool
 from .teacher import Teacher
+
+_BINS = 20  # of the histogram of levels
 
 
 class TeacherSource:
@@ -63,3 +66,21 @@ class TeacherSource:
         x, levels, y = to_cpu([x, levels, y])  # copies: training goes on while they are written
         whole = DynamicBatch(x, levels, pool.num_timesteps, y)
         return lambda path: write_pool(path, [whole], {"T": pool.num_timesteps})
+
+    def pool_record(self) -> dict[str, Any]:
+        """Where the entries of all ranks are, and how many were restarted since the record before.
+
+        Returns:
+            "T"; "levels", how many entries are about to be denoised at t in [i T / 20, (i + 1) T / 20), for i
+            in 0..19; "clean", how many are at level 0, whose next turn restarts them; "mean_level"; and
+            "restarts".
+            The age of an entry's chain, in steps since its noise, is T - level.
+        """
+        pool, total = self.pool, self.pool.num_timesteps
+        bins = th.where(pool.levels > 0, (pool.levels - 1) * _BINS // total, _BINS)
+        own = [th.bincount(bins, minlength=_BINS + 1), pool.levels.sum()[None], pool.restarts[None]]
+        counts = dist_util.all_reduce_sum(th.cat([part.to(dist_util.dev()) for part in own])).tolist()
+        pool.restarts.zero_()
+        *levels, clean, summed, restarts = counts
+        mean = summed / (sum(levels) + clean)
+        return {"T": total, "levels": levels, "clean": clean, "mean_level": mean, "restarts": restarts}

@@ -14,7 +14,7 @@ import time
 import tokenize
 import zipfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -57,6 +57,17 @@ def atomic_path(path: str | os.PathLike) -> Iterator[Path]:
             os.close(directory)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def short_names(paths: Sequence[str]) -> list[str]:
+    """As little of the end of each path as tells them apart."""
+    parts = [Path(path).parts for path in paths]
+    labels: list[str] = []
+    for depth in range(1, max(map(len, parts), default=0) + 1):
+        labels = [str(Path(*part[-depth:])) for part in parts]
+        if len(set(labels)) == len(set(paths)):
+            break
+    return labels
 
 
 # What file systems that do not lock answer.

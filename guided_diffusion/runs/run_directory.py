@@ -136,7 +136,7 @@ def _recorded(
         config=experiment_keys(experiment),
     )
     devices = dist_util.describe()
-    record = _record(args.config, devices)
+    record = _record(experiment.name, args.config, devices)
     if launch.rank == 0:
         remove_leftovers(directory)
         with atomic_path(directory / "config.yaml") as temporary:
@@ -329,11 +329,12 @@ def _before_flips(directory: Path, experiment: Experiment) -> bool:
     return plain and config.is_file() and "random_flip" not in config.read_text()
 
 
-def _record(config: Path, devices: list[str]) -> dict[str, Any]:
+def _record(name: str, config: Path, devices: list[str]) -> dict[str, Any]:
     """What a run's results may depend on besides its configuration."""
     packages = ("torch", "numpy", "omegaconf", "safetensors", "mpi4py")
     installed = {d.metadata["Name"]: d.version for d in metadata.distributions()}
     return {
+        "name": name,
         "command": sys.argv,
         "git_revision": git_revision(project_root(config)),
         "versions": {"python": sys.version.split()[0]} | {p: installed.get(p) for p in packages},

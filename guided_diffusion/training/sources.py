@@ -27,6 +27,10 @@ class Source(Protocol):
         """Collective: a function that writes the source's state on rank 0, or None if it has none."""
         ...
 
+    def pool_record(self) -> dict[str, Any] | None:
+        """Collective: what `pool.jsonl` says of the source at a save, or None if it has no pool."""
+        ...
+
 
 class ImageSource:
     """Batches of images; what is drawn at a step is a function of the step, so there is no state to keep.
@@ -56,4 +60,8 @@ class ImageSource:
 
     def writer(self) -> None:
         """Nothing to write."""
+        return None
+
+    def pool_record(self) -> None:
+        """There is no pool."""
         return None

@@ -184,7 +184,7 @@ def rows(folder):
     """progress.csv without what depends on the clock."""
     with open(folder / "progress.csv") as file:
         found = list(csv.DictReader(file))
-    return [{k: v for k, v in row.items() if k != "iterations_per_second"} for row in found]
+    return [{k: v for k, v in row.items() if k not in ("iterations_per_second", "seconds")} for row in found]
 
 
 def kill_in_step(step, rank=0):

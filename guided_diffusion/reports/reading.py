@@ -1,0 +1,343 @@
+"""What a report is made of: run directories, folders of samples, evaluator records, as far as sound."""
+
+import base64
+import io
+import itertools
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..config.loading import read_plain
+from ..errors import UserError
+from ..io.files import short_names
+from ..logger import read_pool_records, read_progress
+from ..runs.checkpoint import manifest_step, read_manifest
+
+_MOST_BYTES = 16 << 20  # of a picture or a record
+_MOST_GRIDS = 24  # of a run, in the page
+_DAMAGE = (OSError, ValueError, TypeError, LookupError, ArithmeticError, RecursionError, SyntaxError)
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A PNG: its bytes as a data URI, and its size in pixels."""
+
+    uri: str
+    width: int
+    height: int
+
+
+@dataclass(frozen=True)
+class Grid:
+    """What a run drew at a step: by the averaged weights and, if it did, by those being trained."""
+
+    step: int
+    ema: Picture | None
+    raw: Picture | None
+
+
+@dataclass
+class Run:
+    """A run directory; whatever is missing or damaged there is empty here, and `notes` say so.
+
+    Attributes:
+        path, label: where it lies, and what tells it from the others.
+        record: its run.json.
+        rows: its progress.csv, as `read_progress` returns it, with finite numbers alone. Rows also have
+            "speed", the iterations per second since the row before. A row of scores alone has its "samples"
+            and "seconds" from those beside it.
+        keys: its resolved configuration, by "section.key".
+        pool: its pool.jsonl, the oldest first.
+        grids, teacher: its grids of samples, the oldest first, and the teacher's from the same noise.
+        best: its best.json.
+        weights: SHA-256 of the weights in its checkpoints -> their step.
+        notes: what could not be read, and why.
+    """
+
+    path: Path
+    label: str = ""
+    record: dict[str, Any] = field(default_factory=dict)
+    rows: list[dict[str, float]] = field(default_factory=list)
+    keys: dict[str, str] = field(default_factory=dict)
+    pool: list[dict[str, Any]] = field(default_factory=list)
+    grids: list[Grid] = field(default_factory=list)
+    teacher: Picture | None = None
+    best: dict[str, Any] = field(default_factory=dict)
+    weights: dict[str, int] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def name(self) -> str:
+        """Of its configuration; older runs do not say it, and go by their directory's."""
+        return str(self.record.get("name") or self.path.name)[:200]
+
+
+@dataclass(frozen=True)
+class Score:
+    """The evaluator's record of one sample file.
+
+    Attributes:
+        label: the sample file.
+        n: number of images.
+        values, intervals: by the score's name.
+        run: the number of the run whose weights drew the samples; None if it is none of them.
+        step: of those weights.
+    """
+
+    label: str
+    n: int
+    backend: str
+    values: dict[str, float]
+    intervals: dict[str, tuple[float, float]]
+    run: int | None
+    step: int | None
+
+
+@dataclass(frozen=True)
+class Samples:
+    """A folder that image_sample.py wrote: its grid, and what sampling.json says of it."""
+
+    label: str
+    picture: Picture | None
+    facts: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Material:
+    """Everything that a report shows."""
+
+    runs: list[Run]
+    scores: list[Score]
+    samples: list[Samples]
+    notes: list[str]
+
+
+def read_material(paths: Sequence[Path], score_names: Sequence[str]) -> Material:
+    """Read what the paths name: runs, folders of samples, evaluator records.
+
+    Args:
+        paths: in the order in which they are shown.
+        score_names: the entries of a record that are scores.
+
+    Raises:
+        UserError: one of them is none of these, or there is no run.
+    """
+    runs, folders, records = [], [], []
+    for path in dict.fromkeys(path.resolve() for path in paths):
+        if (path / "progress.csv").is_file() or (path / "run.json").is_file():
+            runs.append(_read_run(path))
+        elif (path / "sampling.json").is_file():
+            folders.append(path)
+        elif path.is_file() and path.suffix == ".json":
+            records += _read_records(path)
+        else:
+            what = "is no run" if path.exists() else "does not exist"
+            raise UserError(
+                f"{path}: {what}; give run directories (they hold progress.csv and run.json), folders of "
+                "samples (sampling.json) and records of the evaluator (--output FILE.json)"
+            )
+    if not runs:
+        raise UserError("no run among the paths; give at least one run directory")
+    names = [run.name for run in runs]
+    distinct = len(set(names)) == len(names)
+    for run, label in zip(runs, names if distinct else short_names([str(r.path) for r in runs]), strict=True):
+        run.label = label
+    labels = short_names([record["samples"] for record in records])
+    scores = [_score(*pair, score_names, runs) for pair in zip(labels, records, strict=True)]
+    notes = [f"{run.label}: {note}" for run in runs for note in run.notes]
+    samples = [
+        _read_samples(path, label, notes)
+        for path, label in zip(folders, short_names([str(path) for path in folders]), strict=True)
+    ]
+    return Material(runs, scores, samples, notes)
+
+
+def _read_run(path: Path) -> Run:
+    run = Run(path)
+    run.record = _json_object(path / "run.json", run.notes, "how it ended and its versions are not known")
+    try:
+        rows = read_progress(path / "progress.csv")
+        run.rows = [_finite(row) for row in rows if _is_number(row["step"])]
+        _complete(run.rows)
+        if not rows:
+            raise ValueError("holds no whole row")
+    except _DAMAGE as error:
+        run.notes.append(f"progress.csv: {_reason(error)}; no curves")
+    try:
+        run.keys = _flat(read_plain(path / "config.yaml"))
+        if not run.keys:
+            raise ValueError("holds nothing")
+    except (UserError, *_DAMAGE) as error:
+        run.notes.append(f"config.yaml: {_reason(error)}; no configuration")
+    if (path / "pool.jsonl").is_file():
+        try:
+            records = read_pool_records(path / "pool.jsonl")
+            run.pool = list({record["step"]: record for record in records if _is_pool(record)}.values())
+            if not run.pool:
+                raise ValueError("holds no whole line")
+        except _DAMAGE as error:
+            run.notes.append(f"pool.jsonl: {_reason(error)}; no levels of the pool")
+    if (path / "best.json").is_file():
+        run.best = _json_object(path / "best.json", run.notes, "the best checkpoint is not known")
+    _read_grids(run)
+    for manifest in path.glob("checkpoint*.json"):
+        if (step := manifest_step(manifest.name)) is not None:
+            try:
+                files = read_manifest(path, step)
+            except (OSError, ValueError) as error:
+                run.notes.append(f"{manifest.name}: {_reason(error)}; scores of its weights stand alone")
+                continue
+            run.weights |= {str(file["sha256"]): step for file in files.values()}
+    return run
+
+
+def _complete(rows: Sequence[dict[str, float]]) -> None:
+    for before, row in itertools.pairwise(row for row in rows if "seconds" in row):
+        if (spent := row["seconds"] - before["seconds"]) > 0:
+            row["speed"] = (row["step"] - before["step"]) / spent
+    for name in ("samples", "seconds"):
+        told = [(row["step"], row[name]) for row in rows if name in row]
+        steps, values = zip((0.0, 0.0), *told, strict=True)
+        for row in rows:
+            if told and name not in row:
+                row[name] = float(np.interp(row["step"], steps, values))
+
+
+def _read_grids(run: Run) -> None:
+    """The run's grids; of many, some that are evenly spaced, with the first and the last."""
+    digits = {path.stem.removeprefix("samples") for path in run.path.glob("samples*.png")}
+    steps = sorted((int(d), d) for d in digits if d.isascii() and d.isdigit())
+    if len(steps) > _MOST_GRIDS:
+        chosen = {round(i * (len(steps) - 1) / (_MOST_GRIDS - 1)) for i in range(_MOST_GRIDS)}
+        run.notes.append(f"{_MOST_GRIDS} of its {len(steps)} grids of samples are shown")
+        steps = [steps[i] for i in sorted(chosen)]
+    for step, written in steps:
+        ema = _picture(run.path / f"samples{written}.png", run.notes)
+        raw = _picture(run.path / f"samples_raw{written}.png", run.notes)
+        if ema or raw:
+            run.grids.append(Grid(step, ema, raw))
+    run.teacher = _picture(run.path / "samples_teacher.png", run.notes)
+
+
+def _read_samples(path: Path, label: str, notes: list[str]) -> Samples:
+    facts = _json_object(path / "sampling.json", notes, "how they were drawn is not known", str(path))
+    return Samples(label, _picture(path / "samples.png", notes, str(path)), facts)
+
+
+def _read_records(path: Path) -> list[dict[str, Any]]:
+    """The evaluator's records in a file.
+
+    Raises:
+        UserError: it holds something else.
+    """
+    try:
+        records = _load(path)
+        sound = isinstance(records, list) and records and all(_is_record(record) for record in records)
+    except _DAMAGE as error:
+        raise UserError(f"{path}: not readable as JSON ({_reason(error)})") from None
+    if not sound:
+        raise UserError(
+            f"{path}: is no record of the evaluator (evaluator.py --output {path.name} writes one)"
+        )
+    return records
+
+
+def _is_record(record: Any) -> bool:
+    return isinstance(record, dict) and isinstance(record.get("samples"), str) and "backend" in record
+
+
+def _score(label: str, record: Mapping[str, Any], names: Sequence[str], runs: Sequence[Run]) -> Score:
+    told = record.get("samples_provenance")
+    told = told if isinstance(told, dict) else {}
+    sha256 = str(told.get("model_sha256"))
+    run = next((i for i, run in enumerate(runs) if sha256 in run.weights), None)
+    given = record.get("intervals")
+    intervals = {
+        name: (float(pair[0]), float(pair[1]))
+        for name, pair in (given if isinstance(given, dict) else {}).items()
+        if isinstance(pair, list) and len(pair) == 2 and all(map(_is_number, pair))
+    }
+    return Score(
+        label=label,
+        n=record["n"] if isinstance(record.get("n"), int) else 0,
+        backend=str(record["backend"])[:40],
+        values={name: float(record[name]) for name in names if _is_number(record.get(name))},
+        intervals=intervals,
+        run=run,
+        step=None if run is None else runs[run].weights[sha256],
+    )
+
+
+def _picture(path: Path, notes: list[str], where: str = "") -> Picture | None:
+    """A picture that is there and whole; None without."""
+    if not path.is_file():
+        return None
+    from PIL import Image, UnidentifiedImageError
+
+    try:
+        if path.stat().st_size > _MOST_BYTES:
+            raise ValueError(f"larger than {_MOST_BYTES >> 20} MiB")
+        content = path.read_bytes()
+        with Image.open(io.BytesIO(content), formats=["PNG"]) as image:
+            image.load()
+            return Picture(f"data:image/png;base64,{base64.b64encode(content).decode()}", *image.size)
+    except (*_DAMAGE, Image.DecompressionBombError) as error:
+        # Pillow's own words name the object in memory that it was given.
+        reason = "is no PNG" if isinstance(error, UnidentifiedImageError) else _reason(error)
+        notes.append(f"{where and f'{where}: '}{path.name}: {reason}; not shown")
+        return None
+
+
+def _json_object(path: Path, notes: list[str], lost: str, where: str = "") -> dict[str, Any]:
+    try:
+        found = _load(path)
+        if isinstance(found, dict):
+            return found
+        reason = "holds no object"
+    except _DAMAGE as error:
+        reason = _reason(error)
+    notes.append(f"{where and f'{where}: '}{path.name}: {reason}; {lost}")
+    return {}
+
+
+def _load(path: Path) -> Any:
+    if path.stat().st_size > _MOST_BYTES:
+        raise ValueError(f"larger than {_MOST_BYTES >> 20} MiB")
+    return json.loads(path.read_text(errors="replace"))
+
+
+def _is_pool(record: Mapping[str, Any]) -> bool:
+    counts = [record.get("T"), record.get("clean"), record.get("restarts")]
+    levels = record.get("levels")
+    if not isinstance(levels, list) or not levels or not _is_number(record.get("mean_level")):
+        return False
+    return all(isinstance(n, int) and 0 <= n < 1 << 53 for n in [*counts, *levels]) and record["T"] > 0
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e300
+
+
+def _finite(row: Mapping[str, float]) -> dict[str, float]:
+    return {name: value for name, value in row.items() if _is_number(value)}
+
+
+def _flat(tree: Mapping[Any, Any], prefix: str = "") -> dict[str, str]:
+    """Every value as JSON, by "section.key"."""
+    found: dict[str, str] = {}
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            found |= _flat(value, f"{prefix}{key}.")
+        else:
+            found[f"{prefix}{key}"] = value if isinstance(value, str) else json.dumps(value, default=str)
+    return found
+
+
+def _reason(error: BaseException) -> str:
+    if isinstance(error, FileNotFoundError):
+        return "is missing"
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
