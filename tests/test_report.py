@@ -115,9 +115,9 @@ def test_a_page_of_two_runs(made, tmp_path):
     low, high = score["intervals"]["fd"]
     assert f"a 8 100 {score['fd']:.4g} [{low:.4g}, {high:.4g}]" in text
     sources = [image["src"] for image in parsed.of("img")]
-    files = [made / "a/samples000004.png", made / "a/samples000008.png", made / "b/samples000004.png"]
-    files += [made / "b/samples000008.png", made / "samples/samples.png"]
-    wanted = [path.read_bytes() for path in files]
+    grids = ("samples_teacher", "samples000004", "samples_raw000004", "samples000008", "samples_raw000008")
+    files = [made / f"{run}/{name}.png" for run in "ab" for name in grids]
+    wanted = [path.read_bytes() for path in [*files, made / "samples/samples.png"]]
     assert [base64.b64decode(source.removeprefix("data:image/png;base64,")) for source in sources] == wanted
     assert all(image["alt"] for image in parsed.of("img"))
     charts = [kind for kind in parsed.of("div") if "chart" in kind.get("class", "")]
