@@ -30,7 +30,9 @@ QUICK_NOTE = "A quick look (--quick): the student is hardly trained, and these a
 def main() -> None:
     """Prepare, distil, sample, score, draw."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--config", type=find_config, default=CONFIG, help="the distillation (default: digits-TCCD)")
+    parser.add_argument(
+        "--config", type=find_config, default=CONFIG, help="the distillation (default: digits-TCCD)"
+    )
     parser.add_argument("--quick", action="store_true", help="a small demo of about a minute")
     parser.add_argument("--num_samples", type=int, help="images per model (default 1000, --quick 200)")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="override a configuration key")

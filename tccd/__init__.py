@@ -63,7 +63,8 @@ def overview() -> str:
             "",
             "tccd COMMAND --help lists its options; tccd --version is the version.",
             f"Configurations and studies: {SHIPPED / 'yaml'}",
-            "A path below that folder is found from anywhere: --config cifar10_32/exp/CIFAR10-14M-TCCD-0.4.yaml",
+            "Paths below that folder are found from anywhere, such as",
+            "--config cifar10_32/exp/CIFAR10-14M-TCCD-0.4.yaml",
         ]
     )
 

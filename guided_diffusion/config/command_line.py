@@ -37,7 +37,8 @@ def make_parser(
         "--config",
         type=find_config,
         required=not without_config,
-        help=f"YAML configuration, here or in the library's yaml/{without_config and f' (default: {without_config})'}",
+        help="YAML configuration, of the working directory or the library's"
+        f"{without_config and f' (default: {without_config})'}",
     )
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="override a configuration key")
     return parser

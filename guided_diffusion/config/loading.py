@@ -173,8 +173,8 @@ def find_config(name: str | os.PathLike) -> Path:
     """The configuration that a name means: this file, or else the one that comes with the library.
 
     Returns:
-        Its path; of a baseline on mixed data, NAME-Baseline-RATIO.yaml, no file need be there. The name itself
-        where there is no such configuration.
+        Its path; of a baseline on mixed data, NAME-Baseline-RATIO.yaml, no file need be there. The name
+        itself where there is no such configuration.
     """
     places = (folder / name for folder in (Path(), *_SHIPPED))  # an absolute name replaces the folder
     return next((path for path in places if _existing(path).is_file()), Path(name))
@@ -191,8 +191,8 @@ def resolve_path(name: str, beside: Path) -> Path:
     if os.path.isabs(name):
         raise UserError(f"{beside}: no such file: {name}")
     raise UserError(
-        f"{beside}: '{name}' is to be found neither from its folder upwards nor from {Path.cwd()}, and does not "
-        f"come with the library ({SHIPPED / 'yaml'})"
+        f"{beside}: '{name}' is to be found neither from its folder upwards nor from {Path.cwd()}, "
+        f"nor does it come with the library ({SHIPPED / 'yaml'})"
     )
 
 
