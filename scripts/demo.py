@@ -21,8 +21,13 @@ from guided_diffusion.processes.launch import run_script
 
 CONFIG = SHIPPED / "yaml/digits_16/exp/digits-TCCD.yaml"
 QUICK = [
-    *("teacher.BATCH=0.015", "run.iterations=150", "student.lr_anneal_steps=150", "run.warmup_steps=20"),
-    *("student.log_interval=25", "student.save_interval=150"),
+    *("teacher.BATCH=0.025", "student.batch_size=16", "student.ema_rate=0.9", "student.log_interval=25"),
+    *(
+        "run.iterations=200",
+        "student.lr_anneal_steps=200",
+        "run.warmup_steps=20",
+        "student.save_interval=200",
+    ),
 ]
 QUICK_NOTE = "A quick look (--quick): the student is hardly trained, and these are not the demo's figures."
 

@@ -2,10 +2,10 @@
 
 import subprocess
 from collections.abc import Sequence
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from .. import __version__
 from ..config.loading import experiment_of, project_root
 from ..config.registry import ARCHITECTURES
 from ..config.settings import Denoiser, Experiment, flat
@@ -64,7 +64,7 @@ def git_revision(folder: Path) -> str | None:
     Where the library is installed, its version instead: the folder's commit is then of something else.
     """
     if IS_INSTALLED:
-        return f"version {__version__}"
+        return f"version {metadata.version('guided-diffusion-tccd')}"
     git = ["git", "-C", str(folder)]
     try:
         head = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, timeout=10)
