@@ -39,13 +39,13 @@ def main() -> None:
         "--config", type=find_config, default=CONFIG, help="the distillation (default: digits-TCCD)"
     )
     parser.add_argument("--quick", action="store_true", help="a small demo of about a minute")
-    parser.add_argument("--num_samples", type=int, help="images per model (default 1000, --quick 200)")
+    parser.add_argument("--num_samples", type=int, help="images per model (default 1000, --quick 100)")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="override a configuration key")
     args = parser.parse_intermixed_args()
     if args.quick:
         args.overrides = QUICK + args.overrides
     if args.num_samples is None:
-        args.num_samples = 200 if args.quick else 1000
+        args.num_samples = 100 if args.quick else 1000
     if args.num_samples < 100:
         raise UserError("--num_samples must be at least 100: fewer images give no meaningful score")
     experiment = load_distillation(args.config, args.overrides)
