@@ -72,9 +72,7 @@ class Installed:
         env = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "VIRTUAL_ENV")}
         env |= {"OMP_NUM_THREADS": threads} if threads else {}
         env |= {"PATH": f"{PREFIX / 'bin'}{os.pathsep}{env['PATH']}"}
-        env |= {
-            "LD_LIBRARY_PATH": str(PREFIX / "lib")
-        }  # where mpich is; mpi4py looks in its own environment's
+        env["LD_LIBRARY_PATH"] = str(PREFIX / "lib")  # mpi4py looks for mpich in its own environment alone
         words = [str(word) for word in command]
         done = subprocess.run(words, cwd=cwd, env=env, capture_output=True, text=True, timeout=500)
         assert not check or done.returncode == 0, f"{done.stdout}\n{done.stderr}"
