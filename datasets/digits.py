@@ -1,5 +1,7 @@
 #!/usr/bin/env python
-"""Write scikit-learn's handwritten digits as an npz: `python datasets/digits.py`.
+"""Write scikit-learn's handwritten digits as an npz, the demo's real images.
+
+    python datasets/digits.py [--out FOLDER]
 
 digits.npz holds `arr_0`, uint8 [1797, 16, 16, 3], and `arr_1`, int64 labels [1797]. The same bytes
 on every machine; nothing is downloaded.
@@ -18,7 +20,9 @@ from guided_diffusion.processes.launch import run_script
 
 def main() -> None:
     """Parse, convert, write."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument(
         "--out", type=local_path, default=Path("datasets/digits"), help="folder for digits.npz"
     )

@@ -1,5 +1,7 @@
 #!/usr/bin/env python
-"""Write CIFAR-10 as two folders of PNGs: `python datasets/download_cifar10.py --out datasets`.
+"""Write CIFAR-10 as two folders of PNGs.
+
+    python datasets/download_cifar10.py --out datasets
 
 Makes cifar_train (50,000 images) and cifar_test (10,000), named CLASS_NUMBER.png as training and
 evaluations/cifar_npz.py read them; NUMBER is the place in the official order, from 0. The official
@@ -52,7 +54,9 @@ def write_splits(archive: Path, out: Path) -> None:
 
 def main() -> None:
     """Parse, download, convert."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument(
         "--out", type=local_path, default=Path("datasets"), help="folder for cifar_train and cifar_test"
     )

@@ -1,5 +1,7 @@
 #!/usr/bin/env python
-"""Write CelebA-64's reference: `python evaluations/celeba64_npz.py --in FOLDER --out celeba64_train.npz`.
+"""Write CelebA-64's reference for scoring.
+
+    python evaluations/celeba64_npz.py --in FOLDER --out celeba64_train.npz
 
 FOLDER holds the aligned and cropped faces (img_align_celeba, 178x218). They are scaled and cropped to
 64x64 by the very function that training uses, so that reference and training set hold the same pixels.

@@ -1,5 +1,7 @@
 #!/usr/bin/env python
-"""Write CIFAR-10's reference: `python evaluations/cifar_npz.py --in SOURCE --out cifar10_train.npz`.
+"""Write CIFAR-10's reference for scoring.
+
+    python evaluations/cifar_npz.py --in SOURCE --out cifar10_train.npz
 
 SOURCE is the official cifar-10-python.tar.gz, of which the 50,000 training images are taken, or a
 folder of images such as the cifar_train that datasets/download_cifar10.py writes. Both give the

@@ -13,10 +13,11 @@ from torch.nn import functional as F
 from guided_diffusion.errors import UserError
 from guided_diffusion.io.digits import CLASSES, SIZE
 from guided_diffusion.io.files import sha256_of
+from guided_diffusion.io.shipped import SHIPPED
 from guided_diffusion.io.torch_file import read_torch_file
 
 FEATURES = 64
-DEFAULT_WEIGHTS = Path(__file__).resolve().parent.parent / "model" / "digits_classifier.pt"
+DEFAULT_WEIGHTS = SHIPPED / "model" / "digits_classifier.pt"
 
 
 class DigitsClassifier(nn.Module):

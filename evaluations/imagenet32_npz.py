@@ -1,5 +1,7 @@
 #!/usr/bin/env python
-"""Write ImageNet-32's reference: `python evaluations/imagenet32_npz.py --in FOLDER --out FILE.npz`.
+"""Write ImageNet-32's reference for scoring.
+
+    python evaluations/imagenet32_npz.py --in FOLDER --out FILE.npz
 
 FOLDER holds the official batches of the downsampled ImageNet, train_data_batch_1 to _10 (pickles or
 npz files), or a tree of images. Classes count from 0.

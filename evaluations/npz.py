@@ -52,7 +52,9 @@ def build(description: str | None, default_out: str, open_images: Callable[[Path
     Raises:
         UserError: as `open_images`.
     """
-    parser = argparse.ArgumentParser(description=description)
+    parser = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument(
         "--in", dest="source", type=Path, required=True, help="where the images lie (see above)"
     )

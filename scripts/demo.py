@@ -2,6 +2,7 @@
 
 Runs the same commands a user would, one after the other. What exists is reused: everything lies in one
 folder that belongs to this configuration and teacher, so a changed one starts afresh.
+--quick is a small one of about a minute, to see that everything works.
 """
 
 import argparse
@@ -11,28 +12,49 @@ import sys
 import time
 from pathlib import Path
 
-from guided_diffusion.config.loading import load_distillation
+from guided_diffusion.config import command_line
+from guided_diffusion.config.loading import find_config, load_distillation
 from guided_diffusion.errors import UserError
 from guided_diffusion.io.files import sha256_of
+from guided_diffusion.io.shipped import IS_INSTALLED, SHIPPED
 from guided_diffusion.processes.launch import run_script
 
-ROOT = Path(__file__).resolve().parent.parent
-CONFIG = ROOT / "yaml/digits_16/exp/digits-TCCD.yaml"
+CONFIG = SHIPPED / "yaml/digits_16/exp/digits-TCCD.yaml"
+QUICK = [
+    *("teacher.BATCH=0.025", "student.batch_size=16", "student.ema_rate=0.9", "student.log_interval=25"),
+    *(
+        "run.iterations=200",
+        "student.lr_anneal_steps=200",
+        "run.warmup_steps=20",
+        "student.save_interval=200",
+    ),
+]
+QUICK_NOTE = "A quick look (--quick): the student is hardly trained, and these are not the demo's figures."
 
 
 def main() -> None:
     """Prepare, distil, sample, score, draw."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--config", type=Path, default=CONFIG, help="the distillation (default: digits-TCCD)")
-    parser.add_argument("--num_samples", type=int, default=1000, help="images per model (default 1000)")
+    parser.add_argument(
+        "--config", type=find_config, default=CONFIG, help="the distillation (default: digits-TCCD)"
+    )
+    parser.add_argument("--quick", action="store_true", help="a small demo of about a minute")
+    parser.add_argument("--num_samples", type=int, help="images per model (default 1000, --quick 100)")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="override a configuration key")
     args = parser.parse_intermixed_args()
+    if args.quick:
+        args.overrides = QUICK + args.overrides
+    if args.num_samples is None:
+        args.num_samples = 100 if args.quick else 1000
     if args.num_samples < 100:
         raise UserError("--num_samples must be at least 100: fewer images give no meaningful score")
     experiment = load_distillation(args.config, args.overrides)
-    teacher = ROOT / experiment.teacher.model_path
+    teacher = Path(
+        command_line.input_file(experiment.teacher.model_path, args.config, "teacher.model_path")
+    ).resolve()
     text = f"{experiment} {sha256_of(teacher)}"
-    folder = ROOT / f"experiments/demo/{experiment.name}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
+    own = f"{experiment.name}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
+    folder = command_line.output_path(f"experiments/demo/{own}", args.config)
     folder.mkdir(parents=True, exist_ok=True)
     distill = experiment.distill
     print(f"Distilling {teacher.name} into a smaller student, without any data. Everything goes to {folder}")
@@ -40,6 +62,8 @@ def main() -> None:
         f"Short-run settings (stage weights {distill.stage1_weight:g} and {distill.stage2_weight:g}, role "
         f"vector {distill.role_vector}, stride {distill.stride}): the published ones need far longer runs."
     )
+    if args.quick:
+        print(QUICK_NOTE)
 
     seconds = {}
     common = ["--config", args.config, *args.overrides, f"teacher.tempfile={folder / 'pool.cache'}"]
@@ -54,17 +78,17 @@ def main() -> None:
     student = checkpoint.path(f"ema_{experiment.student.training.ema_rates[0]}")
     sample = ["--batch_size", 125, "--num_samples", args.num_samples, "--timestep_respacing", 50]
     for name, weights in (("teacher", teacher), ("student", student)):
-        config = ROOT / "yaml/digits_16/teacher.yaml" if name == "teacher" else args.config
+        config = SHIPPED / "yaml/digits_16/teacher.yaml" if name == "teacher" else args.config
         # The samples are drawn in 16 bits where the processor is fast in them.
         overrides = ["use_fp16=true"] if name == "teacher" else [*args.overrides, "student.use_fp16=true"]
         seconds[f"sample {name}"] = run(
             f"Sampling {args.num_samples} images from the {name}", "scripts/image_sample.py",
             "--config", config, *overrides, "--model_path", weights, *sample, "--log_dir", folder / name,
         )  # fmt: skip
-    digits = ROOT / "datasets/digits/digits.npz"
+    digits = command_line.output_path("datasets/digits/digits.npz", args.config)
     if not digits.is_file():
         run("Writing the real digits, for scoring only", "datasets/digits.py", "--out", digits.parent)
-    report(folder, digits, checkpoint.step, teacher, student, args.num_samples, seconds)
+    report(folder, digits, checkpoint.step, teacher, student, args.num_samples, seconds, args.quick)
 
 
 def run(title: str, script: str, *arguments: object) -> float:
@@ -73,16 +97,24 @@ def run(title: str, script: str, *arguments: object) -> float:
     Raises:
         UserError: it failed; it has said why.
     """
-    print(f"\n== {title}\n$ python {script} {' '.join(map(str, arguments))}", flush=True)
+    shown = SHIPPED / script if IS_INSTALLED else script
+    print(f"\n== {title}\n$ python {shown} {' '.join(map(str, arguments))}", flush=True)
     started = time.monotonic()
-    done = subprocess.run([sys.executable, ROOT / script, *map(str, arguments)])
+    done = subprocess.run([sys.executable, SHIPPED / script, *map(str, arguments)])
     if done.returncode:
         raise UserError(f"{script} failed (status {done.returncode}); running the demo again continues")
     return time.monotonic() - started
 
 
 def report(
-    folder: Path, digits: Path, step: int, teacher: Path, student: Path, n: int, seconds: dict[str, float]
+    folder: Path,
+    digits: Path,
+    step: int,
+    teacher: Path,
+    student: Path,
+    n: int,
+    seconds: dict[str, float],
+    quick: bool,
 ) -> None:
     """Score the samples, draw the pictures, and print the table."""
     from evaluations.digits_floor import RealFloor, real_floor
@@ -114,6 +146,8 @@ def report(
         f"Preparing took {seconds['prepare']:.0f} s, {step} iterations of distillation "
         f"{seconds['distil']:.0f} s (a step that was already done is quick)."
     )
+    if quick:
+        lines.append(QUICK_NOTE)
     panels = {"real digits": NpzFile(digits).load("arr_0")[:100]}
     for name, path in files.items():
         panels[f"{name} ({sizes[name] / 1e6:.2f}M)"] = NpzFile(path).load("arr_0")[:100]

@@ -8,13 +8,12 @@ import argparse
 import os
 from pathlib import Path
 
-from guided_diffusion.config.command_line import positive
+from guided_diffusion.config.command_line import output_path, positive
+from guided_diffusion.config.loading import find_config, project_root
 from guided_diffusion.errors import UserError
 from guided_diffusion.processes.launch import run_script
 from guided_diffusion.studies.cells import reference_path
 from guided_diffusion.studies.study_file import load_study
-
-ROOT = Path(__file__).resolve().parent.parent
 
 
 def main() -> None:
@@ -22,7 +21,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    parser.add_argument("study", type=Path, help="the study's YAML file")
+    parser.add_argument("study", type=find_config, help="the study's YAML file")
     parser.add_argument("--out", type=Path, help="where it is run (default: experiments/study/NAME)")
     parser.add_argument(
         "--jobs", type=positive, default=1, help="runs at a time, of one thread each if several"
@@ -36,7 +35,8 @@ def main() -> None:
     )
     args = parser.parse_args()
     study = load_study(args.study)
-    out = (args.out or ROOT / f"experiments/study/{study.name}").resolve()
+    root = project_root(args.study)
+    out = (args.out or output_path(f"experiments/study/{study.name}", args.study)).resolve()
     if args.jobs > 1:
         os.environ.setdefault("OMP_NUM_THREADS", "1")
     from guided_diffusion.studies.commands import Commands
@@ -45,13 +45,13 @@ def main() -> None:
 
     reference = reference_path(study)
     if study.reference == "digits" and not reference.is_file():
-        Commands(ROOT).run(out / "commands.log", "datasets/digits.py", "--out", reference.parent)
-    results = known_results(study, out, ROOT, args.fresh)
+        Commands(root).run(out / "commands.log", "datasets/digits.py", "--out", reference.parent)
+    results = known_results(study, out, root, args.fresh)
     failures = []
     if not args.report:
-        failures = Runner(study, out, ROOT, results, scorer(study.backend), args.jobs).run(args.only)
-    report = ROOT / study.report if study.report and not args.fresh else out / "report.md"
-    write_report(study, results, out, report, os.path.relpath(ROOT / "docs/studies.md", report.parent))
+        failures = Runner(study, out, root, results, scorer(study.backend), args.jobs).run(args.only)
+    report = root / study.report if study.report and not args.fresh else out / "report.md"
+    write_report(study, results, out, report, os.path.relpath(root / "docs/studies.md", report.parent))
     print(f"report: {report}")
     if failures:
         raise UserError(f"{len(failures)} cells failed and have no result; the first: {failures[0]}")

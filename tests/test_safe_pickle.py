@@ -117,6 +117,7 @@ def test_numpy_1_and_numpy_2_names(protocol):
 
 
 def test_the_original_pool():
+    pytest.importorskip("numpy._core", reason="pickle alone reads the file with numpy 2 only, which wrote it")
     got = load_arrays(GOLDEN / "g5_dynamic_P1.cache")
     assert set(got) == {"total_t", "total_x_t_1"}
     assert got["total_t"].dtype == np.int64 and got["total_x_t_1"].dtype == np.float32

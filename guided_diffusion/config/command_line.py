@@ -6,9 +6,10 @@ from pathlib import Path
 
 from ..errors import UserError
 from ..io.remote import is_url, local_path, normalised
+from ..io.shipped import SHIPPED
 from .foreign import find_folder
 from .known_models import whence
-from .loading import load_distillation, load_experiment, project_root
+from .loading import find_config, load_distillation, load_experiment, project_root
 from .settings import SECTIONS, DistillationExperiment, Experiment, describe_keys
 
 
@@ -34,9 +35,10 @@ def make_parser(
     parser = make_bare_parser(description, "\n".join(lines))
     parser.add_argument(
         "--config",
-        type=Path,
+        type=find_config,
         required=not without_config,
-        help=f"YAML configuration{without_config and f' (default: {without_config})'}",
+        help="YAML configuration, of the working directory or the library's"
+        f"{without_config and f' (default: {without_config})'}",
     )
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="override a configuration key")
     return parser
@@ -94,7 +96,8 @@ def positive(text: str) -> int:
 
 
 def input_file(name: str, config: Path, what: str) -> str:
-    """The model a key or flag names: from the working directory, the configuration's project, or the Hub.
+    """The model a key or flag names: from the working directory, the configuration's project, the library
+    (`model/digits_teacher.pt`), or the Hub.
 
     Returns:
         The path of an existing file or folder, or a URL, which `dist_util.local_copy` fetches.
@@ -106,7 +109,7 @@ def input_file(name: str, config: Path, what: str) -> str:
         raise UserError(f"{config}: {what} is not set")
     if is_url(name):
         return normalised(name)
-    for path in (Path(name), output_path(name, config)):
+    for path in (Path(name), output_path(name, config), SHIPPED / name):
         if path.is_file():
             return str(path)
     if folder := find_folder(name, [project_root(config)]):

@@ -4,7 +4,8 @@ An experiment has the sections `teacher`, `student`, `distill` and `run`; a base
 sampled from, has the student's keys at top level. In a section (or at top level) `model:`, `diffusion:`
 and `training:` name files to merge in, whose keys then lie flat in the section; the section's own keys
 win over theirs. `base:` names one file or several that the whole configuration is laid over. Relative
-paths are looked for from the file's own folder and each one above it, then from the working directory.
+paths are looked for from the file's own folder and each one above it, then from the working directory,
+then among the files that come with the library.
 """
 
 import difflib
@@ -28,6 +29,7 @@ from yaml import parse as parse_yaml  # type: ignore[attr-defined]
 
 from ..errors import UserError
 from ..io.model_folder import read_model_folder
+from ..io.shipped import IS_INSTALLED, SHIPPED
 from .foreign import find_folder, folder_keys
 from .registry import ARCHITECTURES, OBJECTIVES, settings_of
 from .settings import (
@@ -52,6 +54,7 @@ _SETTLED = {
     "use_ddim": (False, "the teacher's chain is ancestral; image_sample.py takes --use_ddim"),
     "clip_first": (False, "only clip_last is known"),
 }
+_SHIPPED = (SHIPPED / "yaml", SHIPPED)  # "yaml/arch/NAME.yaml" is found, and "arch/NAME.yaml"
 _T = TypeVar("_T")
 _MOST_BYTES, _MOST_NODES, _DEEPEST = 1 << 20, 10_000, 20
 # What reading damaged or foreign YAML raises: impossible dates, keys that are lists, ...
@@ -62,13 +65,13 @@ def load_experiment(path: str | os.PathLike, overrides: Sequence[str] = ()) -> E
     """Read, merge and check a configuration.
 
     Args:
-        path: the YAML file.
+        path: the YAML file; see `find_config`.
         overrides: "section.key=value", or "key=value" where the student's keys lie at top level.
 
     Raises:
         UserError: unreadable file, unknown key (with the nearest known one), wrong type or value.
     """
-    path = Path(path)
+    path = find_config(path)
     return _experiment(_read(_existing(path)), path, overrides)
 
 
@@ -175,6 +178,17 @@ def mapping_text(content: dict[str, Any]) -> str:
     return OmegaConf.to_yaml(OmegaConf.create(content))
 
 
+def find_config(name: str | os.PathLike) -> Path:
+    """The configuration that a name means: this file, or else the one that comes with the library.
+
+    Returns:
+        Its path; of a baseline on mixed data, NAME-Baseline-RATIO.yaml, no file need be there. The name
+        itself where there is no such configuration.
+    """
+    places = (folder / name for folder in (Path(), *_SHIPPED))  # an absolute name replaces the folder
+    return next((path for path in places if _existing(path).is_file()), Path(name))
+
+
 def resolve_path(name: str, beside: Path) -> Path:
     """The existing file that `name` means in the configuration file `beside`.
 
@@ -186,13 +200,14 @@ def resolve_path(name: str, beside: Path) -> Path:
     if os.path.isabs(name):
         raise UserError(f"{beside}: no such file: {name}")
     raise UserError(
-        f"{beside}: '{name}' is to be found neither from its folder upwards nor from {Path.cwd()}"
+        f"{beside}: '{name}' is to be found neither from its folder upwards nor from {Path.cwd()}, "
+        f"nor does it come with the library ({SHIPPED / 'yaml'})"
     )
 
 
 def find_path(name: str, beside: Path) -> Path | None:
     """Like `resolve_path`, but None when there is no such file."""
-    for folder in (*beside.resolve().parents, Path.cwd()):
+    for folder in (*beside.resolve().parents, Path.cwd(), *_SHIPPED):
         if (folder / name).is_file():  # an absolute name replaces the folder
             return folder / name
     return None
@@ -202,10 +217,11 @@ def project_root(config: Path) -> Path:
     """The folder that relative output paths of a configuration are taken from.
 
     That is the folder holding the `yaml/` tree the configuration lies in, so that all commands agree
-    whatever directory they are run from; the working directory for a configuration elsewhere.
+    whatever directory they are run from; the working directory for a configuration elsewhere, or one that is
+    installed with the library.
     """
     for folder in config.resolve().parents:
-        if folder.name == "yaml":
+        if folder.name == "yaml" and not (IS_INSTALLED and folder.parent == SHIPPED):
             return folder.parent
     return Path.cwd()
 
@@ -235,7 +251,9 @@ def _existing(path: Path) -> Path:
 
 def _load(path: Path) -> DictConfig:
     if not path.is_file():
-        raise UserError(f"no such configuration file: {path}")
+        raise UserError(
+            f"no such configuration file: {path}; those that come with the library are in {SHIPPED / 'yaml'}"
+        )
     try:
         _require_modest(path)
         tree = OmegaConf.load(path)

@@ -27,5 +27,5 @@ def import_diffusers(what: str) -> ModuleType:
             import_utils._torchvision_available = False
     except ImportError as error:
         told = " ".join(str(error).split())
-        raise UserError(f"{what} needs pip install 'diffusers>=0.42' ({told})") from None
+        raise UserError(f"{what} needs pip install 'diffusers>=0.35' ({told})") from None
     return diffusers

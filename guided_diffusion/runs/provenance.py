@@ -2,6 +2,7 @@
 
 import subprocess
 from collections.abc import Sequence
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ from ..config.loading import experiment_of, project_root
 from ..config.registry import ARCHITECTURES
 from ..config.settings import Denoiser, Experiment, flat
 from ..errors import UserError
+from ..io.shipped import IS_INSTALLED
 from ..script_util import build_space
 from .checkpoint import read_description
 
@@ -57,7 +59,12 @@ def described_experiment(weights: Path, overrides: Sequence[str] = ()) -> Experi
 
 
 def git_revision(folder: Path) -> str | None:
-    """The commit checked out in a folder, "+changes" if files differ from it; None outside git."""
+    """The commit checked out in a folder, "+changes" if files differ from it; None outside git.
+
+    Where the library is installed, its version instead: the folder's commit is then of something else.
+    """
+    if IS_INSTALLED:
+        return f"version {metadata.version('guided-diffusion-tccd')}"
     git = ["git", "-C", str(folder)]
     try:
         head = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, timeout=10)

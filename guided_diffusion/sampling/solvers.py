@@ -19,7 +19,7 @@ try:
     from diffusers.schedulers.scheduling_dpmsolver_multistep import DPMSolverMultistepScheduler
     from diffusers.schedulers.scheduling_unipc_multistep import UniPCMultistepScheduler
 except ImportError as error:
-    raise ImportError(f"it needs pip install 'diffusers>=0.42' ({' '.join(str(error).split())})") from error
+    raise ImportError(f"it needs pip install 'diffusers>=0.35' ({' '.join(str(error).split())})") from error
 
 
 def make_scheduler(scheduler_class: Any, diffusion: GaussianDiffusion) -> Any:

@@ -11,6 +11,7 @@ from typing import Any
 
 from ..errors import UserError
 from ..io.files import atomic_path
+from ..io.shipped import SHIPPED
 from ..processes.stopping import EXIT_STOPPED
 
 # Has the kernel send a command SIGTERM when the study is killed, so that none writes on unseen (Linux).
@@ -33,7 +34,7 @@ class Commands:
     """Runs commands from any number of threads.
 
     Args:
-        root: the project's folder, from which they run.
+        root: the folder from which they run.
     """
 
     def __init__(self, root: Path):
@@ -49,7 +50,7 @@ class Commands:
             CommandFailed: it failed.
             StudyStopped: it was stopped, and has saved what it had.
         """
-        words = [str(self.root / script), *map(str, arguments)]
+        words = [str(SHIPPED / script), *map(str, arguments)]
         log.parent.mkdir(parents=True, exist_ok=True)
         with open(log, "a+") as file:
             print(f"\n$ python {script} {' '.join(map(str, arguments))}", file=file, flush=True)

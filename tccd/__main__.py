@@ -1,0 +1,5 @@
+"""`python -m tccd` is `tccd`."""
+
+from tccd import main
+
+main()
