@@ -103,8 +103,8 @@ def test_configurations_in_pages_have_keys_that_exist(path):
             assert set(keys) <= known | {"model", "diffusion", "training"}, piece
 
 
-def test_the_readme_names_every_module():
-    text = (ROOT / "README.md").read_text()
+def test_the_layout_names_every_module():
+    text = (ROOT / "CONTRIBUTING.md").read_text()
     layout = text[text.index("```\nguided_diffusion/") :].partition("```\n")[2].partition("```")[0]
     missing = [
         path.relative_to(ROOT / "guided_diffusion").as_posix()

@@ -31,7 +31,7 @@ def run(command, replaced, *overrides):
 def test_quick_start(elsewhere):
     prepare, distil, sample, digits, evaluate, export = commands_of("quick-start.md")
     places = {"yaml/": f"{ROOT}/yaml/", "experiments/": f"{elsewhere}/", "datasets/digits/": f"{elsewhere}/"}
-    short = places | {"001000": "000002", "1000": "40", "datasets/digits ": f"{elsewhere} "}
+    short = places | {"000800": "000002", "1000": "40", "datasets/digits ": f"{elsewhere} "}
     keys = [f"teacher.tempfile={elsewhere}/pool.cache", "teacher.BATCH=0.003"]
     keys += ["run.iterations=2", "student.lr_anneal_steps=2", "run.num_samples=2", "run.sample_respacing=2"]
     run(prepare, places, *keys)
@@ -39,7 +39,7 @@ def test_quick_start(elsewhere):
     left = {path.name for path in (elsewhere / "kd/first").iterdir()}
     table = (ROOT / "docs/quick-start.md").read_text().split("## What a run leaves")[1].split("\n## ")[0]
     for name in re.findall(r"`([\w.]+\.(?:pt|png|txt|csv|yaml|json|cache))`", table):
-        assert name.replace("001000", "000002") in left, name
+        assert name.replace("000800", "000002") in left, name
     run(sample.replace("--timestep_respacing 50", "--timestep_respacing 3"), short)
     run(
         digits.replace(
