@@ -233,11 +233,26 @@ class TestStages:
         assert objective.stage2(Perfect(), batch).loss.abs().max() == 0
 
     def test_stage_2_may_see_a_share_of_the_batch(self, tmp_path):
-        model, diffusion, objective = build(Distill(stage2_fraction=0.3))
+        """In one pass with stage 1, with the losses and gradients of two."""
+        model, diffusion, objective = build(Distill(stage2_fraction=0.3, role_vector=True))
         batch = make_batch(diffusion)
-        first, second = objective.passes(model, batch)
+        (both,) = objective.passes(model, batch)
+        first, second = both.parts
         assert len(first.loss) == 8 and len(second.loss) == len(second.t) == 3
-        loop_for(model, diffusion, objective, tmp_path).train_step(batch)
+        apart = objective.stage1(model, batch), objective.stage2(model, batch[:3])
+        parameters = [*model.parameters(), *objective.parameters()]
+        joint = th.autograd.grad(both.loss.mean(), parameters, allow_unused=True)
+        single = th.autograd.grad(sum(one.loss.mean() for one in apart), parameters, allow_unused=True)
+        for one, other in zip(both.parts, apart, strict=True):
+            assert one.terms.keys() == other.terms.keys()
+            th.testing.assert_close(one.loss, other.loss)
+        for one, other in zip(joint, single, strict=True):
+            assert (one is None) == (other is None)
+            if one is not None:
+                th.testing.assert_close(one, other, rtol=1e-3, atol=1e-5)
+        loop = loop_for(model, diffusion, objective, tmp_path)
+        loop.train_step(batch)
+        assert {"stage1_mse", "stage2_mse", "stage1_align", "stage2_vb_q0"} <= loop.metrics.sums.keys()
 
     def test_the_alignment_may_see_a_share_of_the_batch(self):
         model, diffusion, objective = build(Distill(stage1_fraction=0.5, stage2_weight=0))

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -19,6 +20,29 @@ from ..runs.checkpoint import load_strictly
 from ..training.objective import Objective, PassLoss
 from .dynamic_batch import DistillationBatch
 from .teacher import Teacher
+
+
+@dataclass(frozen=True)
+class _Call:
+    """What a stage applies the student to: samples [B, C, H, W], steps int64 [B], labels, role [D], [B, D]."""
+
+    x: th.Tensor
+    t: th.Tensor
+    y: th.Tensor | None
+    role: th.Tensor | None = None
+
+    def of(self, student: DenoisingNetwork, process: GaussianDiffusion) -> Evaluation:
+        """The student's evaluation."""
+        return student.evaluate(self.x, process.model_timesteps(self.t), self.y, emb_shift=self.role)
+
+    def joined(self, other: "_Call") -> "_Call":
+        """Both batches as one, this one without a role."""
+        role = None
+        if other.role is not None:
+            plain = other.role.new_zeros(len(self.x), len(other.role))
+            role = th.cat([plain, other.role.expand(len(other.x), -1)])
+        y = None if self.y is None or other.y is None else th.cat([self.y, other.y])
+        return _Call(th.cat([self.x, other.x]), th.cat([self.t, other.t]), y, role)
 
 
 class Distillation(Objective):
@@ -68,19 +92,24 @@ class Distillation(Objective):
             self.role = nn.Parameter(th.randn(student.emb_dim))
 
     def passes(self, student: DenoisingNetwork, batch: DistillationBatch) -> Iterator[PassLoss]:
-        """Stage 1 (or DKDM's only pass), then stage 2. Each yields terms "mse", "vb" and "align"."""
-        yield self.stage1(student, batch)
-        if self.settings.stage2_weight > 0:
-            yield self.stage2(student, batch[: math.ceil(self.settings.stage2_fraction * len(batch))])
+        """Stage 1 (or DKDM's only pass), then stage 2. Each yields terms "mse", "vb" and "align".
+
+        Where stage 2 sees a share of the batch, one pass takes both: a small one of its own would cost nearly
+        as much time as a large one.
+        """
+        part = batch[: math.ceil(self.settings.stage2_fraction * len(batch))]
+        if self.settings.stage2_weight == 0:
+            yield self.stage1(student, batch)
+        elif len(part) == len(batch):
+            yield self.stage1(student, batch)
+            yield self.stage2(student, batch)
+        else:
+            yield self.together(student, batch, part)
 
     def stage1(self, student: DenoisingNetwork, batch: DistillationBatch) -> PassLoss:
         """The student at (x_t, t): MSE + KL, plus the weighted alignment of h with the timestep."""
-        x_t = self.perturbed(batch)
-        out = student.evaluate(x_t, self.process.model_timesteps(batch.t), batch.y)
-        terms = self.distillation_terms(out.output, batch, x_in=x_t, x_t=x_t)
-        if self.follow is not None:
-            self.follow(batch, self.prediction(out.output, batch.x_t, batch.t).detach())
-        return self._weighted("stage1", 1.0, self.noise_encoder is not None, terms, out, batch.t)
+        call = self.stage1_call(batch)
+        return self.stage1_loss(call, call.of(student, self.process), batch)
 
     def stage2(self, student: DenoisingNetwork, batch: DistillationBatch) -> PassLoss:
         """The student at (eps_T, t), the teacher's noise prediction being both input and target.
@@ -92,14 +121,46 @@ class Distillation(Objective):
         x_s = sqrt(abar_s) x_0 + sqrt(1 - abar_s) eps_T with the teacher's x_0 and s uniform in {t..T-1},
         and "mse" at s is the only term: the teacher's variance there is not known.
         """
-        settings, between = self.settings, self.settings.stage2_time == "between"
+        call = self.stage2_call(batch)
+        return self.stage2_loss(call, call.of(student, self.process), batch)
+
+    def together(
+        self, student: DenoisingNetwork, batch: DistillationBatch, part: DistillationBatch
+    ) -> PassLoss:
+        """Stage 1 on a batch and stage 2 on a part of it, in one pass; the loss is the sum of their means."""
+        first, second = self.stage1_call(batch), self.stage2_call(part)
+        out = first.joined(second).of(student, self.process)
+        n = len(batch)
+        one = self.stage1_loss(first, Evaluation(out.output[:n], out.features[:n], out.emb[:n]), batch)
+        two = self.stage2_loss(second, Evaluation(out.output[n:], out.features[n:], out.emb[n:]), part)
+        return PassLoss(one.loss + two.loss.mean(), {}, one.t, (one, two))
+
+    def stage1_call(self, batch: DistillationBatch) -> "_Call":
+        """What stage 1 applies the student to."""
+        return _Call(self.perturbed(batch), batch.t, batch.y)
+
+    def stage1_loss(self, call: "_Call", out: Evaluation, batch: DistillationBatch) -> PassLoss:
+        """Stage 1's losses of what the student made of it."""
+        terms = self.distillation_terms(out.output, batch, x_in=call.x, x_t=call.x)
+        if self.follow is not None:
+            self.follow(batch, self.prediction(out.output, batch.x_t, batch.t).detach())
+        return self._weighted("stage1", 1.0, self.noise_encoder is not None, terms, out, batch.t)
+
+    def stage2_call(self, batch: DistillationBatch) -> "_Call":
+        """What stage 2 applies the student to."""
+        between = self.settings.stage2_time == "between"
         s, x_in = self.between(batch) if between else (batch.t, batch.eps)
-        out = student.evaluate(x_in, self.process.model_timesteps(s), batch.y, emb_shift=self.role)
-        if between:
-            terms = {"mse": self.squared_error(self.prediction(out.output, x_in, s), batch.eps, s)}
+        return _Call(x_in, s, batch.y, self.role)
+
+    def stage2_loss(self, call: "_Call", out: Evaluation, batch: DistillationBatch) -> PassLoss:
+        """Stage 2's losses of what the student made of it."""
+        settings = self.settings
+        if settings.stage2_time == "between":
+            eps = self.prediction(out.output, call.x, call.t)
+            terms = {"mse": self.squared_error(eps, batch.eps, call.t)}
         else:
-            terms = self.distillation_terms(out.output, batch, x_in=x_in, x_t=self.perturbed(batch))
-        return self._weighted("stage2", settings.stage2_weight, settings.stage2_align, terms, out, s)
+            terms = self.distillation_terms(out.output, batch, x_in=call.x, x_t=self.perturbed(batch))
+        return self._weighted("stage2", settings.stage2_weight, settings.stage2_align, terms, out, call.t)
 
     def between(self, batch: DistillationBatch) -> tuple[th.Tensor, th.Tensor]:
         """Random steps s int64 [B] in {t..T-1}, and the states x_s [B, C, H, W] of noise eps_T there."""

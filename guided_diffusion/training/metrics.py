@@ -22,6 +22,8 @@ class Metrics:
 
     def add_pass(self, out: PassLoss, num_timesteps: int) -> None:
         """Take in the terms of a pass, also by quartile of t: q0 are the cleanest steps."""
+        for part in out.parts:
+            self.add_pass(part, num_timesteps)
         quartile = th.nn.functional.one_hot(4 * out.t // num_timesteps, 4).float()  # [B, 4]
         for name, values in out.terms.items():
             self.add(name, values)

@@ -21,11 +21,13 @@ class PassLoss:
         loss: [B], what is minimised in the mean.
         terms: named parts of it for the log, [B] each.
         t: int64 [B], the steps they belong to.
+        parts: the losses that it is made of, for the log, if it joins several.
     """
 
     loss: th.Tensor
     terms: dict[str, th.Tensor]
     t: th.Tensor
+    parts: tuple["PassLoss", ...] = ()
 
 
 class Objective(nn.Module, ABC):
