@@ -24,7 +24,7 @@ from .teacher import Teacher
 
 @dataclass(frozen=True)
 class _Call:
-    """What a stage applies the student to: samples [B, C, H, W], steps int64 [B], labels, role [D], [B, D]."""
+    """What a stage applies the student to: x [B, C, H, W], t int64 [B], labels, and role [D] or [B, D]."""
 
     x: th.Tensor
     t: th.Tensor
