@@ -33,7 +33,7 @@ SMALL = [
 ]
 SMALL_DIT = ["num_layers=2", "num_attention_heads=2", "attention_head_dim=16", f"diffusion_steps={T}"]
 TRAINING = [f"batch_size={BATCH}", "microbatch=2", "log_interval=1"]
-RUN = ["run.iterations=1", "run.sample_interval=-1"]
+RUN = ["run.iterations=1", "run.sample_interval=999"]
 
 
 def in_section(name, overrides):
@@ -97,7 +97,7 @@ def test_one_iteration(path, teachers, vae, tmp_path):
         terms = {name for name in terms if not name.endswith("vb")}
     size = plain.student.architecture.image_size
     assert loop.network.shape == (3, size, size)
-    assert loop.space.image_size == image_size_of(path)
+    assert loop.grids.space.image_size == image_size_of(path)
     randomise(loop.network)
     before = [parameter.detach().clone() for parameter in loop.parameters]
     levels = loop.source.pool.levels.clone() if distils else None
