@@ -108,11 +108,15 @@ def test_one_iteration(path, teachers, vae, tmp_path):
     assert logged == terms
     assert all(np.isfinite(value) for value in row.values())
     assert row["step"] == loop.step == 1 and row["skipped"] == 0
-    assert not any(th.equal(a, b) for a, b in zip(before, loop.parameters, strict=True))
+    same = [th.equal(a, b) for a, b in zip(before, loop.parameters, strict=True)]
+    student = len([*loop.network.parameters()])
+    assert not any(same[:student]) and (student == len(same) or not all(same[student:]))
     assert (tmp_path / "run" / "model000001.pt").exists()
     if distils:
         steps = levels - loop.source.pool.levels
-        assert sorted(steps.tolist()) == [0] * (len(levels) - BATCH) + [1] * BATCH
+        moved = steps[steps != 0].tolist()
+        assert len(moved) == BATCH
+        assert plain.distill.advance_stride > 1 or moved == [1] * BATCH
         saved = read_pool(tmp_path / "run" / "teacher-state-000001.cache", T, (3, size, size))
         assert th.equal(saved.levels, loop.source.pool.levels)
 
