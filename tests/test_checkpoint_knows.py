@@ -103,6 +103,24 @@ def test_for_other_programs_a_checkpoint_is_a_plain_state_dict(trained):
     assert read_description(trained / "run/model000002.pt")["process"]["diffusion_steps"] == 20
 
 
+@pytest.mark.parametrize(
+    "part, key, value",
+    [
+        ("architecture", "num_res_blocks", 10**9),
+        ("architecture", "image_size", 10**9),
+        ("process", "diffusion_steps", 10**12),
+    ],
+)
+def test_a_description_of_absurd_size_is_refused_before_it_is_built(trained, tmp_path, part, key, value):
+    path = trained / "run/model000002.pt"
+    description = read_description(path)
+    description[part][key] = value
+    th.save(described(th.load(path, weights_only=True), description), tmp_path / "huge.pt")
+    flags = ["--model_path", tmp_path / "huge.pt", "--log_dir", tmp_path / "out"]
+    line = one_line_error(script_here("scripts/image_sample.py", *flags, check=False))
+    assert key in line and str(value) in line
+
+
 def test_a_damaged_description_is_told(trained, tmp_path):
     th.save(described({"w": th.zeros(1)}, {"process": 3}), tmp_path / "odd.pt")
     flags = ["--model_path", tmp_path / "odd.pt"]

@@ -61,6 +61,12 @@ class Architecture:
         """Raise `UserError` for values that cannot be right."""
         for name in ("image_size", "num_classes"):
             _require(getattr(self, name) > 0, f"{where}{name} must be positive, not {getattr(self, name)}")
+        for name, value in vars(self).items():  # a hostile file would build for days
+            most = 1000 if name in ("num_res_blocks", "layers_per_block", "num_layers") else 1_000_000
+            _require(
+                not isinstance(value, int) or value <= most,
+                f"{where}{name} must be at most {most}, not {value}",
+            )
         prob = self.class_dropout_prob
         _require(0 <= prob < 1, f"{where}class_dropout_prob must be in [0, 1), not {prob}")
         _require(
@@ -153,7 +159,8 @@ class Process:
     def check(self, where: str) -> None:
         """Raise `UserError` for values that cannot be right."""
         _require(
-            self.diffusion_steps > 0, f"{where}diffusion_steps must be positive, not {self.diffusion_steps}"
+            0 < self.diffusion_steps <= 1_000_000,
+            f"{where}diffusion_steps must be positive and at most 1000000, not {self.diffusion_steps}",
         )
         _require_one_of(self.noise_schedule, NOISE_SCHEDULES, f"{where}noise_schedule")
         _require_one_of(self.prediction_type, PREDICTION_TYPES, f"{where}prediction_type")
