@@ -9,7 +9,7 @@ import pytest
 import torch as th
 import yaml
 from in_process import script_here
-from tiny import denoiser
+from tiny import denoiser, script
 from tiny import network as network_keys
 
 from guided_diffusion.config.loading import load_experiment
@@ -341,6 +341,20 @@ def test_any_teacher_to_any_student(tmp_path, teacher, student):
     )  # fmt: skip
     with np.load(tmp_path / "samples/samples_3x8x8x3.npz") as samples:
         assert samples["arr_0"].shape == (3, 8, 8, 3)
+
+
+@pytest.mark.slow
+def test_a_folder_teaches_on_two_ranks(tmp_path):
+    """Prepared and distilled by `mpiexec -n 2`; stopped and resumed, the same bits."""
+    config = distillation_config(tmp_path, teacher_folder(tmp_path, "ViT"), STUDENTS["CNN"])
+    script("scripts/dynamic_prepare.py", "--config", config, ranks=2)
+    flags = ["scripts/image_kd.py", "--config", config, "--exp_dir"]
+    script(*flags, tmp_path / "straight", ranks=2)
+    script(*flags, tmp_path / "run", "run.iterations=2", ranks=2)
+    done = script(*flags, tmp_path / "run", ranks=2)
+    assert "2 rank(s)" in done.stdout and "resumed from step 2" in done.stdout
+    states = [load_state_dict(tmp_path / run / "model000004.pt") for run in ("straight", "run")]
+    assert all(th.equal(value, states[1][name]) for name, value in states[0].items())
 
 
 @pytest.mark.parametrize("frozen", [False, True])
