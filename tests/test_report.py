@@ -351,7 +351,8 @@ def page(made, tmp_path_factory):
     return page
 
 
-SHOWN = "[...document.querySelectorAll('.frame')].filter(f => f.offsetParent).map(f => f.dataset.step)"
+SHOWN = """[...document.querySelectorAll('.frame')]
+  .filter(frame => frame.querySelector('img').offsetParent).map(frame => frame.dataset.step)"""
 AXES = (
     "[...new Set([...document.querySelectorAll('.chart')].filter(c => c.offsetParent).map(c => c.className))]"
 )

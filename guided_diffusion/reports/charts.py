@@ -170,7 +170,7 @@ def _set_scale(axes, values: Sequence[float]) -> None:
 def _set_ticks(axis) -> None:
     from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-    axis.set_major_locator(MaxNLocator(5, min_n_ticks=2))
+    axis.set_major_locator(MaxNLocator(5, steps=[1, 2, 2.5, 5, 10], min_n_ticks=2))
     axis.set_major_formatter(FuncFormatter(_short))
 
 

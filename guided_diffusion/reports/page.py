@@ -10,7 +10,7 @@ from typing import Any
 from ..io.files import atomic_path
 from . import tables
 from .charts import AXES, Canvas, Line, dashes
-from .reading import Material, Run
+from .material import Material, Run
 
 _HERE = Path(__file__).parent
 _QUARTILES = ["cleanest quarter", "second quarter", "third quarter", "noisiest quarter"]
@@ -187,9 +187,9 @@ def _recorded(material: Material, run: int, name: str, axis: str) -> Line:
 def _counted(material: Material, name: str) -> str:
     """Of how many images; scores of different numbers are not comparable."""
     during = {
-        run.keys.get("run.eval_samples", "?")
+        run.keys["run.eval_samples"]
         for run in material.runs
-        if any(_eval_column(run, name) in row for row in run.rows)
+        if "run.eval_samples" in run.keys and any(_eval_column(run, name) in row for row in run.rows)
     }
     after = {str(s.n) for s in material.scores if s.run is not None and name in s.values}
     parts = []

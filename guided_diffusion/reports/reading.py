@@ -1,11 +1,10 @@
-"""What a report is made of: run directories, folders of samples, evaluator records, as far as sound."""
+"""Reads run directories, folders of samples and evaluator records, as far as they are sound."""
 
 import base64
 import io
 import itertools
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,104 +15,11 @@ from ..errors import UserError
 from ..io.files import short_names
 from ..logger import read_pool_records, read_progress
 from ..runs.checkpoint import manifest_step, read_manifest
+from .material import Grid, Material, Picture, Run, Samples, Score
 
 _MOST_BYTES = 16 << 20  # of a picture or a record
 _MOST_GRIDS = 24  # of a run, in the page
 _DAMAGE = (OSError, ValueError, TypeError, LookupError, ArithmeticError, RecursionError, SyntaxError)
-
-
-@dataclass(frozen=True)
-class Picture:
-    """A PNG: its bytes as a data URI, and its size in pixels."""
-
-    uri: str
-    width: int
-    height: int
-
-
-@dataclass(frozen=True)
-class Grid:
-    """What a run drew at a step: by the averaged weights and, if it did, by those being trained."""
-
-    step: int
-    ema: Picture | None
-    raw: Picture | None
-
-
-@dataclass
-class Run:
-    """A run directory; whatever is missing or damaged there is empty here, and `notes` say so.
-
-    Attributes:
-        path, label: where it lies, and what tells it from the others.
-        record: its run.json.
-        rows: its progress.csv, as `read_progress` returns it, with finite numbers alone. Rows also have
-            "speed", the iterations per second since the row before. A row of scores alone has its "samples"
-            and "seconds" from those beside it.
-        keys: its resolved configuration, by "section.key".
-        pool: its pool.jsonl, the oldest first.
-        grids, teacher: its grids of samples, the oldest first, and the teacher's from the same noise.
-        best: its best.json.
-        weights: SHA-256 of the weights in its checkpoints -> their step.
-        notes: what could not be read, and why.
-    """
-
-    path: Path
-    label: str = ""
-    record: dict[str, Any] = field(default_factory=dict)
-    rows: list[dict[str, float]] = field(default_factory=list)
-    keys: dict[str, str] = field(default_factory=dict)
-    pool: list[dict[str, Any]] = field(default_factory=list)
-    grids: list[Grid] = field(default_factory=list)
-    teacher: Picture | None = None
-    best: dict[str, Any] = field(default_factory=dict)
-    weights: dict[str, int] = field(default_factory=dict)
-    notes: list[str] = field(default_factory=list)
-
-    @property
-    def name(self) -> str:
-        """Of its configuration; older runs do not say it, and go by their directory's."""
-        return str(self.record.get("name") or self.path.name)[:200]
-
-
-@dataclass(frozen=True)
-class Score:
-    """The evaluator's record of one sample file.
-
-    Attributes:
-        label: the sample file.
-        n: number of images.
-        values, intervals: by the score's name.
-        run: the number of the run whose weights drew the samples; None if it is none of them.
-        step: of those weights.
-    """
-
-    label: str
-    n: int
-    backend: str
-    values: dict[str, float]
-    intervals: dict[str, tuple[float, float]]
-    run: int | None
-    step: int | None
-
-
-@dataclass(frozen=True)
-class Samples:
-    """A folder that image_sample.py wrote: its grid, and what sampling.json says of it."""
-
-    label: str
-    picture: Picture | None
-    facts: dict[str, Any]
-
-
-@dataclass(frozen=True)
-class Material:
-    """Everything that a report shows."""
-
-    runs: list[Run]
-    scores: list[Score]
-    samples: list[Samples]
-    notes: list[str]
 
 
 def read_material(paths: Sequence[Path], score_names: Sequence[str]) -> Material:

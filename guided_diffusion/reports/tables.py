@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from .reading import Material, Run
+from .material import Material, Run
 
 _LONGEST = 400  # characters of a value from a file
 # Differ between any two runs, and say nothing about what is compared.
@@ -89,7 +89,7 @@ def scores(material: Material, names: Mapping[str, str]) -> Table:
             cell = number(score.values.get(name))
             if name in score.intervals:
                 low, high = score.intervals[name]
-                cell += f" [{low:.4g}, {high:.4g}]"
+                cell += f" [{low:.4g},\u00a0{high:.4g}]"
             cells.append(cell)
         rows.append((score.label, cells))
     return Table("samples", ["run", "iteration", "images", *(names[name] for name in shown)], rows)
