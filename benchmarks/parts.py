@@ -81,10 +81,19 @@ def parts_of(loop: TrainLoop) -> Parts:
         diffusion.p_sample(model.eval(), batch.x_t, batch.t)
         model.train()
 
+    def backward() -> None:
+        for out in objective.passes(model, batch):
+            out.loss.mean().backward()
+
+    passes: Parts = {"all passes, forward and backward": backward}
+    if objective.settings.stage2_weight > 0 and objective.settings.stage2_fraction == 1:
+        passes = {
+            "stage 1, forward and backward": lambda: objective.stage1(model, batch).loss.mean().backward(),
+            "stage 2, forward and backward": lambda: objective.stage2(model, batch).loss.mean().backward(),
+        }
     parts: Parts = {
         TEACHER: lambda: source.next_batch(0),
-        "stage 1, forward and backward": lambda: objective.stage1(model, batch).loss.mean().backward(),
-        "stage 2, forward and backward": lambda: objective.stage2(model, batch).loss.mean().backward(),
+        **passes,
         ITERATION: iteration,
         SAMPLING: sample,
     }

@@ -201,6 +201,7 @@ def build_network(denoiser: Denoiser, where: str = "") -> tuple[DenoisingNetwork
     network_class = look_up(ARCHITECTURES, settings.architecture, f"{where}architecture")
     if not (isinstance(network_class, type) and issubclass(network_class, DenoisingNetwork)):
         raise UserError(f"{where}architecture: '{settings.architecture}' is no DenoisingNetwork")
+    settings.require_buildable(where)
     try:
         network = network_class.from_settings(
             settings, shape, output_channels(shape, denoiser.process.learn_sigma)

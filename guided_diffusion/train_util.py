@@ -164,13 +164,13 @@ class TrainLoop:
                 scored = self._score_due() and not stop
                 if last or scored or self.step % self.training.save_interval == 0:
                     self.save()
+                before = time.monotonic()
                 if self.grids is not None and self._samples_due(last) and not stop:
                     self.grids.save(self.step, self.network, self._last_ema, self.log)
                 if scored:
-                    before = time.monotonic()
                     stop = self._score(signals) and self.step != self.iterations
-                    started += time.monotonic() - before  # the rate is that of training
                     progress.show(self._shown)
+                started += time.monotonic() - before  # the rate is that of training
             dist_util.from_rank_zero(self.writer.close)
         if stop:
             raise Stopped(f"stopped by {signals.received or 'a signal to another rank'} at step {self.step}")

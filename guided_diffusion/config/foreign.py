@@ -13,14 +13,13 @@ from ..io.model_folder import ModelFolder, fetch_from_hub, is_hub_name
 from ..io.remote import is_url
 from .adm_diffusers import adm_keys
 from .architectures import DiTArchitecture, UNet2DArchitecture, own_keys
-from .settings import PREDICTION_TYPES, Architecture
+from .settings import MOST_STEPS, PREDICTION_TYPES, Architecture
 
 _SCHEDULES = {"linear": "linear", "scaled_linear": "scaled_linear", "squaredcos_cap_v2": "cosine"}
 # Those whose betas are of a process trained in discrete steps. The former two clip the predicted x_0 unless
 # they say they do not; the others have no such choice.
 _CLIPPING = ("DDPMScheduler", "DDIMScheduler")
 _SCHEDULERS = (*_CLIPPING, "PNDMScheduler", "LMSDiscreteScheduler", "DPMSolverMultistepScheduler")
-_MOST_STEPS = 1_000_000
 _FIXED = {
     "fixed_small": True,
     "fixed_small_log": True,
@@ -313,8 +312,8 @@ def _process(config: _Config, learn_sigma: bool) -> dict[str, Any]:
     clipped = kind in _CLIPPING and config.truth("clip_sample", True)
     if clipped:
         config.require("clip_sample_range", 1, 1.0)
-    if not 0 < (steps := config.number("num_train_timesteps", 1000)) <= _MOST_STEPS:
-        raise UserError(f"{config.where}num_train_timesteps must be 1 to {_MOST_STEPS}, not {steps}")
+    if not 0 < (steps := config.number("num_train_timesteps", 1000)) <= MOST_STEPS:
+        raise UserError(f"{config.where}num_train_timesteps must be 1 to {MOST_STEPS}, not {steps}")
     keys: dict[str, Any] = {
         "diffusion_steps": steps,
         "noise_schedule": _SCHEDULES[schedule],

@@ -43,6 +43,10 @@ def _require_one_of(value: str, choices: tuple[str, ...], where: str) -> None:
     )
 
 
+# More than anybody has: a hostile file must not keep the machine busy for days.
+_MOST_LAYERS, _MOST_PIXELS, MOST_STEPS = 1000, 1_000_000, 1_000_000
+
+
 @dataclass
 class Architecture:
     """What every network has."""
@@ -61,18 +65,22 @@ class Architecture:
         """Raise `UserError` for values that cannot be right."""
         for name in ("image_size", "num_classes"):
             _require(getattr(self, name) > 0, f"{where}{name} must be positive, not {getattr(self, name)}")
-        for name, value in vars(self).items():  # a hostile file would build for days
-            most = 1000 if name in ("num_res_blocks", "layers_per_block", "num_layers") else 1_000_000
-            _require(
-                not isinstance(value, int) or value <= most,
-                f"{where}{name} must be at most {most}, not {value}",
-            )
+        _require(
+            self.image_size <= _MOST_PIXELS,
+            f"{where}image_size must be at most {_MOST_PIXELS}, not {self.image_size}",
+        )
         prob = self.class_dropout_prob
         _require(0 <= prob < 1, f"{where}class_dropout_prob must be in [0, 1), not {prob}")
         _require(
             not prob or self.has_null_class,
             f"{where}class_dropout_prob: needs {where}class_cond and {where}null_class",
         )
+
+    def require_buildable(self, where: str) -> None:
+        """Raise `UserError` for more layers than any network has: building them would take days."""
+        for name in ("num_res_blocks", "layers_per_block", "num_layers"):
+            value = getattr(self, name, 0)
+            _require(value <= _MOST_LAYERS, f"{where}{name} must be at most {_MOST_LAYERS}, not {value}")
 
     @property
     def has_null_class(self) -> bool:
@@ -159,8 +167,8 @@ class Process:
     def check(self, where: str) -> None:
         """Raise `UserError` for values that cannot be right."""
         _require(
-            0 < self.diffusion_steps <= 1_000_000,
-            f"{where}diffusion_steps must be positive and at most 1000000, not {self.diffusion_steps}",
+            0 < self.diffusion_steps <= MOST_STEPS,
+            f"{where}diffusion_steps must be 1 to {MOST_STEPS}, not {self.diffusion_steps}",
         )
         _require_one_of(self.noise_schedule, NOISE_SCHEDULES, f"{where}noise_schedule")
         _require_one_of(self.prediction_type, PREDICTION_TYPES, f"{where}prediction_type")

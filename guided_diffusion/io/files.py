@@ -59,6 +59,23 @@ def atomic_path(path: str | os.PathLike) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
+def read_object(path: str | os.PathLike, most_bytes: int = 1 << 20) -> dict[str, Any]:
+    """The JSON object in a file.
+
+    Raises:
+        ValueError: it is larger than `most_bytes`, or holds something else; or OSError.
+    """
+    if os.stat(path).st_size > most_bytes:
+        raise ValueError(f"larger than {most_bytes} bytes")
+    try:
+        found = json.loads(Path(path).read_bytes())
+    except RecursionError as error:
+        raise ValueError(str(error)) from None
+    if not isinstance(found, dict):
+        raise ValueError("must hold one JSON object")
+    return found
+
+
 def short_names(paths: Sequence[str]) -> list[str]:
     """As little of the end of each path as tells them apart."""
     parts = [Path(path).parts for path in paths]

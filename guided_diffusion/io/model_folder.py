@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import UserError
-from .files import sha256_of
+from .files import read_object, sha256_of
 
 # Which of a pipeline's parts denoises, and which decodes what is denoised.
 PIPELINES = {
@@ -135,15 +135,10 @@ def read_json(path: Path) -> dict[str, Any]:
         UserError: missing, too large, or anything else.
     """
     try:
-        if path.stat().st_size > _JSON_BYTES:
-            raise ValueError("too large")
-        content = json.loads(path.read_bytes())
-    except (OSError, ValueError, RecursionError) as error:
+        return read_object(path, _JSON_BYTES)
+    except (OSError, ValueError) as error:
         told = error.strerror if isinstance(error, OSError) else error
         raise UserError(f"{path}: not readable as JSON ({told})") from None
-    if not isinstance(content, dict):
-        raise UserError(f"{path}: must hold one JSON object")
-    return content
 
 
 def weight_shapes(path: Path) -> dict[str, tuple[int, ...]]:

@@ -12,7 +12,7 @@ import numpy as np
 
 from ..config.loading import read_plain
 from ..errors import UserError
-from ..io.files import short_names
+from ..io.files import read_object, short_names
 from ..logger import read_pool_records, read_progress
 from ..runs.checkpoint import manifest_step, read_manifest
 from .material import Grid, Material, Picture, Run, Samples, Score
@@ -141,7 +141,9 @@ def _read_records(path: Path) -> list[dict[str, Any]]:
         UserError: it holds something else.
     """
     try:
-        records = _load(path)
+        if path.stat().st_size > _MOST_BYTES:
+            raise ValueError(f"larger than {_MOST_BYTES >> 20} MiB")
+        records = json.loads(path.read_bytes())
         sound = isinstance(records, list) and records and all(_is_record(record) for record in records)
     except _DAMAGE as error:
         raise UserError(f"{path}: not readable as JSON ({_reason(error)})") from None
@@ -200,20 +202,10 @@ def _picture(path: Path, notes: list[str], where: str = "") -> Picture | None:
 
 def _json_object(path: Path, notes: list[str], lost: str, where: str = "") -> dict[str, Any]:
     try:
-        found = _load(path)
-        if isinstance(found, dict):
-            return found
-        reason = "holds no object"
-    except _DAMAGE as error:
-        reason = _reason(error)
-    notes.append(f"{where and f'{where}: '}{path.name}: {reason}; {lost}")
-    return {}
-
-
-def _load(path: Path) -> Any:
-    if path.stat().st_size > _MOST_BYTES:
-        raise ValueError(f"larger than {_MOST_BYTES >> 20} MiB")
-    return json.loads(path.read_text(errors="replace"))
+        return read_object(path, _MOST_BYTES)
+    except (OSError, ValueError) as error:
+        notes.append(f"{where and f'{where}: '}{path.name}: {_reason(error)}; {lost}")
+        return {}
 
 
 def _is_pool(record: Mapping[str, Any]) -> bool:

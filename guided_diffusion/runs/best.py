@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import UserError
-from ..io.files import atomic_path
-from .checkpoint import MANIFEST_BYTES, Checkpoint, add_file, file_step
+from ..io.files import atomic_path, read_object
+from .checkpoint import Checkpoint, add_file, file_step
 
 BEST = "best.json"
 
@@ -35,7 +35,7 @@ def read_score(checkpoint: Checkpoint) -> dict[str, Any] | None:
     if not checkpoint.has("score"):
         return None
     try:
-        score = _read_object(checkpoint.path("score"))
+        score = read_object(checkpoint.path("score"))
         valid = math.isfinite(score["value"]) and isinstance(score["weights"], str)
     except (OSError, ValueError, KeyError, TypeError):
         return None
@@ -84,27 +84,10 @@ def read_best(path: str | os.PathLike) -> tuple[int, str]:
         UserError: it is damaged, or names something else.
     """
     try:
-        record = _read_object(Path(path))
+        record = read_object(path)
         step, name = record["step"], record["scored"]
         if not isinstance(step, int) or not isinstance(name, str) or file_step(name) != step:
             raise ValueError("it names no file of a checkpoint")
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path}: does not name a checkpoint as best.json of a run does ({error})") from None
     return step, name
-
-
-def _read_object(path: Path) -> dict[str, Any]:
-    """The JSON object in a small file.
-
-    Raises:
-        ValueError: there is none; or OSError.
-    """
-    if path.stat().st_size > MANIFEST_BYTES:
-        raise ValueError("too large")
-    try:
-        found = json.loads(path.read_bytes())
-    except RecursionError as error:
-        raise ValueError(str(error)) from None
-    if not isinstance(found, dict):
-        raise ValueError("no JSON object")
-    return found

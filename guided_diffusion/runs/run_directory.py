@@ -20,7 +20,7 @@ from ..config import command_line
 from ..config.loading import experiment_keys, experiment_text, load_experiment, project_root
 from ..config.settings import DistillationExperiment, Experiment
 from ..errors import UserError
-from ..io.files import atomic_path, held, remove_leftovers
+from ..io.files import atomic_path, held, read_object, remove_leftovers
 from ..io.remote import is_url, normalised
 from ..logger import RunLog
 from ..processes.stopping import Stopped, StoppedHere, StopSignals
@@ -382,13 +382,9 @@ def _read(directory: Path) -> dict[str, Any]:
     Raises:
         ValueError: it is no record of a run; or OSError.
     """
-    try:
-        record = json.loads((directory / "run.json").read_text())
-    except RecursionError as error:
-        raise ValueError(f"not a record of a run ({error})") from None
+    record = read_object(directory / "run.json")
     if not (
-        isinstance(record, dict)
-        and isinstance(record.get("started"), str)
+        isinstance(record.get("started"), str)
         and isinstance(record.get("ended"), str)
         and isinstance(record.get("resumed", []), list)
     ):

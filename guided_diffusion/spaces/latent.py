@@ -7,7 +7,6 @@ the weights are read, when the first image is encoded or decoded; preparing and 
 
 import functools
 import hashlib
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ import torch as th
 
 from ..errors import UserError
 from ..io.diffusers_library import import_diffusers
-from ..io.files import sha256_of
+from ..io.files import read_object, sha256_of
 from ..io.safetensors_file import read_safetensors
 from .pixel import PixelSpace
 
@@ -25,7 +24,7 @@ from .pixel import PixelSpace
 # and LDM trains on them at scale 1; diffusers' default for the class, 0.18215, is Stable Diffusion's.
 _CLASSES = {"VQModel": 1.0, "AutoencoderKL": 0.18215}
 _WEIGHTS = "diffusion_pytorch_model.safetensors"
-_MOST_BYTES, _MOST, _MOST_LAYERS = 1 << 20, 1 << 20, 64
+_MOST, _MOST_LAYERS = 1 << 20, 64
 _PIXELS_AT_ONCE = 1 << 20  # that are encoded or decoded together: 16 images of 256x256
 
 
@@ -155,12 +154,8 @@ def _read_config(folder: Path) -> dict[str, Any]:
         )
     path = folder / "config.json"
     try:
-        if path.stat().st_size > _MOST_BYTES:
-            raise ValueError("too large for a configuration")
-        config = json.loads(path.read_text())
-        if not isinstance(config, dict):
-            raise ValueError("it is no mapping")
-    except (OSError, ValueError, RecursionError) as error:
+        config = read_object(path)
+    except (OSError, ValueError) as error:
         raise UserError(f"{path}: not a readable configuration of a VAE ({error})") from None
     if (kind := config.get("_class_name")) not in tuple(_CLASSES):
         raise UserError(f"{path}: of class {kind!r:.60}; a VAE is one of {', '.join(_CLASSES)}")

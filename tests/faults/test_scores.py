@@ -80,6 +80,13 @@ def test_killed_before_a_score(project, tmp_path, ranks):
     assert best(folder)["step"] == best(straight)["step"]
 
 
+def assert_undisturbed(straight, folder):
+    """What is left, rows and best.json are those of the run that nothing happened to."""
+    assert_same_end(straight, folder, 10)
+    assert rows(straight) == rows(folder)
+    assert best(straight) == best(folder)
+
+
 def saved(folder, step):
     """Wait for a checkpoint to be written."""
     while not (folder / f"checkpoint{step:06d}.json").exists():
@@ -96,9 +103,7 @@ def test_killed_after_a_score(project, tmp_path):
     (folder / "best.json").unlink()  # as if killed before it was written
     code, text = run(tmp_path, *command, "--exp_dir", folder)
     assert code == 0 and "resumed from step 4" in text and "step 4: digits-FD" not in text
-    assert_same_end(straight, folder, 10)
-    assert rows(straight) == rows(folder)
-    assert best(straight) == best(folder)
+    assert_undisturbed(straight, folder)
 
 
 def test_stopped_while_drawing_samples(project, tmp_path):
@@ -110,9 +115,7 @@ def test_stopped_while_drawing_samples(project, tmp_path):
     assert newest_checkpoint(folder).step == 8
     code, text = run(tmp_path, *command, "--exp_dir", folder)
     assert code == 0 and text.count("step 8: digits-FD") == 1
-    assert_same_end(straight, folder, 10)
-    assert rows(straight) == rows(folder)
-    assert best(straight) == best(folder)
+    assert_undisturbed(straight, folder)
 
 
 def test_a_run_that_ended_before_its_best_was_named(project, tmp_path):
