@@ -53,9 +53,9 @@ class DigitsClassifier(nn.Module):
 
 
 def to_input(images: np.ndarray) -> torch.Tensor:
-    """Images uint8 [N, 16, 16, 3] as the network wants them: mean of channels, [-1, 1]."""
+    """Images uint8 [N, 16 k, 16 k, 3] as the network wants them: grey, k x k blocks averaged, [-1, 1]."""
     gray = torch.from_numpy(np.asarray(images, dtype=np.float32).mean(axis=3)[:, None])
-    return gray / 127.5 - 1
+    return F.avg_pool2d(gray, gray.shape[-1] // SIZE) / 127.5 - 1
 
 
 def load_classifier(path: Path = DEFAULT_WEIGHTS) -> DigitsClassifier:
@@ -98,7 +98,7 @@ class DigitsExtractor:
 
     @torch.inference_mode()
     def extract(self, images: np.ndarray) -> tuple[np.ndarray, None]:
-        """Features float32 [N, 64] of images uint8 [N, 16, 16, 3]."""
+        """Features float32 [N, 64] of images uint8 [N, 16, 16, 3] or [N, 32, 32, 3]."""
         return self._model.features(to_input(images)).numpy(), None
 
     @torch.inference_mode()

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from guided_diffusion.errors import UserError
-from guided_diffusion.io.digits import SIZE
+from guided_diffusion.io.digits import SIZES
 from guided_diffusion.io.files import NpzFile
 from guided_diffusion.io.image_sets import open_images
 
@@ -61,7 +61,7 @@ def real_floor(
     would be half as large as those of the scores it stands beside.
 
     Args:
-        reference: npz with `arr_0` uint8 [M, 16, 16, 3].
+        reference: npz with `arr_0` uint8 [M, 16, 16, 3] or [M, 32, 32, 3].
         n: number of images a draw holds, at least 2.
         draws: number of draws, at least 2.
         seed: of the draws.
@@ -72,7 +72,7 @@ def real_floor(
     """
     if n < 2 or draws < 2:
         raise UserError(f"a floor needs at least 2 images and 2 draws, not {n} and {draws}")
-    images = open_images(NpzFile(reference), at_least=2, size=(SIZE, SIZE))
+    images = open_images(NpzFile(reference), at_least=2, sizes=SIZES)
     extractor = DigitsExtractor(Path(weights) if weights is not None else DEFAULT_WEIGHTS)
     real = extract_features(extractor, images, 256)
     generator = np.random.default_rng(seed)

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from guided_diffusion.errors import UserError
-from guided_diffusion.io.digits import SIZE
+from guided_diffusion.io.digits import SIZES
 from guided_diffusion.io.files import NpzFile, sha256_of
 from guided_diffusion.io.image_sets import ImageFile, open_images
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from .features import Extractor
 
 _DIMENSION = {"tensorflow": 2048, "torch": 2048, "digits": 64}
-IMAGE_SIZE = {"tensorflow": None, "torch": None, "digits": (SIZE, SIZE)}  # height and width
+IMAGE_SIZES = {"tensorflow": (), "torch": (), "digits": SIZES}  # of square images; none: any
 AT_LEAST = 6  # images with five neighbours each
 
 
@@ -35,14 +35,15 @@ def evaluate_files(reference: Path, samples: Sequence[Path], settings: Settings)
     # A half-sample must be enough for every score too.
     needed = 2 * AT_LEAST if settings.intervals else AT_LEAST
     generated = [
-        open_images(NpzFile(path), at_least=needed, size=IMAGE_SIZE[settings.backend]) for path in samples
+        open_images(NpzFile(path), at_least=needed, sizes=IMAGE_SIZES[settings.backend]) for path in samples
     ]
     provenances = [_provenance(file.npz) for file in generated]
     for file in (*([real] if real else []), *generated):
         if real is not None and (file.height, file.width) != (real.height, real.width):
+            seen = "16x16" if settings.backend == "digits" else "299x299"
             warnings.warn(
                 f"{file.path}: images of {file.height}x{file.width}, those of the reference are "
-                f"{real.height}x{real.width}; the network resizes both to 299x299, which the scores see too",
+                f"{real.height}x{real.width}; the network resizes both to {seen}, which the scores see too",
                 stacklevel=2,
             )
         counted = file is not real or not _has_statistics(real_npz, settings)
@@ -92,7 +93,7 @@ def reference_images(npz: NpzFile, settings: Settings) -> ImageFile | None:
         if settings.density_coverage or settings.kid:
             raise UserError(f"{npz.path}: holds statistics alone; KID, density and coverage need its images")
         return None
-    return open_images(npz, at_least=AT_LEAST, size=IMAGE_SIZE[settings.backend])
+    return open_images(npz, at_least=AT_LEAST, sizes=IMAGE_SIZES[settings.backend])
 
 
 def _provenance(npz: NpzFile) -> dict[str, Any] | None:

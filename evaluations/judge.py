@@ -12,7 +12,7 @@ from guided_diffusion.io.files import NpzFile
 from guided_diffusion.io.image_sets import ImageArray
 from guided_diffusion.io.progress import say
 
-from .evaluation import AT_LEAST, IMAGE_SIZE, build_extractor, few, reference_images
+from .evaluation import AT_LEAST, IMAGE_SIZES, build_extractor, few, reference_images
 from .features import choose_device, extract_features
 from .neighbours import PRECISION_RECALL_K, nearest_distances, neighbour_scores
 from .reference import load_reference
@@ -39,10 +39,11 @@ class Judge:
 
     def __init__(self, reference: Path, run: Run, image_size: int):
         self.settings = Settings(backend=run.eval_backend)  # type: ignore[arg-type]
-        size = IMAGE_SIZE[self.settings.backend]
-        if size is not None and size != (image_size, image_size):
+        sizes = IMAGE_SIZES[self.settings.backend]
+        if sizes and image_size not in sizes:
+            known = " or ".join(f"{size}x{size}" for size in sizes)
             raise UserError(
-                f"run.eval_backend: {run.eval_backend} scores images of {size[0]}x{size[1]}, not of "
+                f"run.eval_backend: {run.eval_backend} scores images of {known}, not of "
                 f"{image_size}x{image_size}; torch and tensorflow score any"
             )
         if run.eval_samples < AT_LEAST:

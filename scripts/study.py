@@ -45,7 +45,9 @@ def main() -> None:
 
     reference = reference_path(study)
     if study.reference == "digits" and not reference.is_file():
-        Commands(root).run(out / "commands.log", "datasets/digits.py", "--out", reference.parent)
+        Commands(root).run(
+            out / "commands.log", "datasets/digits.py", "--out", reference.parent, "--size", study.image_size
+        )
     results = known_results(study, out, root, args.fresh)
     failures = []
     if not args.report:

@@ -4,8 +4,10 @@ import pytest
 import torch as th
 from tiny import denoiser, network, randomise, teacher_of
 
-from guided_diffusion.distill.dynamic_batch import DynamicBatch, pool_size, prepare
+from guided_diffusion.config.settings import Distill
+from guided_diffusion.distill.dynamic_batch import DistillationBatch, DynamicBatch, pool_size, prepare
 from guided_diffusion.distill.pool_file import read_pool, write_pool
+from guided_diffusion.distill.source import TeacherSource
 from guided_diffusion.errors import UserError
 from guided_diffusion.script_util import build_network, create_gaussian_diffusion
 
@@ -197,6 +199,49 @@ def test_hops_advance_by_the_stride_in_the_mean_and_leave_the_target_alone(teach
     clean = batch.s == -1
     x_0 = teacher.process.clipped_xstart(batch.x_t, batch.t, batch.eps)
     th.testing.assert_close(pool.x[clean], x_0[clean])
+
+
+def test_the_teachers_answers_serve_so_many_batches_before_they_are_forgotten(teacher, monkeypatch):
+    """What is trained on is always the teacher's own answer; the oldest make room."""
+    pool = noise_pool(40, teacher.process)
+    pool.levels = th.arange(40) % teacher.process.num_timesteps + 1
+    calls, evaluate = [], teacher.step
+    monkeypatch.setattr(teacher, "step", lambda *args, **more: calls.append(1) or evaluate(*args, **more))
+    source = TeacherSource(pool, teacher, 4, Distill(teacher_interval=3, replay_batches=2))
+    batches = []
+    for step in range(12):
+        th.manual_seed(step)
+        batches.append(source.next_batch(step))
+        assert len(calls) == step // 3 + 1 and len(pool.answers) == min(len(calls), 2) * 4
+    monkeypatch.undo()
+    for batch in batches:
+        assert len(batch) == 4
+        step = teacher.step(batch.x_t, batch.t)
+        for name in ("eps", "mean", "log_variance"):
+            th.testing.assert_close(getattr(batch, name), getattr(step, name))
+    seen = [{x.numpy().tobytes() for x in batch.x_t} for batch in batches]
+    assert [batch.index is None for batch in batches] == [False, True, True] * 4
+    assert seen[0] == seen[1] == seen[2]  # all there is
+    assert seen[3] != seen[4] and len(set.union(*seen)) == 16
+    assert not set.union(*seen[:3]) & set.union(*seen[6:])
+
+
+def test_answers_that_are_kept_lie_in_the_pools_file(teacher, tmp_path):
+    pool = noise_pool(8, teacher.process)
+    total, path = teacher.process.num_timesteps, tmp_path / "pool.cache"
+    for _ in range(2):
+        pool.remember(pool.advance(pool.draw(4), teacher), 8)
+    write_pool(path, [pool], {"T": total})
+    halves = [read_pool(path, total, (3, 8, 8), rank=rank, world_size=2).answers for rank in (0, 1)]
+    back = DistillationBatch.joined(halves)
+    for name, value in vars(pool.answers).items():
+        assert (value is None) == (getattr(back, name) is None)
+        assert value is None or th.equal(value, getattr(back, name))
+    with pytest.raises(UserError, match=r"pool\.cache: the teacher's answers in it do not belong"):
+        read_pool(path, int(pool.answers.t.max()), (3, 8, 8), expected={})
+    pool.answers = None
+    write_pool(path, [pool], {"T": total})
+    assert read_pool(path, total, (3, 8, 8)).answers is None
 
 
 def test_hops_visit_every_level(teacher):

@@ -93,7 +93,7 @@ BAD = {
     "no pixels": (zeros(20, 0, 16, 3), "no pixels"),
     "empty": (zeros(0, 16, 16, 3), "holds 0 images, at least 6"),
     "too few": (zeros(5, 16, 16, 3), "holds 5 images, at least 6"),
-    "too large": (zeros(20, 32, 32, 3), "images of 32x32, 16x16 are wanted"),
+    "too large": (zeros(20, 24, 24, 3), "images of 24x24, 16x16 or 32x32 are wanted"),
 }
 
 

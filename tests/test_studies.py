@@ -159,6 +159,8 @@ class TestLedger:
         total = plain.of(10)
         assert total["total"] == total["preparation"] + 10 * plain.iteration
         half = ledger_of(load_distillation(config, [*off, "teacher.prob=0.5"]), None, 0)
+        seldom = ledger_of(load_distillation(config, [*off, "distill.teacher_interval=4"]), None, 0)
+        assert (seldom.teacher, seldom.student) == (plain.teacher / 4, plain.student)
         assert half.teacher == 2 * plain.teacher
 
     def test_the_preparation_is_what_it_does(self, tmp_path):

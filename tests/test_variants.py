@@ -138,19 +138,29 @@ def distil(config, name, *overrides):
 
 
 OPTIONS = [
-    *("distill.advance_stride=4", "distill.loss_weight=v", "distill.on_policy=0.7"),
+    *("distill.advance_stride=4", "distill.loss_weight=v"),
     *("distill.stage2_time=between", "distill.stage2_fraction=0.5", "distill.role_vector=true"),
 ]
 
 
-def test_hops_weights_and_on_policy_resume_exactly_with_classes_16_bits_and_respacing(tmp_path):
+@pytest.mark.parametrize(
+    "options, told",
+    [
+        (["distill.on_policy=0.7"], "on-policy 0.7"),
+        (
+            ["distill.on_policy=0.7", "distill.teacher_interval=2"],
+            "the teacher every 2 iterations, on-policy 0.7",
+        ),
+    ],
+)
+def test_options_of_the_pool_resume_exactly_with_classes_16_bits_and_respacing(tmp_path, options, told):
     config = tiny(tmp_path, class_cond=True, num_classes=3, distill__pool_dtype="float16")
-    more = [*OPTIONS, "teacher.timestep_respacing=10", "student.timestep_respacing=10"]
+    more = [*OPTIONS, *options, "teacher.timestep_respacing=10", "student.timestep_respacing=10"]
     script_here("scripts/dynamic_prepare.py", "--config", config, *more)
     kd = ["scripts/image_kd.py", "--config", config, *more, "student.save_interval=2"]
     script(*kd, "--exp_dir", tmp_path / "whole", ranks=2)
     log = (tmp_path / "whole/log.txt").read_text()
-    assert "stage 2 between t and T, loss weight v, hops of 4, on-policy 0.7" in log
+    assert f"stage 2 between t and T, loss weight v, hops of 4, {told}" in log
     before, after = (
         read_pool(tmp_path / "whole" / f"teacher-state-00000{n}.cache", 10, (3, SIZE, SIZE)) for n in (4, 6)
     )
@@ -165,6 +175,9 @@ def test_hops_weights_and_on_policy_resume_exactly_with_classes_16_bits_and_resp
         for run in ("whole", "again")
     ]
     assert all(th.equal(getattr(pools[0], key), getattr(pools[1], key)) for key in ("x", "levels", "y"))
+    kept = [vars(pool.answers) if pool.answers else {} for pool in pools]
+    assert kept[0].keys() == kept[1].keys() and bool(kept[0]) == (len(options) == 2)
+    assert all(th.equal(kept[0][key], kept[1][key]) for key in kept[0] if kept[0][key] is not None)
 
 
 def test_prob_walks_further_between_the_batches(config):

@@ -165,7 +165,7 @@ def test_digits_are_16x16(project, tmp_path):
     script_here("scripts/dynamic_prepare.py", "--config", config)
     flags = ["--config", config, "--exp_dir", tmp_path / "run", *scores(folder)]
     refused = script_here("scripts/image_kd.py", *flags, check=False)
-    assert "digits scores images of 16x16, not of 8x8" in one_line_error(refused)
+    assert "digits scores images of 16x16 or 32x32, not of 8x8" in one_line_error(refused)
 
 
 def test_a_judge_that_fails_costs_the_score_alone(project, tmp_path, monkeypatch):

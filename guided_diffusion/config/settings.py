@@ -350,6 +350,10 @@ class Distill:
     advance_stride: int = key(
         1, "timesteps by which a drawn entry advances, in the mean (1: each by one; N: by 1 to 2N-1)"
     )
+    teacher_interval: int = key(
+        1, "iterations per batch of the teacher's (1: each has its own; N: its last answers serve N times)"
+    )
+    replay_batches: int = key(16, "teacher_interval > 1: batches of the teacher's answers that are kept")
     on_policy: float = key(
         0.0, "probability that an entry goes on where the student leads, raised from 0 in the first third"
     )
@@ -364,7 +368,7 @@ class Distill:
             _require(getattr(self, name) >= 0, f"{where}{name} must not be negative")
         for name in ("temperature", "loss_weight_cap"):
             _require(getattr(self, name) > 0, f"{where}{name} must be positive, not {getattr(self, name)}")
-        for name in ("stride", "advance_stride"):
+        for name in ("stride", "advance_stride", "teacher_interval", "replay_batches"):
             _require(getattr(self, name) >= 1, f"{where}{name} must be at least 1, not {getattr(self, name)}")
         for name in ("stage1_fraction", "stage2_fraction"):
             share = getattr(self, name)

@@ -5,8 +5,8 @@ still has to go: T is pure noise, 0 is clean, and a sample at level l is x_t wit
 denoised. Steps are those of the (possibly respaced) process.
 """
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch as th
@@ -45,10 +45,20 @@ class DistillationBatch:
     def __len__(self) -> int:
         return len(self.t)
 
-    def __getitem__(self, samples: slice) -> "DistillationBatch":
+    def __getitem__(self, samples: slice | th.Tensor) -> "DistillationBatch":
         """Some of the samples."""
-        piece = {k: None if v is None else v[samples] for k, v in vars(self).items()}
-        return DistillationBatch(**piece)  # type: ignore[arg-type]
+        return self.each(lambda tensor: tensor[samples])
+
+    def each(self, change: Callable[[th.Tensor], th.Tensor]) -> "DistillationBatch":
+        """The same with all tensors changed alike."""
+        changed = {k: None if v is None else change(v) for k, v in vars(self).items()}
+        return DistillationBatch(**changed)  # type: ignore[arg-type]
+
+    @classmethod
+    def joined(cls, batches: Sequence["DistillationBatch"]) -> "DistillationBatch":
+        """Batches with the same fields as one."""
+        fields = {k: [vars(batch)[k] for batch in batches] for k in vars(batches[0])}
+        return cls(**{k: None if v[0] is None else th.cat(v) for k, v in fields.items()})  # type: ignore[arg-type]
 
     def split(self, size: int) -> Iterator["DistillationBatch"]:
         """Yield consecutive pieces of at most `size` samples."""
@@ -69,6 +79,7 @@ class DynamicBatch:
         num_timesteps: T.
         y: int64 [N] class labels, or None.
         device: where batches go; by default where the pool lies, which may be elsewhere.
+        answers: the teacher's last answers, kept to train on again; on the batches' device.
 
     Attributes:
         restarts: int64 [], how many entries were restarted from noise so far; who reads it may reset it.
@@ -84,6 +95,7 @@ class DynamicBatch:
         num_timesteps: int,
         y: th.Tensor | None = None,
         device: th.device | str | None = None,
+        answers: DistillationBatch | None = None,
     ):
         if x.ndim != 4 or levels.shape != x.shape[:1] or (y is not None and y.shape != levels.shape):
             raise UserError(
@@ -96,6 +108,7 @@ class DynamicBatch:
             )
         self.x, self.levels, self.num_timesteps, self.y = x, levels, num_timesteps, y
         self.device = th.device(x.device if device is None else device)
+        self.answers = None if answers is None else answers.each(lambda tensor: tensor.to(self.device))
         self.restarts = th.zeros((), dtype=th.int64, device=self.device)
 
     def __len__(self) -> int:
@@ -122,7 +135,7 @@ class DynamicBatch:
         """The same pool, moved to `storage` as `dtype`, with its batches on `device` (default: there too)."""
         y = None if self.y is None else self.y.to(storage)
         x = self.x.to(storage, dtype)
-        return DynamicBatch(x, self.levels.to(storage), self.num_timesteps, y, device)
+        return DynamicBatch(x, self.levels.to(storage), self.num_timesteps, y, device, self.answers)
 
     def draw(self, batch_size: int) -> th.Tensor:
         """Indices of a batch, int64 [B], at random without replacement."""
@@ -177,6 +190,18 @@ class DynamicBatch:
         shift = process.jump(batch.t, batch.s)[0] * (students - teachers)
         x_s, level, _ = self.take(batch.index)
         self.put(batch.index, x_s + chosen.reshape(-1, 1, 1, 1) * shift, level)
+
+    def remember(self, batch: DistillationBatch, capacity: int) -> None:
+        """Keep what the teacher answered; the oldest of more than `capacity` samples are forgotten."""
+        own = replace(batch, index=None, s=None)  # the entries go on
+        known = own if self.answers is None else DistillationBatch.joined([self.answers, own])
+        self.answers = known[-capacity:]
+
+    def recall(self, batch_size: int) -> DistillationBatch:
+        """Answers that are kept, at random without replacement."""
+        assert self.answers is not None
+        chosen = th.randperm(len(self.answers))[:batch_size]
+        return self.answers[chosen.to(self.device)]
 
     def take(self, index: th.Tensor) -> tuple[th.Tensor, th.Tensor, th.Tensor | None]:
         """Entries x float32 [B, C, H, W], levels [B] and labels [B] or None, on the batches' device."""

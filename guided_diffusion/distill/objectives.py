@@ -142,7 +142,7 @@ class Distillation(Objective):
     def stage1_loss(self, call: "_Call", out: Evaluation, batch: DistillationBatch) -> PassLoss:
         """Stage 1's losses of what the student made of it."""
         terms = self.distillation_terms(out.output, batch, x_in=call.x, x_t=call.x)
-        if self.follow is not None:
+        if self.follow is not None and batch.index is not None:
             self.follow(batch, self.prediction(out.output, batch.x_t, batch.t).detach())
         return self._weighted("stage1", 1.0, self.noise_encoder is not None, terms, out, batch.t)
 
@@ -262,6 +262,7 @@ class Distillation(Objective):
             "stage 2 between t and T": settings.stage2_weight > 0 and settings.stage2_time == "between",
             f"loss weight {settings.loss_weight}": settings.loss_weight != "eps",
             f"hops of {settings.advance_stride}": settings.advance_stride > 1,
+            f"the teacher every {settings.teacher_interval} iterations": settings.teacher_interval > 1,
             f"on-policy {settings.on_policy:g}": settings.on_policy > 0,
         }
         return ", ".join([name, *(option for option, used in options.items() if used)]) + ")"

@@ -1,7 +1,8 @@
 """The pool's file: safetensors under the ecosystem's name `.cache`, and the original's pickles read safely.
 
 `total_x_t_1` [N, C, H, W] and `total_t` int64 [N] keep the original's names; `total_y` int64 [N] carries
-class labels. The header records what the pool belongs to, so that a wrong one is refused.
+class labels, and `answers_NAME` [M, ...] what a run keeps of the teacher's answers, by the names of
+`DistillationBatch`. The header records what the pool belongs to, so that a wrong one is refused.
 """
 
 import hashlib
@@ -19,10 +20,14 @@ from ..errors import UserError
 from ..io.files import atomic_path
 from ..io.safe_pickle import load_arrays
 from ..io.safetensors_file import open_safetensors
-from .dynamic_batch import DynamicBatch
+from .dynamic_batch import DistillationBatch, DynamicBatch
 
 _SUFFIX_OF_PART = ".part"
-_ARRAYS = ("total_x_t_1", "total_t", "total_y")
+_ANSWERS = "answers_"
+_ARRAYS = (
+    *("total_x_t_1", "total_t", "total_y"),
+    *(f"{_ANSWERS}{name}" for name in DistillationBatch.__dataclass_fields__),
+)
 # What a pool says of itself only where it has it: one that does not say it has it not.
 _SAID_IF_SET = ("beta_start", "beta_end", "guidance_scale", "vae_sha256", "vae_scale", "vae_shift")
 
@@ -36,6 +41,10 @@ def write_pool(path: str | os.PathLike, pools: list[DynamicBatch], belongs_to: M
     labels = [pool.y for pool in pools if pool.y is not None]
     if labels:
         arrays["total_y"] = th.cat([y.cpu() for y in labels])
+    answers = [pool.answers for pool in pools if pool.answers is not None]
+    if answers:
+        kept = vars(DistillationBatch.joined(answers))
+        arrays |= {f"{_ANSWERS}{name}": value.cpu() for name, value in kept.items() if value is not None}
     header = {"pool": json.dumps(dict(belongs_to)), "sha256": arrays_sha256(arrays)}
     with atomic_path(path) as temporary:
         save_file(arrays, temporary, metadata=header)
@@ -101,9 +110,32 @@ def read_pool(
             levels[mine].clone(),
             num_timesteps,
             None if y is None else y[mine].clone(),
+            answers=_answers(arrays, num_timesteps, shape, rank, world_size),
         )
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
+
+
+def _answers(
+    arrays: Mapping[str, th.Tensor], num_timesteps: int, shape: tuple[int, ...], rank: int, world: int
+) -> DistillationBatch | None:
+    """A rank's contiguous share of the answers that were kept, or None.
+
+    Raises:
+        UserError: they do not belong together, or to this process and space.
+    """
+    found = {k.removeprefix(_ANSWERS): v for k, v in arrays.items() if k.startswith(_ANSWERS)}
+    if not found:
+        return None
+    missing = {"x_t", "t", "eps", "mean", "log_variance"} - set(found)
+    t = found.get("t", th.zeros(0))
+    fits = not missing and t.dtype == th.int64 and all(len(v) == len(t) for v in found.values())
+    images = [found[name] for name in ("x_t", "eps", "mean", "log_variance")] if fits else []
+    fits = fits and all(image.shape[1:] == shape and image.dtype == th.float32 for image in images)
+    if not fits or len(t) < world or int(t.min()) < 0 or int(t.max()) >= num_timesteps:
+        raise UserError("the teacher's answers in it do not belong to this run")
+    share = len(t) // world
+    return DistillationBatch(**found)[rank * share : (rank + 1) * share].each(th.clone)
 
 
 def read_pool_header(path: str | os.PathLike) -> dict[str, Any]:

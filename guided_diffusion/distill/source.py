@@ -47,12 +47,18 @@ class TeacherSource:
         self.probability = 0.0  # of following the student
 
     def next_batch(self, step: int) -> DistillationBatch:
-        """One teacher evaluation."""
+        """One teacher evaluation, or with `teacher_interval` > 1 mostly answers that it gave before."""
+        interval = self.settings.teacher_interval
+        if self.pool.answers is not None and step % interval:
+            return self.pool.recall(self.batch_size)
         self.probability = self.settings.on_policy * min(1.0, step / self.ramp if self.ramp else 1.0)
         stride = self.settings.advance_stride
-        return self.pool.next_batch(
+        batch = self.pool.next_batch(
             self.batch_size, self.teacher, self.prob, stride=stride, features=self.features
         )
+        if interval > 1:
+            self.pool.remember(batch, self.settings.replay_batches * self.batch_size)
+        return batch
 
     def follow(self, batch: DistillationBatch, eps: th.Tensor) -> None:
         """Let some entries go on where the student would have gone, with this iteration's probability."""
@@ -63,8 +69,11 @@ class TeacherSource:
         pool = self.pool
         x, levels = dist_util.all_gather(pool.x), dist_util.all_gather(pool.levels)
         y = None if pool.y is None else dist_util.all_gather(pool.y)
-        x, levels, y = to_cpu([x, levels, y])  # copies: training goes on while they are written
-        whole = DynamicBatch(x, levels, pool.num_timesteps, y)
+        answers = pool.answers if self.settings.teacher_interval > 1 else None
+        if answers is not None:
+            answers = answers.each(dist_util.all_gather).each(to_cpu)
+        x, levels, y = to_cpu([x, levels, y])  # copies, as those: training goes on while they are written
+        whole = DynamicBatch(x, levels, pool.num_timesteps, y, answers=answers)
         return lambda path: write_pool(path, [whole], {"T": pool.num_timesteps})
 
     def pool_record(self) -> dict[str, Any]:

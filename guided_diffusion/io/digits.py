@@ -11,18 +11,27 @@ import numpy as np
 from ..errors import UserError
 
 SIZE = 16
+SIZES = (SIZE, 2 * SIZE)
 CLASSES = 10
 
 
+def digits_file(size: int) -> str:
+    """The name of the file that holds all real digits at a size."""
+    return "digits.npz" if size == SIZE else f"digits-{size}.npz"
+
+
 @cache
-def load_digit_images() -> tuple[np.ndarray, np.ndarray]:
+def load_digit_images(size: int = SIZE) -> tuple[np.ndarray, np.ndarray]:
     """All real digits as the demo's networks see them.
 
-    The 8x8 values 0..16 are scaled to 0..255, rounded, enlarged to 16x16 with Pillow's bicubic
-    filter (integer arithmetic, so equal on every machine) and repeated over three channels.
+    The 8x8 values 0..16 are scaled to 0..255, rounded, enlarged with Pillow's bicubic filter (integer
+    arithmetic, so equal on every machine) and repeated over three channels.
+
+    Args:
+        size: of the images in pixels.
 
     Returns:
-        images uint8 [1797, 16, 16, 3] and labels int64 [1797] (0..9), both read-only.
+        images uint8 [1797, size, size, 3] and labels int64 [1797] (0..9), both read-only.
 
     Raises:
         UserError: scikit-learn is not installed.
@@ -36,7 +45,7 @@ def load_digit_images() -> tuple[np.ndarray, np.ndarray]:
     data = load_digits()
     small = np.rint(data.images * (255 / 16)).astype(np.uint8)
     gray = np.stack(
-        [np.asarray(Image.fromarray(image).resize((SIZE, SIZE), Image.Resampling.BICUBIC)) for image in small]
+        [np.asarray(Image.fromarray(image).resize((size, size), Image.Resampling.BICUBIC)) for image in small]
     )
     images = np.repeat(gray[..., None], 3, axis=-1)
     labels = data.target.astype(np.int64)

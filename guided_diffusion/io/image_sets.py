@@ -1,6 +1,6 @@
 """Images by the thousand, a block at a time: npz files checked before they are read, sets to be written."""
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -66,13 +66,13 @@ class ImageFile:
         return self.npz.stream("arr_0", size)
 
 
-def open_images(npz: NpzFile, *, at_least: int, size: tuple[int, int] | None = None) -> ImageFile:
+def open_images(npz: NpzFile, *, at_least: int, sizes: Collection[int] = ()) -> ImageFile:
     """Check that an archive holds enough images; its headers alone are read.
 
     Args:
         npz: the archive.
         at_least: the number of images below which a score is undefined.
-        size: (height, width) that the images must have; None for any.
+        sizes: heights and widths that the images, then square, may have; none for any.
 
     Raises:
         UserError: no `arr_0`, not uint8, not [N, H, W, 3], too few images or of another size.
@@ -87,8 +87,9 @@ def open_images(npz: NpzFile, *, at_least: int, size: tuple[int, int] | None = N
         raise UserError(f"{npz.path}: arr_0 is {dtype}{_range_hint(npz, dtype)}, images are uint8 0..255")
     if shape[0] < at_least:
         raise UserError(f"{npz.path}: holds {shape[0]} images, at least {at_least} are needed")
-    if size is not None and shape[1:3] != size:
-        raise UserError(f"{npz.path}: images of {shape[1]}x{shape[2]}, {size[0]}x{size[1]} are wanted here")
+    if sizes and (shape[1] != shape[2] or shape[1] not in sizes):
+        wanted = " or ".join(f"{size}x{size}" for size in sizes)
+        raise UserError(f"{npz.path}: images of {shape[1]}x{shape[2]}, {wanted} are wanted here")
     return ImageFile(npz, *shape[:3])
 
 

@@ -11,6 +11,7 @@ from typing import Any
 from ..config import command_line
 from ..config.settings import SECTIONS, Denoiser, DistillationExperiment, flat
 from ..errors import UserError
+from ..io.digits import digits_file
 from ..io.files import sha256_of
 from .study_file import Budget, Study, StudyRun
 
@@ -84,8 +85,10 @@ def teacher_path(study: Study, experiment: DistillationExperiment) -> Path:
 
 
 def reference_path(study: Study) -> Path:
-    """Where the real images lie; "digits" are written there by `datasets/digits.py`."""
-    name = "datasets/digits/digits.npz" if study.reference == "digits" else study.reference
+    """Where the real images lie; "digits", of the size of the networks, `datasets/digits.py` writes there."""
+    name = study.reference
+    if name == "digits":
+        name = f"datasets/digits/{digits_file(study.image_size)}"
     return command_line.output_path(name, study.path)
 
 

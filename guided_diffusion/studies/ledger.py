@@ -88,7 +88,7 @@ def ledger_of(experiment: DistillationExperiment, data: Data | None, images: int
     prepared = _prepared_rows(experiment, teacher_process)
     return Ledger(
         prepared * evaluation,
-        batch * taught / experiment.teacher.prob,
+        batch * taught / experiment.teacher.prob / experiment.distill.teacher_interval,
         batch * student,
         batch * (passes - student),
     )
@@ -102,7 +102,7 @@ def chains_seen(experiment: DistillationExperiment, iterations: int) -> float:
     total = build_process(experiment.teacher, "teacher.timestep_respacing").num_timesteps
     batch = experiment.student.training.batch_size
     size = pool_size(experiment.teacher.iter_choice, experiment.teacher.BATCH, total, batch)
-    draws = iterations * batch / experiment.teacher.prob
+    draws = iterations * batch / experiment.teacher.prob / experiment.distill.teacher_interval
     return size + draws * experiment.distill.advance_stride / total
 
 

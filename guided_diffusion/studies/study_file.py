@@ -125,6 +125,11 @@ class Study:
         """What a number of iterations must be a multiple of, so that each score point is a whole one."""
         return math.lcm(*(Fraction(at).limit_denominator(1000).denominator for at in self.score_at))
 
+    @property
+    def image_size(self) -> int:
+        """Of the networks' images, in pixels."""
+        return self.experiment(self.runs[self.baseline]).student.architecture.image_size
+
     def points(self, iterations: int) -> list[int]:
         """The iterations after which to score, ascending, for a multiple of `divisor`."""
         return [round(at * iterations) for at in self.score_at]
