@@ -53,13 +53,13 @@ def setup_dist() -> Launch:
     _state["store"] = store
     ranks_have_met()
     _state["device"] = _choose_device(local_rank)
-    own_gpu = th.cuda.is_available() and local_rank < th.cuda.device_count()
-    ranks = exchange(store, launch, "rank", (socket.gethostname(), own_gpu))
+    ranks = exchange(store, launch, "rank", (socket.gethostname(), _gpu()))
     # Ranks share the host's cores; without this each would start a thread on every one.
     ranks_here = sum(host == socket.gethostname() for host, _ in ranks)
     use_threads(max(1, (os.cpu_count() or 1) // ranks_here))
+    gpus = {gpu for _, gpu in ranks if gpu is not None}
     dist.init_process_group(
-        "nccl" if all(own for _, own in ranks) else "gloo",  # nccl refuses two ranks on one GPU
+        "nccl" if len(gpus) == len(ranks) else "gloo",  # nccl refuses two ranks on one GPU
         store=store,
         rank=launch.rank,
         world_size=launch.world_size,
@@ -76,6 +76,12 @@ def _choose_device(local_rank: int) -> th.device:
     device = th.device("cuda", local_rank % th.cuda.device_count())
     th.cuda.set_device(device)
     return device
+
+
+def _gpu() -> str | None:
+    """The name of this rank's GPU in the whole world, whatever number it has here; None without one."""
+    device = dev()
+    return str(th.cuda.get_device_properties(device).uuid) if device.type == "cuda" else None
 
 
 def use_threads(count: int) -> None:

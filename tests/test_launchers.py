@@ -283,17 +283,31 @@ def test_this_hosts_own_interfaces():
     assert rendezvous._address_towards("no such host") is None
 
 
-@pytest.mark.parametrize("gpus, backend", [(2, "nccl"), (1, "gloo"), (0, "gloo")])
-def test_each_rank_has_its_own_gpu_or_all_meet_without_nccl(started_by_nobody, monkeypatch, gpus, backend):
+@pytest.mark.parametrize(
+    "seen, others, backend",
+    [
+        (["GPU-a", "GPU-b"], "GPU-a", "nccl"),
+        (["GPU-b"], "GPU-a", "nccl"),  # as SLURM's --gpus-per-task shows them
+        (["GPU-a"], "GPU-a", "gloo"),
+        (["GPU-a"], None, "gloo"),
+        ([], None, "gloo"),
+    ],
+)
+def test_each_rank_has_its_own_gpu_or_all_meet_without_nccl(
+    started_by_nobody, monkeypatch, seen, others, backend
+):
     """Two ranks on a host, seen from the second: nccl refuses ranks that share a GPU."""
-    chosen = {}
+    chosen, gpus = {}, len(seen)
     cuda = types.SimpleNamespace(
-        is_available=lambda: gpus > 0, device_count=lambda: gpus, set_device=lambda device: None
+        is_available=lambda: gpus > 0,
+        device_count=lambda: gpus,
+        set_device=lambda device: None,
+        get_device_properties=lambda device: types.SimpleNamespace(uuid=seen[device.index]),
     )
     monkeypatch.setattr(dist_util.th, "cuda", cuda)
     monkeypatch.setattr(dist_util, "_state", {})
     monkeypatch.setattr(dist_util, "detect_launch", lambda: Launch("torchrun", 1, 2, 1))
-    first = json.dumps([socket.gethostname(), gpus > 0])
+    first = json.dumps([socket.gethostname(), others])
     monkeypatch.setattr(dist_util, "rendezvous", lambda launch: (Store(rank0=first), 1))
     monkeypatch.setattr(dist_util.dist, "init_process_group", lambda name, **_: chosen.update(name=name))
     monkeypatch.setattr(dist_util.atexit, "register", lambda function: None)
