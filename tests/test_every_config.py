@@ -27,7 +27,7 @@ ON_MIXED_DATA = [  # names that stand for the file without the ratio
     )
 ]
 BATCH = 4
-SMALL = [
+SMALL_ADM = [
     *("num_channels=32", "num_res_blocks=1", "channel_mult=1,2", "num_head_channels=32"),
     *("attention_resolutions=16", f"diffusion_steps={T}"),
 ]
@@ -40,6 +40,11 @@ def in_section(name, overrides):
     return [f"{name}.{override}" for override in overrides]
 
 
+def small(denoiser):
+    """The overrides that make a network and its process small."""
+    return SMALL_DIT if denoiser.architecture.architecture == "dit" else SMALL_ADM
+
+
 @pytest.fixture(scope="module")
 def vae(tmp_path_factory):
     """The overrides by which a configuration of latents has a small random VAE."""
@@ -50,11 +55,12 @@ def vae(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def teachers(tmp_path_factory):
-    """A random tiny teacher's file for a section of settings; the same for all of one image size."""
+    """A random tiny teacher's file for a section of settings; the same for all of one kind and size."""
     folder = tmp_path_factory.mktemp("teachers")
 
     def teacher(settings):
-        path = folder / f"{settings.architecture.image_size}-{settings.process.learn_sigma}.pt"
+        own = settings.architecture
+        path = folder / f"{own.architecture}-{own.image_size}-{settings.process.learn_sigma}.pt"
         if not path.exists():
             make_teacher(settings, path)
         return path
@@ -122,8 +128,9 @@ def test_one_iteration(path, teachers, vae, tmp_path):
 
 
 def distillation(path, teachers, space, folder):
-    small = SMALL_DIT if "-DiT" in path.stem else SMALL
-    overrides = in_section("teacher", SMALL) + in_section("student", small + TRAINING) + RUN + space
+    plain = load_experiment(path)
+    overrides = in_section("teacher", small(plain.teacher)) + RUN + space
+    overrides += in_section("student", small(plain.student) + TRAINING)
     experiment = load_experiment(path, overrides)
     settings = experiment.teacher
     weights = teachers(settings)
@@ -142,7 +149,7 @@ def distillation(path, teachers, space, folder):
 
 
 def baseline(path, space, folder):
-    experiment = load_experiment(path, SMALL + TRAINING + RUN + space)
+    experiment = load_experiment(path, small(load_experiment(path).student) + TRAINING + RUN + space)
     size = build_space(experiment.student).image_size
     images = np.random.default_rng(0).integers(0, 256, (2 * BATCH, size, size, 3), dtype=np.uint8)
     np.savez(folder / "images.npz", images)
