@@ -324,6 +324,19 @@ class TestReport:
         assert (tmp_path / "report/study-short-why.png").is_file()
         assert (tmp_path / "report/study-short-0.png").is_file()
 
+    def test_a_group_may_have_a_baseline_of_its_own(self, tmp_path):
+        more = {"group": "more", "overrides": ["student.lr=0.1"]}
+        runs = {"plain": None, "fast": {"overrides": ["student.lr=0.01"]}, "faster": more}
+        found = load_study(study(tmp_path, runs=runs, baselines={"more": "fast"}, seeds=2))
+        results = Results(tmp_path / "results.jsonl")
+        for cell in cells_of(found):
+            results.append(record_of(cell, {"plain": 4.0, "fast": 3.0, "faster": 2.5}[cell.run.name]))
+        write_report(found, results, tmp_path, tmp_path / "report.md", "studies.md")
+        first, second = (tmp_path / "report.md").read_text().split("### More")
+        assert "difference to plain" in first and "| fast | 3 | 3 / 3 | -1 " in first
+        assert "difference to fast" in second and "| faster | 2.5 | 2.5 / 2.5 | -0.5 " in second
+        assert "| fast | 3 | 3 / 3 | - |" in second and "| plain | 4" not in second
+
     def test_what_diverged_or_is_missing_is_said(self, tmp_path):
         found = load_study(study(tmp_path))
         results = Results(tmp_path / "results.jsonl")

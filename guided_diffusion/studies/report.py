@@ -78,10 +78,11 @@ def write_report(study: Study, results: Results, out: Path, path: Path, how: str
     parts.append(_HOW_TO_READ.replace("{how}", how) + "\n")
     for budget in study.budgets.values():
         of_budget = [row for row in rows if row.budget == budget]
-        baseline = next((row for row in of_budget if row.run.name == study.baseline), None)
+        by_name = {row.run.name: row for row in of_budget}
         parts.append(f"## {budget.name}: {budget.amount:,.10g} {budget.kind}\n")
         parts += _why(study, of_budget, pictures)
         for number, group in enumerate(dict.fromkeys(row.run.group for row in of_budget)):
+            baseline = by_name.get(study.baselines.get(group, study.baseline))
             members = [row for row in of_budget if row.run.group == group and row is not baseline]
             shown = [*([baseline] if baseline else []), *members]
             if group and not any(row.records for row in members):

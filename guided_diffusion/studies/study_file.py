@@ -105,6 +105,7 @@ class Study:
     runs: Mapping[str, StudyRun]
     budgets: Mapping[str, Budget]
     baseline: str
+    baselines: Mapping[str, str] = field(default_factory=dict)
     overrides: tuple[str, ...] = ()
     about: str = ""
     reference: str = "digits"
@@ -185,6 +186,14 @@ def _check(study: Study) -> None:
     """Refuse what cannot be right in several keys together."""
     if study.baseline not in study.runs:
         raise _unknown(study.path, "baseline", study.baseline, study.runs)
+    if not isinstance(study.baselines, dict):
+        raise UserError(f"{study.path}: baselines must hold groups and runs, not {study.baselines!r}")
+    groups = {run.group for run in study.runs.values()}
+    for group, name in study.baselines.items():
+        if group not in groups:
+            raise _unknown(study.path, "baselines", group, groups)
+        if str(name) not in study.runs:
+            raise _unknown(study.path, "baselines", name, study.runs)
     if study.keep not in ("little", "all"):
         raise UserError(f"{study.path}: keep must be little or all, not '{study.keep}'")
     for name, value in vars(study.metrics).items():
