@@ -180,6 +180,31 @@ def test_options_of_the_pool_resume_exactly_with_classes_16_bits_and_respacing(t
     assert all(th.equal(kept[0][key], kept[1][key]) for key in kept[0] if kept[0][key] is not None)
 
 
+def test_answers_kept_by_16_bit_networks_resume_exactly(tmp_path):
+    """Whose results lie channels last, where those from a file do not."""
+    config = tiny(tmp_path, teacher__use_fp16=True, student__use_fp16=True)
+    more = ["distill.teacher_interval=2", "run.precision=bf16", "student.save_interval=2"]
+    script_here("scripts/dynamic_prepare.py", "--config", config, *more)
+    whole, weights = distil(config, "whole", *more)
+    resumed = ["--resume_checkpoint", config.parent / "whole/model000004.pt", "--exp_dir", tmp_path / "again"]
+    script_here("scripts/image_kd.py", "--config", config, *more, *resumed)
+    again = th.load(tmp_path / "again/model000006.pt", weights_only=True)
+    assert all(th.equal(weights[name], again[name]) for name in weights)
+    kept, same = vars(whole.answers), vars(state_of(tmp_path / "again", 6).answers)
+    assert len(whole.answers) == 3 * B
+    assert all(th.equal(kept[name], same[name]) for name in kept if kept[name] is not None)
+
+
+def test_answers_that_do_not_suit_a_run_are_not_kept(config):
+    more = ["distill.teacher_interval=3", "run.iterations=2"]
+    distil(config, "small", *more)
+    resume = ["--resume_checkpoint", config.parent / "small/model000002.pt", "run.iterations=5"]
+    large = ["distill.teacher_interval=3", f"student.batch_size={2 * B}"]
+    run = config.parent / "large"
+    script_here("scripts/image_kd.py", "--config", config, "--exp_dir", run, *large, *resume)
+    assert len(state_of(run, 5).answers) == 4 * B  # of steps 2 and 3; the B before are too few for a batch
+
+
 def test_prob_walks_further_between_the_batches(config):
     before = pool_of(config.parent)
     total = {}

@@ -194,6 +194,7 @@ class DynamicBatch:
     def remember(self, batch: DistillationBatch, capacity: int) -> None:
         """Keep what the teacher answered; the oldest of more than `capacity` samples are forgotten."""
         own = replace(batch, index=None, s=None)  # the entries go on
+        own = own.each(th.Tensor.contiguous)  # as it comes back from a file
         known = own if self.answers is None else DistillationBatch.joined([self.answers, own])
         self.answers = known[-capacity:]
 

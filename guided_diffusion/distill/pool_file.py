@@ -127,7 +127,9 @@ def _answers(
     found = {k.removeprefix(_ANSWERS): v for k, v in arrays.items() if k.startswith(_ANSWERS)}
     if not found:
         return None
-    missing = {"x_t", "t", "eps", "mean", "log_variance"} - set(found)
+    missing = {"x_t", "t", "eps", "mean", "log_variance", *(["y"] if "total_y" in arrays else [])} - set(
+        found
+    )
     t = found.get("t", th.zeros(0))
     fits = not missing and t.dtype == th.int64 and all(len(v) == len(t) for v in found.values())
     images = [found[name] for name in ("x_t", "eps", "mean", "log_variance")] if fits else []

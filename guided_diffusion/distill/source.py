@@ -45,6 +45,9 @@ class TeacherSource:
         self.pool, self.teacher, self.settings = pool, teacher, settings
         self.batch_size, self.prob, self.ramp, self.features = batch_size, prob, ramp, features
         self.probability = 0.0  # of following the student
+        kept = pool.answers
+        if kept is not None and (len(kept) < batch_size or features != (kept.features is not None)):
+            pool.answers = None  # of a run with other settings
 
     def next_batch(self, step: int) -> DistillationBatch:
         """One teacher evaluation, or with `teacher_interval` > 1 mostly answers that it gave before."""
