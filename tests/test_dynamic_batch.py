@@ -1,5 +1,7 @@
 """Invariants of the pool."""
 
+from dataclasses import replace
+
 import pytest
 import torch as th
 from tiny import denoiser, network, randomise, teacher_of
@@ -239,6 +241,12 @@ def test_answers_that_are_kept_lie_in_the_pools_file(teacher, tmp_path):
         assert value is None or th.equal(value, getattr(back, name))
     with pytest.raises(UserError, match=r"pool\.cache: the teacher's answers in it do not belong"):
         read_pool(path, int(pool.answers.t.max()), (3, 8, 8), expected={})
+    kept = pool.answers
+    for wrong in ({"eps": kept.eps[:, :, :4]}, {"x_t": kept.x_t.double()}, {"t": kept.t[:3]}):
+        pool.answers = replace(kept, **wrong)
+        write_pool(path, [pool], {"T": total})
+        with pytest.raises(UserError, match=r"pool\.cache: the teacher's answers in it do not belong"):
+            read_pool(path, total, (3, 8, 8))
     pool.answers = None
     write_pool(path, [pool], {"T": total})
     assert read_pool(path, total, (3, 8, 8)).answers is None

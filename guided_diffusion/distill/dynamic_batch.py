@@ -28,7 +28,8 @@ class DistillationBatch:
         log_variance: the same.
         y: int64 [B] class labels, or None.
         features: the teacher's features, float32 [B, C', H', W'], or None where nobody asked for them.
-        index: int64 [B], the pool's entries that these were, or None for samples of no pool.
+        index: int64 [B], the pool's entries that these were, or None for samples of no pool and for
+            answers that are used again.
         s: int64 [B], the steps at which those are now (-1: clean), or None.
     """
 

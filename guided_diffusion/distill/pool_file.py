@@ -127,13 +127,12 @@ def _answers(
     found = {k.removeprefix(_ANSWERS): v for k, v in arrays.items() if k.startswith(_ANSWERS)}
     if not found:
         return None
-    missing = {"x_t", "t", "eps", "mean", "log_variance", *(["y"] if "total_y" in arrays else [])} - set(
-        found
-    )
+    images, numbers = ("x_t", "eps", "mean", "log_variance"), ("t", "y") if "total_y" in arrays else ("t",)
     t = found.get("t", th.zeros(0))
-    fits = not missing and t.dtype == th.int64 and all(len(v) == len(t) for v in found.values())
-    images = [found[name] for name in ("x_t", "eps", "mean", "log_variance")] if fits else []
-    fits = fits and all(image.shape[1:] == shape and image.dtype == th.float32 for image in images)
+    fits = {*images, *numbers} <= found.keys() and all(v.shape[:1] == t.shape for v in found.values())
+    fits = fits and all(found[name].dtype == th.int64 for name in numbers)
+    fits = fits and all(found[name].shape[1:] == shape for name in images)
+    fits = fits and all(found[name].dtype == th.float32 for name in images)
     if not fits or len(t) < world or int(t.min()) < 0 or int(t.max()) >= num_timesteps:
         raise UserError("the teacher's answers in it do not belong to this run")
     share = len(t) // world
