@@ -45,6 +45,13 @@ class TestIdentity:
         assert [*found] == [f"{run}/short/{seed}" for seed in range(3) for run in ("plain", "fast")]
         assert len(set(found.values())) == 6
 
+    def test_a_budget_may_have_fewer_seeds(self, tmp_path):
+        budgets = {"short": {"iterations": 4}, "long": {"iterations": 8, "seeds": 1}}
+        plain = {"budgets": ["short", "long"], "seeds": 3}
+        runs = {"plain": plain, "fast": {"budgets": ["long"], "seeds": [5]}}
+        found = [*ids(study(tmp_path, budgets=budgets, runs=runs))]
+        assert found == ["plain/short/0", "plain/long/0", "plain/short/1", "plain/short/2", "fast/long/5"]
+
     def test_names_and_places_are_no_part_of_it(self, tmp_path):
         before = ids(study(tmp_path))
         elsewhere = tmp_path / "elsewhere"
@@ -320,7 +327,7 @@ class TestReport:
         text = (tmp_path / "report.md").read_text()
         assert "| plain | 4 | 4 / 3 / 5 | - |" in text
         assert "| fast | 3 | 3 / 2.5 / 3.5 | -1 [-2.24, +0.242] (n = 3) | 0.250 | 0.250 |" in text
-        assert "| fast |  | `student.lr=0.01` | short | 0, 1, 2 |" in text and "a processor" in text
+        assert "| fast |  | `student.lr=0.01` | short: 0, 1, 2 |" in text and "a processor" in text
         assert (tmp_path / "report/study-short-why.png").is_file()
         assert (tmp_path / "report/study-short-0.png").is_file()
 

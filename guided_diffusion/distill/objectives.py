@@ -276,10 +276,11 @@ def loss_weight(process: GaussianDiffusion, settings: Distill) -> th.Tensor:
     `loss_weight_cap` (Hang et al., 2023). "eps": 1.
     """
     bars, cap = process.alphas_cumprod, settings.loss_weight_cap
-    if settings.loss_weight == "v":
-        weight = np.minimum(1 / bars, cap)
-    elif settings.loss_weight == "min_snr":
-        weight = np.minimum(1, cap * (1 - bars) / bars)
-    else:
-        weight = np.ones_like(bars)
+    with np.errstate(divide="ignore"):  # abar_t may be 0 where all is noise
+        if settings.loss_weight == "v":
+            weight = np.minimum(1 / bars, cap)
+        elif settings.loss_weight == "min_snr":
+            weight = np.minimum(1, cap * (1 - bars) / bars)
+        else:
+            weight = np.ones_like(bars)
     return th.from_numpy(weight / weight.mean()).float()

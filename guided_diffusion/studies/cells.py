@@ -65,7 +65,9 @@ def cells_of(study: Study) -> Iterator[Cell]:
         digests[name] = _digest(_identity(study, run, sha256))
     for seed in sorted({seed for run in study.runs.values() for seed in run.seeds}):
         for run in study.runs.values():
-            for name in run.budgets if seed in run.seeds else ():
+            for name in run.budgets:
+                if seed not in study.seeds(run, name):
+                    continue
                 budget = study.budgets[name]
                 own = {"run": digests[run.name], "budget": [budget.kind, float(budget.amount)], "seed": seed}
                 yield Cell(run, budget, seed, digests[run.name], _digest(own))

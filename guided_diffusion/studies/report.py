@@ -201,14 +201,13 @@ def _description(study: Study, rows: list[Row]) -> str:
         own = [f"`{key}={value}`" for key, value in _last(run.overrides).items() if common.get(key) != value]
         if run.data is not None:
             own.append(f"trained on images, {run.data.real:.0%} of them real, the others by the teacher")
-        lines.append(
-            [run.name, run.about, ", ".join(own), ", ".join(run.budgets), ", ".join(map(str, run.seeds))]
-        )
+        seeds = [f"{name}: {', '.join(map(str, study.seeds(run, name)))}" for name in run.budgets]
+        lines.append([run.name, run.about, ", ".join(own), "; ".join(seeds)])
     parts = ["## What was run\n", f"Configuration: `{_short(study.config)}`; for all runs "]
     parts[-1] += (
         ", ".join(f"`{key}={value}`" for key, value in common.items()) + ".\n" if common else "as it is.\n"
     )
-    parts.append(_table(["run", "what it is", "differs by", "budgets", "seeds"], lines))
+    parts.append(_table(["run", "what it is", "differs by", "seeds by budget"], lines))
     metrics = study.metrics
     parts.append(
         f"Scores: {metrics.sets} set(s) of {metrics.samples:,} samples in {metrics.respacing} steps, with "
@@ -216,7 +215,7 @@ def _description(study: Study, rows: list[Row]) -> str:
         f"own, of {metrics.respacing} steps too. Reference: {study.reference}; features: {study.backend}.\n"
     )
     records = [record for row in rows for record in row.records.values()]
-    missing = sum(seed not in row.records for row in rows for seed in row.run.seeds)
+    missing = sum(seed not in row.records for row in rows for seed in study.seeds(row.run, row.budget.name))
     machines = {
         f"{m['gpu'] or m['cpu']}, {m['cores']} cores, {m['threads']} thread(s) a run, {m['jobs']} run(s) "
         f"at a time, torch {m['torch']}"

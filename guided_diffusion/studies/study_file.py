@@ -28,11 +28,13 @@ class Budget:
         name: in tables.
         kind: "iterations"; or "flops" or "seconds" of preparation and training together.
         amount: how many.
+        seeds: the most of a run's seeds, its first ones, that get it.
     """
 
     name: str
     kind: str
     amount: float
+    seeds: int = MOST_SEEDS
 
 
 @dataclass(frozen=True)
@@ -130,6 +132,10 @@ class Study:
     def image_size(self) -> int:
         """Of the networks' images, in pixels."""
         return self.experiment(self.runs[self.baseline]).student.architecture.image_size
+
+    def seeds(self, run: StudyRun, budget: str) -> tuple[int, ...]:
+        """Those that a run has with a budget, by its name."""
+        return run.seeds[: self.budgets[budget].seeds] if budget in run.budgets else ()
 
     def points(self, iterations: int) -> list[int]:
         """The iterations after which to score, ascending, for a multiple of `divisor`."""
@@ -242,11 +248,14 @@ def _seeds(value: Any, path: Path, where: str) -> tuple[int, ...]:
 
 
 def _budget(name: str, value: Any, path: Path) -> Budget:
+    where = f"budgets.{name}"
     if isinstance(value, dict):
-        _require_known(value, set(BUDGET_KINDS), path, f"budgets.{name}.")
-    if not isinstance(value, dict) or len(value) != 1:
-        raise UserError(f"{path}: budgets.{name} must be one of {', '.join(f'{k}: N' for k in BUDGET_KINDS)}")
-    kind, amount = next(iter(value.items()))
+        _require_known(value, {*BUDGET_KINDS, "seeds"}, path, f"{where}.")
+    kinds = [kind for kind in BUDGET_KINDS if isinstance(value, dict) and kind in value]
+    if len(kinds) != 1:
+        raise UserError(f"{path}: {where} must be one of {', '.join(f'{k}: N' for k in BUDGET_KINDS)}")
+    (kind,) = kinds
+    amount = value[kind]
     whole = kind != "iterations" or isinstance(amount, int)
     if (
         not isinstance(amount, int | float)
@@ -254,8 +263,11 @@ def _budget(name: str, value: Any, path: Path) -> Budget:
         or not whole
         or not 0 < amount < math.inf
     ):
-        raise UserError(f"{path}: budgets.{name}.{kind} must be a positive number, not {amount!r}")
-    return Budget(name, kind, amount)
+        raise UserError(f"{path}: {where}.{kind} must be a positive number, not {amount!r}")
+    seeds = value.get("seeds", MOST_SEEDS)
+    if type(seeds) is not int or not 0 < seeds <= MOST_SEEDS:
+        raise UserError(f"{path}: {where}.seeds must be a number, 1 to {MOST_SEEDS}, not {seeds!r}")
+    return Budget(name, kind, amount, seeds)
 
 
 def _score_at(value: Any, path: Path) -> tuple[float, ...]:
