@@ -15,6 +15,6 @@ setup(
         "guided_diffusion.reports": ["page.*"],
         "evaluations": ["py.typed"],
         "tccd.yaml": ["**/*.yaml"],
-        "tccd.model": ["digits_*.pt", "README.md"],
+        "tccd.model": ["digits*.pt", "README.md"],
     },
 )

@@ -65,7 +65,7 @@ def trained_as(settings):
 @pytest.mark.parametrize("path", ARCHITECTURES, ids=lambda p: p.stem)
 def test_shapes_tell_every_ready_architecture(path):
     """Of the process that goes with it, without the weights being made."""
-    data = {"-LDM": "celebahq_256", "CelebA": "celeba_64", "digits": "digits_16"}
+    data = {"-LDM": "celebahq_256", "CelebA": "celeba_64", "digits-": "digits_16", "digits32": "digits_32"}
     folder = next((name for part, name in data.items() if part in path.stem), "cifar10_32")
     process = (ROOT / f"yaml/{folder}/diffusion.yaml").read_text()
     keys = yaml.safe_load(path.read_text()) | yaml.safe_load(process)

@@ -38,6 +38,18 @@ _AT_32 = _COMMON | {
     "attention_resolutions": "16,8",
     "channel_mult": "1,2,2,2",
 }
+_DIGITS_32 = _COMMON | {
+    "image_size": 32,
+    "num_channels": 16,
+    "num_res_blocks": 1,
+    "num_head_channels": 16,
+    "attention_resolutions": "8,4",
+    "channel_mult": "1,2,3,4",
+    "use_scale_shift_norm": False,
+    "resblock_updown": False,
+    "use_new_attention_order": False,
+    "noise_schedule": "linear",
+}
 _AT_64 = _COMMON | {
     "image_size": 64,
     "num_channels": 192,
@@ -140,6 +152,12 @@ KNOWN_MODELS = (
         "digits_teacher.pt",
         "the copy in this repository",
     ),
+    KnownModel(
+        "the second study's digits teacher, 32x32",
+        _DIGITS_32,
+        "digits32_teacher.pt",
+        "the copy in this repository",
+    ),
     *(
         KnownModel(f"a CIFAR-10 or ImageNet 32x32 student, {size}M", _AT_32 | widths)
         for size, widths in {
@@ -156,6 +174,9 @@ KNOWN_MODELS = (
     ),
     KnownModel("an LDM-4 student, 89M", _LATENTS | {"num_channels": 128}),
     KnownModel("a student of the digits, 0.36M", _AT_16 | {"num_channels": 16}),
+    KnownModel(
+        "a student of the digits at 32x32, 0.24M", _DIGITS_32 | {"num_channels": 8, "num_head_channels": 8}
+    ),
 )
 
 
