@@ -115,7 +115,10 @@ def test_the_wheel_holds_what_the_commands_need_and_nothing_else(installed):
     models = [f"tccd/model/digits{name}.pt" for name in ("_teacher", "32_teacher", "_classifier")]
     expected = {p.relative_to(ROOT).as_posix() for p in library}
     expected |= {f"tccd/{p.relative_to(ROOT).as_posix()}" for p in shipped}
-    assert names - {"guided_diffusion/py.typed", "evaluations/py.typed"} == expected | {*models, "tccd/model/README.md"}
+    assert names - {"guided_diffusion/py.typed", "evaluations/py.typed"} == expected | {
+        *models,
+        "tccd/model/README.md",
+    }
 
 
 def test_what_the_wheel_says_of_itself(metadata):
