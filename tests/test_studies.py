@@ -2,6 +2,7 @@
 
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -272,6 +273,23 @@ class TestCell:
 
         with pytest.raises(CommandFailed, match="no space left"):
             cell_run(do).run()
+
+    def test_what_a_trained_run_was_trained_on_is_not_made_again(self, cell_run, tmp_path):
+        scripts = []
+
+        def do(script, *_):
+            scripts.append(script)
+            if "sample" in script:
+                raise CommandFailed("stopped")
+
+        for _ in range(2):
+            with pytest.raises(CommandFailed, match="stopped"):
+                cell_run(do).run()
+            shutil.rmtree(tmp_path / "out/pools", ignore_errors=True)
+        prepare, distil, sample = (
+            f"scripts/{name}.py" for name in ("dynamic_prepare", "image_kd", "image_sample")
+        )
+        assert scripts == [prepare, distil, sample, sample]
 
     def test_a_budget_of_operations_pays_for_the_preparation_first(self, cell_run):
         unit = cell_run()

@@ -94,7 +94,7 @@ class CellRun:
             record |= {"iterations": 0, "flops": Ledger(0.0, 0.0, 0.0, 0.0).of(0)}
             record["scores"].append(self._scores(0, self.teacher))
         else:
-            prepared = self._data() if self.cell.run.data else self._pool()
+            prepared = self._prepared()
             with self.shared.computing:
                 ledger = ledger_of(self.experiment, self.cell.run.data, self._images())
             iterations, seconds = self._iterations(ledger, prepared), prepared.seconds
@@ -119,6 +119,12 @@ class CellRun:
         self.shared.commands.run(self.folder / "commands.log", script, *arguments)
 
     # What a run trains on
+
+    def _prepared(self) -> Prepared:
+        """It, and nothing for a run that is trained already."""
+        if "trained" in self.steps.done:
+            return Prepared(Path(), self.steps.done["trained"])
+        return self._data() if self.cell.run.data else self._pool()
 
     def _pool(self) -> Prepared:
         """The pool of this seed and configuration, prepared once for all cells that share it."""
@@ -230,7 +236,7 @@ class CellRun:
         config = self._config(self.folder / f"{self.cell.run.name}.yaml", data.path, iterations)
         with self.steps.timed("train"):
             self._run_training(config, data, self.folder / "run")
-        self.steps.add("trained")
+        self.steps.add("trained", data.seconds)
 
     def _run_training(self, config: Path, data: Prepared, folder: Path) -> None:
         """The command that trains."""
