@@ -24,7 +24,7 @@ from .checkpoint import (
 
 
 class CheckpointWriter:
-    """Writes checkpoints one after the other in a thread of its own.
+    """Writes checkpoints one after the other, each in a thread of its own.
 
     A save that fails (a full disk) is told, leaves nothing behind, and is tried again with the next
     checkpoint; the older checkpoints are not touched before a newer one is complete.
@@ -51,7 +51,6 @@ class CheckpointWriter:
         self.directory, self.report = directory, report
         self.retention, self.publish = retention or Retention(), publish
         self.description, self.weights_format = description, weights_format
-        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
         self._pending: Future[str] | None = None
         self._failure = ""
 
@@ -59,12 +58,21 @@ class CheckpointWriter:
         """Save a checkpoint soon; waits for the one before. `contents` are copied at once."""
         self.wait()
         held = {name: content if callable(content) else to_cpu(content) for name, content in contents.items()}
-        self._pending = self._thread.submit(self._save, step, held)
+        self._start(self._save, step, held)
 
     def add_score(self, step: int, score: Mapping[str, Any]) -> None:
         """Add what the network scored to the checkpoint that was submitted last; see `best.add_score`."""
         self.wait()
-        self._pending = self._thread.submit(self._add_score, step, dict(score), self._failure)
+        self._start(self._add_score, step, dict(score), self._failure)
+
+    def _start(self, work: Callable[..., str], *arguments: Any) -> None:
+        """Do it in a thread that ends with it: its OpenMP threads, which torch starts for every thread that
+        computes, would make more than there are cores, and then GNU OpenMP lets all of them fall asleep at
+        once where they wait: training went on at half its speed.
+        """
+        thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
+        self._pending = thread.submit(work, *arguments)
+        thread.shutdown(wait=False)
 
     def wait(self) -> None:
         """Wait for the save under way, if any."""
@@ -73,13 +81,12 @@ class CheckpointWriter:
             self._pending = None
 
     def close(self) -> None:
-        """Wait, and end the thread.
+        """Wait.
 
         Raises:
             UserError: the last checkpoint could not be saved.
         """
         self.wait()
-        self._thread.shutdown()
         if self._failure:
             raise UserError(f"the last checkpoint could not be saved: {self._failure}")
 
