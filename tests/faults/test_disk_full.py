@@ -3,6 +3,7 @@
 import errno
 import os
 import subprocess
+import time
 from pathlib import Path
 
 import pytest
@@ -87,6 +88,23 @@ def test_a_writer_that_never_could_save_says_so(tmp_path, monkeypatch):
     with pytest.raises(UserError, match=r"unexpected pos 576 vs 534; .* MB are free"):
         writer.close()
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_save_leaves_no_thread_behind(tmp_path):
+    """One that stays keeps OpenMP threads of its own, which slow every other thread's."""
+
+    def threads():
+        return set(os.listdir("/proc/self/task"))
+
+    writer = CheckpointWriter(tmp_path, lambda line: None)
+    before = threads()
+    writer.submit(1, {"model": {"w": th.ones(1 << 20)}})
+    writer.wait()
+    until = time.monotonic() + 20
+    while threads() - before and time.monotonic() < until:
+        time.sleep(0.01)
+    assert threads() <= before
+    writer.close()
 
 
 @pytest.mark.parametrize("last, every, kept", [(0, 0, [1, 2, 3, 4, 5, 6]), (2, 0, [5, 6]), (2, 3, [3, 5, 6])])
