@@ -114,10 +114,11 @@ class Shipped:
         workload, run = self._workload, self._folder / "run"
         shutil.rmtree(run, ignore_errors=True)
         iterations = workload.stretch * self._stretches
+        saves = workload.stretch * max(2, self._stretches // 3)  # most stretches come after one
         return self._rate(
             {r"step (\d+)/": workload.batch_size}, "image_kd.py", *self._teacher, "--exp_dir", run,
             f"run.iterations={iterations}", f"student.log_interval={workload.stretch}",
-            f"student.save_interval={iterations}", "run.sample_interval=-1",
+            f"student.save_interval={saves}", "run.sample_interval=-1",
         )  # fmt: skip
 
     def sample(self) -> Rate:

@@ -60,7 +60,8 @@ def teachers(tmp_path_factory):
 
     def teacher(settings):
         own = settings.architecture
-        path = folder / f"{own.architecture}-{own.image_size}-{settings.process.learn_sigma}.pt"
+        added = getattr(own, "use_scale_shift_norm", None)
+        path = folder / f"{own.architecture}-{own.image_size}-{added}-{settings.process.learn_sigma}.pt"
         if not path.exists():
             make_teacher(settings, path)
         return path

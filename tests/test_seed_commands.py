@@ -193,7 +193,9 @@ def test_the_page_names_tests_and_configurations_that_exist():
     for file, name in named:
         assert re.search(rf"^def {name}\(", (ROOT / "tests" / file).read_text(), re.MULTILINE), (file, name)
     configurations = set()
-    for name in re.findall(r"`((?:CIFAR10|CelebA64|CelebAHQ256|FFHQ256|ImageNet32|digits)-[^`]+)`", page):
+    for name in re.findall(
+        r"`((?:CIFAR10|CelebA64|CelebAHQ256|FFHQ256|ImageNet32|digits|digits32)-[^`]+)`", page
+    ):
         before, some, after = re.fullmatch(r"([^{]*)(?:\{(.*)\})?(.*)", name).groups()
         configurations |= {f"{before}{one}{after}" for one in (some or "").split(",")}
     assert configurations == {path.stem for path in ROOT.glob("yaml/*/exp/*.yaml")}
