@@ -171,7 +171,6 @@ def random_images(path: Path, n: int, size: int, seed: int) -> Path:
 
 def graph(route: str, n: int, size: int) -> tuple[Seconds, dict]:
     """Write a network of Inception's size, with random weights, to the path `route`."""
-    sys.path.insert(0, str(ROOT / "tests"))
     from inception_graphs import inception_shapes, random_inception_state, write_graph
 
     clocks, path = Clocks(), Path(route)

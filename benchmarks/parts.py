@@ -119,25 +119,28 @@ def make_plain(loop: TrainLoop) -> None:
         ema.update = lambda *_, ema=ema: update(ema)  # type: ignore[method-assign, misc]
 
 
-def seconds_of(function: Callable[[], object]) -> float:
-    """Seconds of one call, the device's work included."""
+def seconds_of(function: Callable[[], object], calls: int = 1) -> float:
+    """Seconds of one call, the mean of so many in a row, the device's work included."""
     if dist_util.dev().type == "cuda":
         start, end = (th.cuda.Event(enable_timing=True) for _ in range(2))
         start.record()
-        function()
+        for _ in range(calls):
+            function()
         end.record()
         end.synchronize()
-        return start.elapsed_time(end) / 1e3
+        return start.elapsed_time(end) / 1e3 / calls
     started = time.perf_counter()
-    function()
-    return time.perf_counter() - started
-
-
-def flops_of(function: Callable[[], object]) -> float:
-    """Floating-point operations of one call's matrix products, convolutions and attentions."""
-    with FlopCounterMode(display=False) as counter:
+    for _ in range(calls):
         function()
-    return counter.get_total_flops()
+    return (time.perf_counter() - started) / calls
+
+
+def flops_of(function: Callable[[], object], calls: int = 1) -> float:
+    """Operations of one call's matrix products, convolutions and attentions, the mean of so many in a row."""
+    with FlopCounterMode(display=False) as counter:
+        for _ in range(calls):
+            function()
+    return counter.get_total_flops() / calls
 
 
 def machine_of(dtypes: set[th.dtype]) -> dict[str, tuple[Callable[[], object], float]]:
@@ -201,15 +204,20 @@ def measure(experiment: DistillationExperiment, batch_size: int, repeats: int, d
         with mode():
             sides[name] = parts_of(loop), mode
     machine = machine_of({th.float32, dtype})
+
+    def calls(part: str) -> int:
+        """Iterations with a batch of the teacher's and those without one count as they come."""
+        return experiment.distill.teacher_interval if part == ITERATION else 1
+
     with sdpa_kernel(SDPBackend.MATH):
-        flops = {part: flops_of(call) for part, call in sides["plain"][0].items()}
+        flops = {part: flops_of(call, calls(part)) for part, call in sides["plain"][0].items()}
     times: Times = {}
     rates: dict[str, list[float]] = {}
     for repetition in range(repeats + 1):
         for part in flops:
             for side, (parts, mode) in sides.items():
                 with mode():
-                    seconds = seconds_of(parts[part])
+                    seconds = seconds_of(parts[part], calls(part))
                 if repetition:  # the first warms up
                     times.setdefault((side, part), []).append(seconds)
         for name, (call, work) in machine.items():

@@ -8,8 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from golden_data import GOLDEN, manifest
-from inception_graphs import unpack_golden_graph
+from golden_data import GOLDEN, manifest, unpack_golden_graph
 from scipy import special
 
 from evaluations import inception_tensorflow

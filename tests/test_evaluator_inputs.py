@@ -14,12 +14,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch as th
-from golden_data import GOLDEN
+from golden_data import GOLDEN, unpack_golden_graph
 from inception_graphs import (
     import_torch_fidelity,
     inception_shapes,
     random_inception_state,
-    unpack_golden_graph,
     write_graph,
 )
 

@@ -7,8 +7,7 @@ import sys
 import numpy as np
 import tiny
 import yaml
-from golden_data import GOLDEN
-from inception_graphs import unpack_golden_graph
+from golden_data import GOLDEN, unpack_golden_graph
 from test_data_tools import call, cifar_npz, download, fake_torchvision, rows_of, write_archive
 from tiny import ROOT
 

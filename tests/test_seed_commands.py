@@ -11,8 +11,8 @@ import re
 import numpy as np
 import pytest
 import torch as th
+from golden_data import unpack_golden_graph
 from in_process import script_here
-from inception_graphs import unpack_golden_graph
 from PIL import Image
 from tiny import ROOT, T, make_teacher, script
 

@@ -1,22 +1,10 @@
-"""Inception graphs for tests and benchmarks: the golden one, and one made from torch-fidelity's weights."""
+"""A TensorFlow graph of Inception, made from weights under torch-fidelity's names; tests use it too."""
 
-import lzma
 from unittest import mock
 
 import numpy as np
-from golden_data import GOLDEN
 
 _declared = []  # a declaration lasts as long as its object
-
-
-def unpack_golden_graph(path):
-    """Write the synthetic graph of golden group g6, with softmax weights rounded to 16 bits.
-
-    The rest is byte for byte the stored graph of the golden run; rounding the softmax weights (8 of
-    its 9 MB) moves the Inception Score by 4e-6 relative and nothing else.
-    """
-    path.write_bytes(lzma.decompress((GOLDEN / "g6_inception_half.pb.xz").read_bytes()))
-    return path
 
 
 def import_torch_fidelity():
