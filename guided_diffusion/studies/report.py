@@ -278,8 +278,8 @@ def _plot(path: Path, rows: list[Row]) -> None:
             }
             axes.plot(np.mean(x, axis=0), np.mean(y, axis=0), marker="o", ms=4, label=row.run.name, **look)
             axes.plot(np.ravel(x), np.ravel(y), ".", color=look["color"], alpha=0.35, ms=4)
-        axes.set_xlabel(label)
-        axes.set_yscale("log")
+        axes.set(xlabel=label, yscale="log")
+        axes.set_xlim(left=0)
         axes.grid(alpha=0.25, which="both")
     primary = next(_primary(record) for row in rows for record in row.done.values())
     figure.axes[0].set_ylabel(_NAMES[primary])
