@@ -12,9 +12,10 @@ from torch import nn
 
 from .config.adm_diffusers import group_count, unet2d_config
 from .config.settings import AdmArchitecture
-from .networks.adm_weights import adm_state, attention_blocks, diffusers_state
+from .networks.adm_weights import adm_state, attention_blocks, attention_heads, diffusers_state
 from .networks.base import DenoisingNetwork, Evaluation, ForDiffusers
 from .networks.blocks import AttentionBlock, Downsample, ResBlock, TimestepSequential, Upsample
+from .networks.weight_selection import UNet2DWeights
 from .nn import GroupNorm32, timestep_embedding, zero_module
 
 _CHANNEL_MULT = {
@@ -259,6 +260,11 @@ class UNetModel(DenoisingNetwork):
     def from_diffusers(self, state: Mapping[str, th.Tensor]) -> dict[str, th.Tensor]:
         """A UNet2DModel's weights under ADM's names."""
         return adm_state(self, state, self.num_res_blocks)
+
+    def unet2d_weights(self) -> UNet2DWeights:
+        """Its weights under the names of a UNet2DModel."""
+        state = diffusers_state(self, self.num_res_blocks)
+        return UNet2DWeights(state, attention_heads(self, self.num_res_blocks))
 
     def for_diffusers(self) -> ForDiffusers:
         """As a UNet2DModel."""

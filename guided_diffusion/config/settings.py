@@ -357,6 +357,9 @@ class Distill:
     on_policy: float = key(
         0.0, "probability that an entry goes on where the student leads, raised from 0 in the first third"
     )
+    initial_weights: str = key(
+        "random", "the student's where student.model_path gives none: random, or teacher (selected of its)"
+    )
     stride: int = key(1, "timesteps per teacher jump while preparing the pool (1: every step)")
     pool_seed: int = key(-1, "seed of the pool (-1: run.seed); each has a file of its own beside tempfile")
     pool_dtype: str = key("float32", "how the pool is kept, in memory and in its file: float32 or float16")
@@ -375,6 +378,7 @@ class Distill:
             _require(0 < share <= 1, f"{where}{name} must be in (0, 1], not {share}")
         _require(0 <= self.on_policy <= 1, f"{where}on_policy must be in [0, 1], not {self.on_policy}")
         _require_one_of(self.loss_weight, ("eps", "v", "min_snr"), f"{where}loss_weight")
+        _require_one_of(self.initial_weights, ("random", "teacher"), f"{where}initial_weights")
         _require_one_of(self.stage2_time, ("same", "between"), f"{where}stage2_time")
         _require(self.pool_seed >= -1, f"{where}pool_seed must be -1 or more, not {self.pool_seed}")
         _require_one_of(self.pool_dtype, ("float32", "float16"), f"{where}pool_dtype")

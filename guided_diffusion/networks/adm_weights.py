@@ -86,6 +86,16 @@ def attention_blocks(network: nn.Module) -> dict[str, AttentionBlock]:
     return {name: module for name, module in network.named_modules() if isinstance(module, AttentionBlock)}
 
 
+def attention_heads(network: nn.Module, num_res_blocks: int) -> dict[str, int]:
+    """How many heads each attention has, by its name in a UNet2DModel."""
+    attentions, suffix = attention_blocks(network), ".qkv.weight"
+    return {
+        their_name.removesuffix(suffix): attentions[prefix].num_heads
+        for name, prefix, their_name in _names(network.state_dict(), num_res_blocks)
+        if name.endswith(suffix)
+    }
+
+
 def _unpacked(value: th.Tensor, block: AttentionBlock) -> th.Tensor:
     """[3C, ...] -> (q, k, v), [3, C, ...]; a weight's trailing 1 goes."""
     value = value.squeeze(-1) if value.ndim == 3 else value

@@ -10,6 +10,7 @@ from torch import nn
 
 from ..config.settings import Architecture
 from ..errors import UserError
+from .weight_selection import UNet2DWeights
 
 
 @dataclass(frozen=True)
@@ -153,6 +154,14 @@ class DenoisingNetwork(nn.Module, ABC):
             ValueError: there is none, and why.
         """
         raise ValueError(f"{type(self).__name__} says no model of diffusers' that it is")
+
+    def unet2d_weights(self) -> UNet2DWeights:
+        """Its weights as those of a U-Net of ADM's kind, from which a smaller one's can be selected.
+
+        Raises:
+            ValueError: it is none.
+        """
+        raise ValueError(f"{type(self).__name__} is no U-Net of ADM's or diffusers' kind")
 
     def compile_blocks(self, backend: str = "inductor") -> None:
         """Have torch.compile fuse what lies between the heavy operations of each block, at its first call.

@@ -9,6 +9,7 @@ from torch import nn
 from ..config.architectures import UNet2DArchitecture
 from .base import DenoisingNetwork, Evaluation, ForDiffusers
 from .diffusers_models import Attention, ResnetBlock2D, UNet2DModel, adopt, cast_weights, hooked
+from .weight_selection import UNet2DWeights
 
 
 class DiffusersUNet2D(DenoisingNetwork):
@@ -89,6 +90,11 @@ class DiffusersUNet2D(DenoisingNetwork):
             model = self.model
             parts = (model.down_blocks, model.mid_block, model.up_blocks, model.conv_out)
             cast_weights([part for part in parts if part is not None], dtype)
+
+    def unet2d_weights(self) -> UNet2DWeights:
+        """As they are."""
+        attentions = [(name, part) for name, part in self.named_modules() if isinstance(part, Attention)]
+        return UNet2DWeights(self.state_dict(), {name: part.heads for name, part in attentions})
 
     def for_diffusers(self) -> ForDiffusers:
         """As it is."""

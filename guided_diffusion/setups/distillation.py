@@ -17,8 +17,11 @@ from ..distill.teacher import Teacher
 from ..errors import UserError
 from ..io.model_folder import weights_sha256
 from ..logger import RunLog
+from ..networks.base import DenoisingNetwork
 from ..networks.guidance import guided
 from ..networks.precision import place
+from ..networks.weight_selection import selected
+from ..respace import SpacedDiffusion
 from ..runs.checkpoint import Checkpoint, load_network, require_agreement
 from ..script_util import build_network, build_space
 from ..train_util import TrainLoop, reseed
@@ -32,12 +35,39 @@ def load_teacher(experiment: DistillationExperiment, weights: Path) -> Teacher:
     Its noise encoder, if any, is left.
     """
     settings = experiment.teacher
-    network, process = build_network(settings, "teacher.")
-    require_agreement(settings, weights, "teacher.")
-    load_network(network, weights)
+    network, process = _loaded(experiment, weights)
     network.eval().requires_grad_(False)
     place(network, settings.architecture.use_fp16, experiment.run, frozen=True)
     return Teacher(guided(network, settings.guidance_scale), process, build_space(settings))
+
+
+def _loaded(experiment: DistillationExperiment, weights: Path) -> tuple[DenoisingNetwork, SpacedDiffusion]:
+    """The teacher's network as it was saved, and its process."""
+    network, process = build_network(experiment.teacher, "teacher.")
+    require_agreement(experiment.teacher, weights, "teacher.")
+    load_network(network, weights)
+    return network, process
+
+
+def select_weights(network: DenoisingNetwork, experiment: DistillationExperiment, weights: Path) -> None:
+    """Give a student first weights selected from the teacher's; see `networks.weight_selection`.
+
+    Args:
+        network: the student, in float32.
+        experiment: the configuration.
+        weights: the teacher's checkpoint.
+
+    Raises:
+        UserError: the two are not of one kind, or the student is somewhere the larger.
+    """
+    teacher, _ = _loaded(experiment, weights)
+    try:
+        state = selected(teacher.unet2d_weights(), network.unet2d_weights())
+    except ValueError as error:
+        raise UserError(
+            f"distill.initial_weights: a student cannot start from this teacher: {error}; give random"
+        ) from None
+    network.load_state_dict(network.from_diffusers(state))
 
 
 def pool_seed(experiment: DistillationExperiment) -> int:
@@ -202,6 +232,8 @@ def distillation_loop(
         require_agreement(student, initial, "student.")
         if head := load_network(network, initial):
             objective.load_foreign_head(head, initial)
+    elif resume is None and experiment.distill.initial_weights == "teacher":
+        select_weights(network, experiment, weights)
     place(network, student.architecture.use_fp16, run)
     objective.to(device)
 
