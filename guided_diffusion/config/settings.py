@@ -358,7 +358,8 @@ class Distill:
         0.0, "probability that an entry goes on where the student leads, raised from 0 in the first third"
     )
     initial_weights: str = key(
-        "random", "the student's where student.model_path gives none: random, or teacher (selected of its)"
+        "random",
+        "the student's first weights, if not student.model_path's: random, or teacher (a selection of its)",
     )
     stride: int = key(1, "timesteps per teacher jump while preparing the pool (1: every step)")
     pool_seed: int = key(-1, "seed of the pool (-1: run.seed); each has a file of its own beside tempfile")

@@ -234,6 +234,7 @@ def distillation_loop(
             objective.load_foreign_head(head, initial)
     elif resume is None and experiment.distill.initial_weights == "teacher":
         select_weights(network, experiment, weights)
+        log.info("the student's first weights are selected from the teacher's")
     place(network, student.architecture.use_fp16, run)
     objective.to(device)
 
