@@ -46,7 +46,7 @@ class UNet2DWeights:
         block, _, layer = module.rpartition(".")
         last = min(1, len(shape) - 1)  # the inputs of a weight; a normalisation has them alone
         if module == "time_embedding.linear_1" and kind == "weight":
-            parts[1] = [shape[1] // 2] * 2  # cosines, sines
+            parts[1] = [shape[1] // 2] * 2 + [1] * (shape[1] % 2)  # cosines, sines, a zero if odd
         elif module == "conv_out":
             channels = self.state["conv_in.weight"].shape[1]
             parts[0] = [channels] * (shape[0] // channels)  # mean, variance
@@ -64,7 +64,10 @@ class UNet2DWeights:
             and ".resnets." in block
             and (layer == "norm1" or (layer in ("conv1", "conv_shortcut") and kind == "weight"))
         ):
-            below = self.state[f"{self._before(block)}.conv2.bias"].shape[0]
+            before = f"{self._before(block)}.conv2.bias"
+            if before not in self.state:
+                raise ValueError(f"it has no {before}")
+            below = self.state[before].shape[0]
             parts[last] = [below, shape[last] - below]  # the map from below, and the one from the way down
         return parts
 
