@@ -264,7 +264,7 @@ class UNetModel(DenoisingNetwork):
     def unet2d_weights(self) -> UNet2DWeights:
         """Its weights under the names of a UNet2DModel."""
         state = diffusers_state(self, self.num_res_blocks)
-        return UNet2DWeights(state, attention_heads(self, self.num_res_blocks))
+        return UNet2DWeights(state, attention_heads(self, self.num_res_blocks), group_count(*self.widths))
 
     def for_diffusers(self) -> ForDiffusers:
         """As a UNet2DModel."""

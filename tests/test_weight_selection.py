@@ -175,3 +175,14 @@ def test_students_that_cannot_start_there_are_refused(tmp_path, override, told):
         config.write_text(yaml.safe_dump(keys))
     done = script_here("scripts/image_kd.py", "--config", config, override, check=False)
     assert told in one_line_error(done)
+
+
+@th.no_grad()
+def test_groups_of_a_normalisation_stay_together():
+    large, small = build(16, channel_mult="1,2"), build(8, channel_mult="1,2", num_heads=1)
+    ours, theirs = small.unet2d_weights(), large.unet2d_weights()
+    assert (theirs.groups, ours.groups) == (4, 2)  # of four channels each, in the first level
+    norm = "down_blocks.0.resnets.0.norm1.weight"
+    th.nn.init.normal_(theirs.state[norm])
+    groups = theirs.state[norm].unflatten(0, (4, 4))
+    assert th.equal(selected(theirs, ours)[norm], groups[::2].flatten())

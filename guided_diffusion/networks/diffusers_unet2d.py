@@ -94,7 +94,8 @@ class DiffusersUNet2D(DenoisingNetwork):
     def unet2d_weights(self) -> UNet2DWeights:
         """As they are."""
         attentions = [(name, part) for name, part in self.named_modules() if isinstance(part, Attention)]
-        return UNet2DWeights(self.state_dict(), {name: part.heads for name, part in attentions})
+        heads = {name: part.heads for name, part in attentions}
+        return UNet2DWeights(self.state_dict(), heads, self.config["norm_num_groups"])
 
     def for_diffusers(self) -> ForDiffusers:
         """As it is."""

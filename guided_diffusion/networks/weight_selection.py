@@ -1,13 +1,15 @@
 """A smaller U-Net's first weights, selected from a larger one's.
 
-"Initializing Models with Larger Ones" (Xu et al., 2024): of each level the first blocks are taken, of each
-dimension of a weight evenly spaced entries, the same ones wherever a map is written and read. What sums over
-fewer inputs than before is scaled, so that its outputs keep their size.
+"Initializing Models with Larger Ones" (Xu et al., 2024): of each level some blocks are taken, of each
+dimension of a weight evenly spaced entries, the same ones wherever a map is written and read. Channels that
+are normalised together stay together where the smaller network has such groups. What sums over fewer inputs
+than before is scaled, so that its outputs keep their size.
 """
 
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import accumulate
 
 import torch as th
 
@@ -21,10 +23,12 @@ class UNet2DWeights:
     Attributes:
         state: under the names of diffusers' UNet2DModel.
         heads: how many each attention has, by its name there.
+        groups: of every normalisation.
     """
 
     state: Mapping[str, th.Tensor]
     heads: Mapping[str, int]
+    groups: int
 
     @property
     def levels(self) -> int:
@@ -46,7 +50,7 @@ class UNet2DWeights:
         block, _, layer = module.rpartition(".")
         last = min(1, len(shape) - 1)  # the inputs of a weight; a normalisation has them alone
         if module == "time_embedding.linear_1" and kind == "weight":
-            parts[1] = [shape[1] // 2] * 2 + [1] * (shape[1] % 2)  # cosines, sines, a zero if odd
+            parts[1] = [1] * shape[1]  # frequencies
         elif module == "conv_out":
             channels = self.state["conv_in.weight"].shape[1]
             parts[0] = [channels] * (shape[0] // channels)  # mean, variance
@@ -101,7 +105,11 @@ def selected(larger: UNet2DWeights, smaller: UNet2DWeights) -> dict[str, th.Tens
             raise ValueError(f"the larger network has no {source} for {name}")
         value = larger.state[source].float()
         for dim, (theirs, ours) in enumerate(zip(larger.parts(source), smaller.parts(name), strict=True)):
-            index = None if _is_other_kind(name, theirs, ours) else _spread(theirs, ours)
+            index = (
+                None
+                if _is_other_kind(name, theirs, ours)
+                else _spread(theirs, ours, larger.groups, smaller.groups)
+            )
             if index is None:
                 shape = tuple(larger.state[source].shape)
                 raise ValueError(f"{source} {shape} does not cover {name} {tuple(own.shape)}")
@@ -130,14 +138,23 @@ def _is_other_kind(name: str, theirs: list[int], ours: list[int]) -> bool:
     return ".time_emb_proj." in name and len(theirs) != len(ours)
 
 
-def _spread(theirs: list[int], ours: list[int]) -> th.Tensor | None:
+def _spread(theirs: list[int], ours: list[int], their_groups: int, our_groups: int) -> th.Tensor | None:
     """Indices of evenly spaced entries of evenly spaced parts; None if there are too few."""
-    if len(theirs) < len(ours):
+    starts, parts = [0, *accumulate(theirs)], [k * len(theirs) // len(ours) for k in range(len(ours))]
+    pairs = [(theirs[part], size) for part, size in zip(parts, ours, strict=True)]
+    if len(theirs) < len(ours) or any(their_size < size for their_size, size in pairs):
         return None
-    indices, starts = [], [sum(theirs[:k]) for k in range(len(theirs))]
-    for k, size in enumerate(ours):
-        part = k * len(theirs) // len(ours)
-        if theirs[part] < size:
-            return None
-        indices.append(starts[part] + th.arange(size) * theirs[part] // size)
-    return th.cat(indices)
+    chosen = [_entries(*pair, their_groups, our_groups) for pair in pairs]
+    return th.cat([starts[part] + entries for part, entries in zip(parts, chosen, strict=True)])
+
+
+def _entries(their_size: int, size: int, their_groups: int, our_groups: int) -> th.Tensor:
+    """Indices of evenly spaced entries, or of evenly spaced groups if ours are no larger than theirs."""
+    evenly = th.arange(size) * their_size // size
+    if their_size % their_groups or size % our_groups or their_groups < our_groups:
+        return evenly
+    theirs, ours = their_size // their_groups, size // our_groups
+    if theirs < ours:
+        return evenly
+    first = th.arange(our_groups) * their_groups // our_groups * theirs
+    return (first[:, None] + th.arange(ours) * theirs // ours).flatten()
