@@ -23,7 +23,7 @@ from guided_diffusion.sampling.samplers import sample_images
 from guided_diffusion.script_util import build_process
 from guided_diffusion.spaces import PixelSpace
 
-BASE = ("distill.stage1_weight=0",)
+BASE = ("distill.stage1_weight=0", "distill.initial_weights=random")
 STUDENTS = {
     "without stage 2": ("distill.stage2_weight=0",),
     "as published": ("distill.role_vector=false", "distill.stage2_fraction=1"),
