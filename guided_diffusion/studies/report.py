@@ -82,7 +82,8 @@ def write_report(study: Study, results: Results, out: Path, path: Path, how: str
         parts.append(f"## {budget.name}: {budget.amount:,.10g} {budget.kind}\n")
         parts += _why(study, of_budget, pictures)
         for number, group in enumerate(dict.fromkeys(row.run.group for row in of_budget)):
-            baseline = by_name.get(study.baselines.get(group, study.baseline))
+            own = study.baselines.get(group, study.baseline)  # where it was not to be run, all runs' baseline
+            baseline = by_name.get(own, by_name.get(study.baseline))
             members = [row for row in of_budget if row.run.group == group and row is not baseline]
             shown = [*([baseline] if baseline else []), *members]
             if group and not any(row.records for row in members):
