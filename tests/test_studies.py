@@ -362,6 +362,20 @@ class TestReport:
         assert "difference to fast" in second and "| faster | 2.5 | 2.5 / 2.5 | -0.5 " in second
         assert "| fast | 3 | 3 / 3 | - |" in second and "| plain | 4" not in second
 
+    def test_where_a_groups_baseline_is_not_run_that_of_all_runs_is(self, tmp_path):
+        both = {"budgets": ["short", "long"]}
+        runs = {"plain": both, "fast": {"overrides": ["student.lr=0.01"]}}
+        runs["faster"] = both | {"group": "more", "overrides": ["student.lr=0.1"]}
+        budgets = {"short": {"iterations": 4}, "long": {"iterations": 8}}
+        path = study(tmp_path, runs=runs, baselines={"more": "fast"}, seeds=2, budgets=budgets)
+        found, results = load_study(path), Results(tmp_path / "results.jsonl")
+        for cell in cells_of(found):
+            results.append(record_of(cell, {"plain": 4.0, "fast": 3.0, "faster": 2.5}[cell.run.name]))
+        write_report(found, results, tmp_path, tmp_path / "report.md", "studies.md")
+        short, long = (tmp_path / "report.md").read_text().split("## long:")
+        assert "difference to fast" in short and "| faster | 2.5 | 2.5 / 2.5 | -0.5 " in short
+        assert "difference to fast" not in long and "| faster | 2.5 | 2.5 / 2.5 | -1.5 " in long
+
     def test_what_diverged_or_is_missing_is_said(self, tmp_path):
         found = load_study(study(tmp_path))
         results = Results(tmp_path / "results.jsonl")
