@@ -27,7 +27,11 @@ def main() -> None:
         "--jobs", type=positive, default=1, help="runs at a time, of one thread each if several"
     )
     parser.add_argument(
-        "--only", default="", metavar="PATTERN", help="of the runs, RUN or RUN/BUDGET/SEED alone"
+        "--only",
+        default=[],
+        action="append",
+        metavar="PATTERN",
+        help="of the runs, RUN or RUN/BUDGET/SEED alone; several times: in that order",
     )
     parser.add_argument("--report", action="store_true", help="run nothing, only make the report")
     parser.add_argument(

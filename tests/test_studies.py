@@ -433,11 +433,30 @@ class TestRunner:
         assert ran == ["base/short/3"]  # of two names for one thing the first
 
     @pytest.mark.parametrize(
-        "pattern, expected", [("fa*", 3), ("*/short/0", 2), ("plain/short/2", 1), ("x", 0)]
+        "patterns, expected",
+        [
+            (["fa*"], ["fast/short/0", "fast/short/1", "fast/short/2"]),
+            (["plain/short/2"], ["plain/short/2"]),
+            (
+                ["*/short/2", "fast", "plain/*/2"],
+                ["plain/short/2", "fast/short/2", "fast/short/0", "fast/short/1"],
+            ),
+        ],
     )
-    def test_only_those_asked_for(self, tmp_path, ran, pattern, expected):
-        self.runner(tmp_path, study(tmp_path)).run(pattern)
-        assert len(ran) == expected
+    def test_only_those_asked_for_in_that_order(self, tmp_path, ran, patterns, expected):
+        self.runner(tmp_path, study(tmp_path), jobs=1).run(patterns)
+        assert ran == expected
+
+    def test_a_name_that_no_cell_has(self, tmp_path, ran):
+        with pytest.raises(UserError, match="no run or cell is named slow"):
+            self.runner(tmp_path, study(tmp_path)).run(["fast", "slow"])
+        assert not ran
+
+    def test_the_teacher_is_scored_once_for_all_budgets(self, tmp_path, ran):
+        budgets = {"short": {"iterations": 2}, "long": {"iterations": 4}}
+        runs = {"plain": {}, "teacher": {"teacher": True, "seeds": 1, "budgets": [*budgets]}}
+        self.runner(tmp_path, study(tmp_path, budgets=budgets, runs=runs, baseline="plain")).run(["teacher"])
+        assert ran == ["teacher/short/0"]
 
 
 class TestCommands:

@@ -69,7 +69,8 @@ def cells_of(study: Study) -> Iterator[Cell]:
                 if seed not in study.seeds(run, name):
                     continue
                 budget = study.budgets[name]
-                own = {"run": digests[run.name], "budget": [budget.kind, float(budget.amount)], "seed": seed}
+                spent = ["flops", 0.0] if run.teacher else [budget.kind, float(budget.amount)]
+                own = {"run": digests[run.name], "budget": spent, "seed": seed}
                 yield Cell(run, budget, seed, digests[run.name], _digest(own))
 
 

@@ -45,8 +45,8 @@ class Runner:
         self._lock = threading.Lock()
         self._about = {"revision": git_revision(root), "machine": machine(jobs)}
 
-    def run(self, only: str = "") -> list[str]:
-        """Run all cells, or those of which `only` is a pattern of the run's or the cell's name.
+    def run(self, only: Sequence[str] = ()) -> list[str]:
+        """Run all cells, or those whose run's or own name has one of the patterns `only`, in their order.
 
         Returns:
             A line for each cell that failed for another reason than that training diverged, and so has no
@@ -54,7 +54,7 @@ class Runner:
 
         Raises:
             Stopped: a signal asked to stop; what was done is kept.
-            UserError: another process is running a study in the same folder.
+            UserError: another process is running a study in the same folder, or no cell has such a name.
         """
         dist_util.setup_dist()
         self.out.mkdir(parents=True, exist_ok=True)
@@ -84,12 +84,16 @@ class Runner:
                     raise Stopped(f"stopped by {signals.received} with {len(self._open)} cells to go")
         return self.failures
 
-    def _missing(self, only: str) -> list[Cell]:
+    def _missing(self, only: Sequence[str]) -> list[Cell]:
         known = self.results.read()
         cells: dict[str, Cell] = {}
-        for cell in cells_of(self.study):
-            if cell.id not in known and (not only or _matches(cell, only)):
-                cells.setdefault(cell.id, cell)
+        for pattern in only or ["*"]:
+            named = [cell for cell in cells_of(self.study) if _matches(cell, pattern)]
+            if not named:
+                raise UserError(f"{self.study.path}: no run or cell is named {pattern}")
+            for cell in named:
+                if cell.id not in known:
+                    cells.setdefault(cell.id, cell)
         self._require_respacings({cell.run.name for cell in cells.values()})
         return list(cells.values())
 
@@ -175,7 +179,7 @@ def _say(line: str) -> None:
 
 
 def _matches(cell: Cell, pattern: str) -> bool:
-    return fnmatch.fnmatch(cell.run.name, pattern) or fnmatch.fnmatch(cell.name, pattern)
+    return fnmatch.fnmatchcase(cell.run.name, pattern) or fnmatch.fnmatchcase(cell.name, pattern)
 
 
 def known_results(study: Study, out: Path, root: Path, fresh: bool) -> Results:
