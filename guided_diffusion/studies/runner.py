@@ -85,10 +85,10 @@ class Runner:
         return self.failures
 
     def _missing(self, only: Sequence[str]) -> list[Cell]:
-        known = self.results.read()
+        known, every = self.results.read(), [*cells_of(self.study)]
         cells: dict[str, Cell] = {}
         for pattern in only or ["*"]:
-            named = [cell for cell in cells_of(self.study) if _matches(cell, pattern)]
+            named = [cell for cell in every if _matches(cell, pattern)]
             if not named:
                 raise UserError(f"{self.study.path}: no run or cell is named {pattern}")
             for cell in named:
