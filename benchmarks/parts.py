@@ -46,7 +46,7 @@ def loop_of(
     place(network.eval().requires_grad_(False), use_fp16, run, frozen=True)
     teacher = Teacher(network, process, build_space(experiment.teacher))
     student, process = build_network(experiment.student)
-    objective = Distillation(student, process, experiment.distill).to(dist_util.dev())
+    objective = Distillation(student, process, experiment.distill, teacher=teacher).to(dist_util.dev())
     place(student, experiment.student.architecture.use_fp16, run)
     if layout is not None:
         for module in (network, student):
@@ -57,7 +57,11 @@ def loop_of(
         network=student,
         objective=objective,
         source=TeacherSource(
-            pool.stored_on(dist_util.dev(), th.float32), teacher, batch_size, experiment.distill
+            pool.stored_on(dist_util.dev(), th.float32),
+            teacher,
+            batch_size,
+            experiment.distill,
+            bottleneck=objective.needs_teacher_bottleneck,
         ),
         process=process,
         training=dataclasses.replace(experiment.student.training, batch_size=batch_size),

@@ -89,7 +89,7 @@ class WholeStep:
     def _step(self) -> None:
         loop, source = self.loop, self.source
         loop.metrics = Metrics()
-        loop.train_step(source.pool.advance(self.index, source.teacher, features=source.features))
+        loop.train_step(source.pool.advance(self.index, source.teacher, **source.maps))
         self.sums = loop.metrics.sums
         self.bad_steps.copy_(loop.bad_steps)
         loop.bad_steps = self.bad_steps

@@ -229,6 +229,7 @@ class UNetModel(DenoisingNetwork):
                 h = block(h, condition)                          # (B, C_i, H_i, W_i)
                 skips.append(h)
             h = self.middle_block(h, condition)                  # (B, C_L, H_L, W_L)
+            bottleneck = h.float()
             for block in self.output_blocks:
                 h = th.cat([h, skips.pop()], dim=1)
                 h = block(h, condition)                          # (B, C_i, H_i, W_i)
@@ -236,7 +237,7 @@ class UNetModel(DenoisingNetwork):
             norm, _, conv = self.out
             output = conv(norm(features, silu=True)).float()     # (B, C or 2C, H, W)
         # fmt: on
-        return Evaluation(output, features, emb)
+        return Evaluation(output, features, emb, bottleneck)
 
     def use_dtype(self, dtype: th.dtype, *, frozen: bool = False, channels_last: bool = False) -> None:
         """Choose the arithmetic and, with the weights' layout, that of all maps.

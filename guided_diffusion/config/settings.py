@@ -357,6 +357,9 @@ class Distill:
     on_policy: float = key(
         0.0, "probability that an entry goes on where the student leads, raised from 0 in the first third"
     )
+    bottleneck_weight: float = key(
+        0.0, "weight of the distance of the student's bottleneck from the teacher's, between U-Nets (0: off)"
+    )
     initial_weights: str = key(
         "random",
         "the student's first weights, if not student.model_path's: random, or teacher (a selection of its)",
@@ -368,7 +371,7 @@ class Distill:
 
     def check(self, where: str) -> None:
         """Raise `UserError` for values that cannot be right."""
-        for name in ("stage1_weight", "stage2_weight"):
+        for name in ("stage1_weight", "stage2_weight", "bottleneck_weight"):
             _require(getattr(self, name) >= 0, f"{where}{name} must not be negative")
         for name in ("temperature", "loss_weight_cap"):
             _require(getattr(self, name) > 0, f"{where}{name} must be positive, not {getattr(self, name)}")

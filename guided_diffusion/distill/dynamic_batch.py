@@ -27,7 +27,7 @@ class DistillationBatch:
         mean: the same.
         log_variance: the same.
         y: int64 [B] class labels, or None.
-        features: the teacher's features, float32 [B, C', H', W'], or None where nobody asked for them.
+        features, bottleneck: the teacher's maps, float32 [B, C', H', W'], or None where nobody asked.
         index: int64 [B], the pool's entries that these were, or None for samples of no pool and for
             answers that are used again.
         s: int64 [B], the steps at which those are now (-1: clean), or None.
@@ -40,6 +40,7 @@ class DistillationBatch:
     log_variance: th.Tensor
     y: th.Tensor | None = None
     features: th.Tensor | None = None
+    bottleneck: th.Tensor | None = None
     index: th.Tensor | None = None
     s: th.Tensor | None = None
 
@@ -143,7 +144,13 @@ class DynamicBatch:
         return th.randperm(len(self))[:batch_size].to(self.levels.device)
 
     def advance(
-        self, index: th.Tensor, teacher: Teacher, *, stride: int = 1, features: bool = False
+        self,
+        index: th.Tensor,
+        teacher: Teacher,
+        *,
+        stride: int = 1,
+        features: bool = False,
+        bottleneck: bool = False,
     ) -> DistillationBatch:
         """Take some entries further by one teacher evaluation and return what the student learns from it.
 
@@ -156,7 +163,7 @@ class DynamicBatch:
             stride: how far each goes in the mean: one step each (1, as published), or by a random number of
                 steps in {1..2 stride - 1}, at most to the clean image. The more, the more different images
                 the student sees the way to; the states are those of a sampler with as few steps.
-            features: the batch carries the teacher's features too.
+            features, bottleneck: the batch carries these maps of the teacher's too.
         """
         x_t, level, y = self.take(index)
         restart = level == 0
@@ -166,10 +173,11 @@ class DynamicBatch:
         s = None
         if stride > 1:
             s = (t - th.randint(1, 2 * stride, (len(t),)).to(t)).clamp(min=-1)
-        step = teacher.step(x_t, t, y, s=s, features=features)
+        step = teacher.step(x_t, t, y, s=s, features=features or bottleneck)
+        maps = step.features if features else None, step.bottleneck if bottleneck else None
         s = t - 1 if s is None else s
         self.put(index, step.x_next, s + 1)
-        return DistillationBatch(x_t, t, step.eps, step.mean, step.log_variance, y, step.features, index, s)
+        return DistillationBatch(x_t, t, step.eps, step.mean, step.log_variance, y, *maps, index, s)
 
     def follow(
         self, batch: DistillationBatch, eps: th.Tensor, process: GaussianDiffusion, probability: float

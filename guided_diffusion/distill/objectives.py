@@ -11,10 +11,12 @@ from torch import nn
 
 from .. import dist_util
 from ..config.settings import Distill
+from ..errors import UserError
 from ..gaussian_diffusion import GaussianDiffusion
 from ..losses import contrastive_loss, normal_kl
 from ..networks.base import DenoisingNetwork, Evaluation
 from ..networks.noise_encoder import NoiseEncoder
+from ..networks.weight_selection import bottleneck_channels
 from ..nn import mean_flat
 from ..runs.checkpoint import load_strictly
 from ..training.objective import Objective, PassLoss
@@ -57,17 +59,22 @@ class Distillation(Objective):
         clip_last: clip the student's predicted x_0 inside the KL at t = T-1, where the cosine
             schedule otherwise makes it huge.
         input_perturb: gamma >= 0; what the student takes for x_t gets gamma sqrt(1 - abar_t) further noise.
-        teacher: the teacher, for subclasses whose heads take its sizes.
+        teacher: the teacher, for its bottleneck and for subclasses whose heads take its sizes.
 
     Attributes:
-        needs_teacher_features: whether batches must carry the teacher's features.
+        needs_teacher_features, needs_teacher_bottleneck: whether batches must carry these maps.
         follow: told the student's prediction at each batch's x_t, if not None.
+
+    Raises:
+        UserError: bottlenecks are to be matched, and one network is no U-Net, or the student's is the wider.
     """
 
     Settings: type[Distill] = Distill
     needs_teacher_features = False
+    needs_teacher_bottleneck = False
 
     loss_weight: th.Tensor
+    bottleneck_channels: th.Tensor
 
     def __init__(
         self,
@@ -86,6 +93,14 @@ class Distillation(Objective):
         self.register_buffer("loss_weight", loss_weight(process, settings), persistent=False)
         self.noise_encoder: NoiseEncoder | None = None
         self.role: nn.Parameter | None = None
+        if settings.bottleneck_weight > 0:
+            assert teacher is not None
+            self.needs_teacher_bottleneck = True
+            try:
+                channels = bottleneck_channels(teacher.network.unet2d_weights(), student.unet2d_weights())
+            except ValueError as error:
+                raise UserError(f"distill.bottleneck_weight: {error}; give 0") from None
+            self.register_buffer("bottleneck_channels", channels, persistent=False)
         if settings.stage1_weight > 0:
             self.noise_encoder = NoiseEncoder(student.feature_shape, student.emb_dim)
         if settings.stage2_weight > 0 and settings.role_vector:
@@ -131,8 +146,8 @@ class Distillation(Objective):
         first, second = self.stage1_call(batch), self.stage2_call(part)
         out = first.joined(second).of(student, self.process)
         n = len(batch)
-        one = self.stage1_loss(first, Evaluation(out.output[:n], out.features[:n], out.emb[:n]), batch)
-        two = self.stage2_loss(second, Evaluation(out.output[n:], out.features[n:], out.emb[n:]), part)
+        one = self.stage1_loss(first, out[:n], batch)
+        two = self.stage2_loss(second, out[n:], part)
         return PassLoss(one.loss + two.loss.mean(), {}, one.t, (one, two))
 
     def stage1_call(self, batch: DistillationBatch) -> "_Call":
@@ -144,7 +159,12 @@ class Distillation(Objective):
         terms = self.distillation_terms(out.output, batch, x_in=call.x, x_t=call.x)
         if self.follow is not None and batch.index is not None:
             self.follow(batch, self.prediction(out.output, batch.x_t, batch.t).detach())
-        return self._weighted("stage1", 1.0, self.noise_encoder is not None, terms, out, batch.t)
+        found = self._weighted("stage1", 1.0, self.noise_encoder is not None, terms, out, batch.t)
+        if not self.needs_teacher_bottleneck:
+            return found
+        distance = self.bottleneck_distance(out, batch)
+        loss = found.loss + self.settings.bottleneck_weight * distance
+        return PassLoss(loss, found.terms | {"stage1_bottleneck": distance}, found.t)
 
     def stage2_call(self, batch: DistillationBatch) -> "_Call":
         """What stage 2 applies the student to."""
@@ -176,6 +196,16 @@ class Distillation(Objective):
     def squared_error(self, eps: th.Tensor, target: th.Tensor, t: th.Tensor) -> th.Tensor:
         """Mean squared difference of noise predictions at steps t, weighted by `loss_weight`: [B]."""
         return self.loss_weight[t] * mean_flat((target - eps) ** 2)
+
+    def bottleneck_distance(self, out: Evaluation, batch: DistillationBatch) -> th.Tensor:
+        """How far the student's bottleneck is from the teacher's at the same state, [B].
+
+        The squared distance from the channels that the student's would be selected from (`initial_weights`),
+        relative to their square: a hint (FitNets, Romero et al., 2015) without a projection to train.
+        """
+        assert out.bottleneck is not None and batch.bottleneck is not None
+        theirs = batch.bottleneck[:, self.bottleneck_channels]
+        return mean_flat((out.bottleneck - theirs) ** 2) / mean_flat(theirs**2).clamp(min=1e-12)
 
     def _weighted(
         self,
@@ -264,6 +294,7 @@ class Distillation(Objective):
             f"hops of {settings.advance_stride}": settings.advance_stride > 1,
             f"the teacher every {settings.teacher_interval} iterations": settings.teacher_interval > 1,
             f"on-policy {settings.on_policy:g}": settings.on_policy > 0,
+            f"bottleneck x {settings.bottleneck_weight:g}": settings.bottleneck_weight > 0,
         }
         return ", ".join([name, *(option for option, used in options.items() if used)]) + ")"
 

@@ -26,7 +26,7 @@ class TeacherSource:
         settings: how entries advance.
         prob: probability of training on a drawn batch instead of only advancing it.
         ramp: iterations over which `settings.on_policy` is reached.
-        features: whether batches carry the teacher's features.
+        features, bottleneck: whether batches carry these maps of the teacher's.
     """
 
     has_state = True
@@ -41,13 +41,17 @@ class TeacherSource:
         prob: float = 1.0,
         ramp: float = 0.0,
         features: bool = False,
+        bottleneck: bool = False,
     ):
         self.pool, self.teacher, self.settings = pool, teacher, settings
-        self.batch_size, self.prob, self.ramp, self.features = batch_size, prob, ramp, features
+        self.batch_size, self.prob, self.ramp = batch_size, prob, ramp
+        self.maps = {"features": features, "bottleneck": bottleneck}
         self.probability = 0.0  # of following the student
         kept = pool.answers
-        if kept is not None and (len(kept) < batch_size or features != (kept.features is not None)):
-            pool.answers = None  # of a run with other settings
+        if kept is not None:
+            same = all((vars(kept)[name] is not None) == asked for name, asked in self.maps.items())
+            if len(kept) < batch_size or not same:
+                pool.answers = None  # of a run with other settings
 
     def next_batch(self, step: int) -> DistillationBatch:
         """One teacher evaluation, or with `teacher_interval` > 1 mostly answers that it gave before."""
@@ -56,9 +60,7 @@ class TeacherSource:
             return self.pool.recall(self.batch_size)
         self.probability = self.settings.on_policy * min(1.0, step / self.ramp if self.ramp else 1.0)
         stride = self.settings.advance_stride
-        batch = self.pool.next_batch(
-            self.batch_size, self.teacher, self.prob, stride=stride, features=self.features
-        )
+        batch = self.pool.next_batch(self.batch_size, self.teacher, self.prob, stride=stride, **self.maps)
         if interval > 1:
             self.pool.remember(batch, self.settings.replay_batches * self.batch_size)
         return batch

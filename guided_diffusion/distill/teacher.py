@@ -18,7 +18,7 @@ class TeacherStep:
         mean: of the reverse step p(x_{t-1} | x_t), float32 [B, C, H, W].
         log_variance: of that step, float32 [B, C, H, W].
         x_next: x_{t-1} drawn from it, or a jump's x_s, float32 [B, C, H, W].
-        features: the network's last feature map, float32 [B, C', H', W'], if asked for.
+        features, bottleneck: the network's maps (see `Evaluation`), if asked for.
     """
 
     eps: th.Tensor
@@ -26,6 +26,7 @@ class TeacherStep:
     log_variance: th.Tensor
     x_next: th.Tensor
     features: th.Tensor | None = None
+    bottleneck: th.Tensor | None = None
 
 
 class Teacher:
@@ -61,21 +62,22 @@ class Teacher:
             y: int64 [B] class labels if and only if the network is class-conditional.
             s: int64 [B], -1 <= s < t, where the next state lies (-1: the clean image); t - 1 when left out.
                 The target is the step to t - 1 all the same.
-            features: hand out the network's features too.
+            features: hand out the network's maps too.
         """
         timesteps = self.process.model_timesteps(t)
+        maps: tuple[th.Tensor | None, ...] = ()
         if features:
             evaluation = self.network.evaluate(x_t, timesteps, y)
-            output, feature_map = evaluation.output, evaluation.features
+            output, maps = evaluation.output, (evaluation.features, evaluation.bottleneck)
         else:
-            output, feature_map = self.network(x_t, timesteps, y), None
+            output = self.network(x_t, timesteps, y)
         out = self.process.p_distribution(output, x_t, t)
         prediction, _ = self.process.split(output, x_t.shape[1])
         eps = self.process.predict_eps(x_t, t, prediction)
         way = out if s is None else self.process.p_distribution(output, x_t, t, s=s)
         noisy = (t > 0 if s is None else s >= 0).float().reshape(-1, 1, 1, 1)
         x_next = way["mean"] + noisy * th.exp(0.5 * way["log_variance"]) * th.randn_like(x_t)
-        return TeacherStep(eps, out["mean"], out["log_variance"], x_next, feature_map)
+        return TeacherStep(eps, out["mean"], out["log_variance"], x_next, *maps)
 
     @th.no_grad()
     def jump(self, x_t: th.Tensor, t: th.Tensor, s: th.Tensor, y: th.Tensor | None = None) -> th.Tensor:

@@ -21,11 +21,18 @@ class Evaluation:
         output: the prediction, float32 [B, C, H, W], or [B, 2C, H, W] when the variance is learned.
         features: the map that the output layers read, float32 [B, *feature_shape].
         emb: the timestep embedding, float32 [B, emb_dim], without what `emb_shift` added.
+        bottleneck: what leaves the middle of a U-Net, float32 [B, C'', H'', W''], its smallest map
+            ("h-space", Kwon et al., 2023); None of other networks.
     """
 
     output: th.Tensor
     features: th.Tensor
     emb: th.Tensor
+    bottleneck: th.Tensor | None = None
+
+    def __getitem__(self, samples: slice) -> "Evaluation":
+        """Of some of the samples."""
+        return Evaluation(*(None if v is None else v[samples] for v in vars(self).values()))  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True)

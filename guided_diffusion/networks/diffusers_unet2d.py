@@ -17,7 +17,8 @@ class DiffusersUNet2D(DenoisingNetwork):
 
     The forward pass is diffusers' own, so what it computes is theirs to the last bit. The timestep
     embedding is taken, and `emb_shift` added to it, where it leaves `time_embedding`, before a class
-    embedding is added; the features are what enters `conv_norm_out`.
+    embedding is added; the features are what enters `conv_norm_out`, the bottleneck what leaves
+    `mid_block`.
 
     Args:
         config: the UNet2DModel's arguments.
@@ -74,12 +75,17 @@ class DiffusersUNet2D(DenoisingNetwork):
         def keep(_: nn.Module, args: tuple) -> None:
             seen["features"] = args[0].float()
 
+        def keep_middle(_: nn.Module, args: tuple, out: th.Tensor) -> None:
+            seen["bottleneck"] = out.float()
+
         with ExitStack() as stack:
             stack.enter_context(hooked(self.model.time_embedding.register_forward_hook(embed)))
             stack.enter_context(hooked(self.model.conv_norm_out.register_forward_pre_hook(keep)))
+            if self.model.mid_block is not None:
+                stack.enter_context(hooked(self.model.mid_block.register_forward_hook(keep_middle)))
             stack.enter_context(self.autocast(x))
             output = self.model(x, timesteps, class_labels=y).sample
-        return Evaluation(output.float(), seen["features"], seen["emb"])
+        return Evaluation(output.float(), seen["features"], seen["emb"], seen.get("bottleneck"))
 
     def use_dtype(self, dtype: th.dtype, *, frozen: bool = False, channels_last: bool = False) -> None:
         """Choose the arithmetic and the layout, as ADM's U-Net does; see `DenoisingNetwork.use_dtype`."""

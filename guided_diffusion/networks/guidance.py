@@ -1,10 +1,12 @@
 """Classifier-free guidance (Ho & Salimans, 2022), as a network around a network."""
 
+from dataclasses import replace
 from typing import Any
 
 import torch as th
 
 from .base import DenoisingNetwork, Evaluation
+from .weight_selection import UNet2DWeights
 
 
 class GuidedNetwork(DenoisingNetwork):
@@ -14,7 +16,7 @@ class GuidedNetwork(DenoisingNetwork):
     the class changes. This is diffusers' w, the paper's is one less. All channels of the prediction are
     guided, as by diffusers' DiTPipeline; the original DiT guides the first three of four. At a given x_t, x_0
     and v are affine in eps, so to guide whichever the network predicts is to guide eps. The variance,
-    features and timestep embedding are those of y.
+    maps and timestep embedding are those of y.
 
     Both halves are one call of the network, of twice the batch.
 
@@ -53,7 +55,11 @@ class GuidedNetwork(DenoisingNetwork):
         own, null = both.output.chunk(2)
         prediction = null[:, :channels] + self.scale * (own[:, :channels] - null[:, :channels])
         output = th.cat([prediction, own[:, channels:]], dim=1)
-        return Evaluation(output, both.features[: len(x)], both.emb[: len(x)])
+        return replace(both[: len(x)], output=output)
+
+    def unet2d_weights(self) -> UNet2DWeights:
+        """The network's."""
+        return self.network.unet2d_weights()
 
 
 def guided(network: DenoisingNetwork, scale: float) -> DenoisingNetwork:

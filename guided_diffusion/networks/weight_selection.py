@@ -96,8 +96,7 @@ def selected(larger: UNet2DWeights, smaller: UNet2DWeights) -> dict[str, th.Tens
     Raises:
         ValueError: the networks differ in levels, or an entry has no counterpart or a smaller one.
     """
-    if larger.levels != smaller.levels:
-        raise ValueError(f"the larger network has {larger.levels} levels, the smaller {smaller.levels}")
+    _require_equal_levels(larger, smaller)
     result = {}
     for name, own in smaller.state.items():
         source = _counterpart(name, larger, smaller)
@@ -118,6 +117,28 @@ def selected(larger: UNet2DWeights, smaller: UNet2DWeights) -> dict[str, th.Tens
             value = value * (larger.state[source].shape[1] / own.shape[1]) ** 0.5
         result[name] = value
     return result
+
+
+def bottleneck_channels(larger: UNet2DWeights, smaller: UNet2DWeights) -> th.Tensor:
+    """Which of the larger network's channels in the bottleneck the smaller one's are, int64 [C].
+
+    Raises:
+        ValueError: the networks differ in levels, one has no bottleneck, or the smaller has more channels.
+    """
+    _require_equal_levels(larger, smaller)
+    name = "mid_block.resnets.1.conv2.bias"
+    if not (name in larger.state and name in smaller.state):
+        raise ValueError("one of them has no middle block")
+    (theirs,), (ours,) = larger.parts(name), smaller.parts(name)
+    index = _spread(theirs, ours, larger.groups, smaller.groups)
+    if index is None:
+        raise ValueError(f"the bottleneck's {sum(theirs)} channels do not cover {sum(ours)}")
+    return index
+
+
+def _require_equal_levels(larger: UNet2DWeights, smaller: UNet2DWeights) -> None:
+    if larger.levels != smaller.levels:
+        raise ValueError(f"the larger network has {larger.levels} levels, the smaller {smaller.levels}")
 
 
 def _counterpart(name: str, larger: UNet2DWeights, smaller: UNet2DWeights) -> str:

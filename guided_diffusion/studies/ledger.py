@@ -79,10 +79,13 @@ def ledger_of(experiment: DistillationExperiment, data: Data | None, images: int
             return Ledger(synthetic * steps * evaluation, 0.0, trained * batch / rows, 0.0)
         objective = build_objective(experiment, teacher, network, process)
         pool = DynamicBatch(x.clone(), t + 1, process.num_timesteps, y)
-        features = objective.needs_teacher_features
+        maps = {
+            "features": objective.needs_teacher_features,
+            "bottleneck": objective.needs_teacher_bottleneck,
+        }
         evaluation = _count(lambda: teacher.step(x, t, y)) / rows
-        taught = _count(lambda: pool.advance(th.arange(rows), teacher, features=features)) / rows
-        piece = pool.advance(th.arange(rows), teacher, features=features)
+        taught = _count(lambda: pool.advance(th.arange(rows), teacher, **maps)) / rows
+        piece = pool.advance(th.arange(rows), teacher, **maps)
         passes = _passes(objective, network, piece) / rows
         student = _student(objective, network, process, piece, passes * rows) / rows
     prepared = _prepared_rows(experiment, teacher_process)
