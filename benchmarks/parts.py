@@ -61,7 +61,7 @@ def loop_of(
             teacher,
             batch_size,
             experiment.distill,
-            bottleneck=objective.needs_teacher_bottleneck,
+            **objective.teacher_maps,
         ),
         process=process,
         training=dataclasses.replace(experiment.student.training, batch_size=batch_size),

@@ -2,10 +2,9 @@
 
 import pytest
 import torch as th
-import yaml
 from in_process import script_here
 from test_weight_selection import KINDS, build, doubled, inputs
-from tiny import T, denoiser, distillation, network, one_line_error, script, teacher_of
+from tiny import T, denoiser, distillation, give_student_dit_keys, network, one_line_error, script, teacher_of
 
 from guided_diffusion.config.settings import Distill
 from guided_diffusion.distill.dynamic_batch import DynamicBatch
@@ -17,7 +16,6 @@ from guided_diffusion.runs.checkpoint import load_state_dict
 from guided_diffusion.script_util import build_network
 
 SIZE = 8
-DKDM = {"stage1_weight": 0.0, "stage2_weight": 0.0}
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -118,10 +116,6 @@ def test_students_without_the_teachers_bottleneck_are_refused(tmp_path, override
     config = distillation(tmp_path, SIZE, distill__bottleneck_weight=0.1)
     script_here("scripts/dynamic_prepare.py", "--config", config)
     if override.endswith("dit"):
-        keys = yaml.safe_load(config.read_text())
-        process = {"image_size": SIZE, "learn_sigma": True, "diffusion_steps": T, "noise_schedule": "cosine"}
-        heads = {"num_layers": 1, "num_attention_heads": 2, "attention_head_dim": 4}
-        keys["student"] = {k: v for k, v in keys["student"].items() if k not in network()} | process | heads
-        config.write_text(yaml.safe_dump(keys))
+        give_student_dit_keys(config, SIZE)
     error = one_line_error(script_here("scripts/image_kd.py", "--config", config, override, check=False))
     assert "distill.bottleneck_weight" in error and told in error

@@ -2,9 +2,8 @@
 
 import pytest
 import torch as th
-import yaml
 from in_process import script_here
-from tiny import T, denoiser, distillation, network, one_line_error, randomise, script
+from tiny import denoiser, distillation, give_student_dit_keys, network, one_line_error, randomise, script
 
 from guided_diffusion.config.loading import load_experiment
 from guided_diffusion.networks.adm_weights import attention_blocks
@@ -166,11 +165,7 @@ def test_students_that_cannot_start_there_are_refused(tmp_path, override, told):
     config = distillation(tmp_path, SIZE, distill__initial_weights="teacher")
     script_here("scripts/dynamic_prepare.py", "--config", config)
     if override.endswith("dit"):
-        keys = yaml.safe_load(config.read_text())
-        process = {"image_size": SIZE, "learn_sigma": True, "diffusion_steps": T, "noise_schedule": "cosine"}
-        heads = {"num_layers": 1, "num_attention_heads": 2, "attention_head_dim": 4}
-        keys["student"] = {k: v for k, v in keys["student"].items() if k not in network()} | process | heads
-        config.write_text(yaml.safe_dump(keys))
+        give_student_dit_keys(config, SIZE)
     done = script_here("scripts/image_kd.py", "--config", config, override, check=False)
     assert told in one_line_error(done)
 

@@ -80,6 +80,20 @@ def distillation(folder, image_size=16, **more):
     return path
 
 
+def give_student_dit_keys(config, image_size):
+    """In a configuration's file, give the student a small DiT's keys; its architecture is as it was."""
+    keys = yaml.safe_load(config.read_text())
+    process = {
+        "image_size": image_size,
+        "learn_sigma": True,
+        "diffusion_steps": T,
+        "noise_schedule": "cosine",
+    }
+    heads = {"num_layers": 1, "num_attention_heads": 2, "attention_head_dim": 4}
+    keys["student"] = {k: v for k, v in keys["student"].items() if k not in network()} | process | heads
+    config.write_text(yaml.safe_dump(keys))
+
+
 def make_teacher(settings, path):
     """Save a random network that predicts something other than zero."""
     th.manual_seed(0)

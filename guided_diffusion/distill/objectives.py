@@ -106,6 +106,11 @@ class Distillation(Objective):
         if settings.stage2_weight > 0 and settings.role_vector:
             self.role = nn.Parameter(th.randn(student.emb_dim))
 
+    @property
+    def teacher_maps(self) -> dict[str, bool]:
+        """Which maps of the teacher's batches must carry, by their names in `DistillationBatch`."""
+        return {"features": self.needs_teacher_features, "bottleneck": self.needs_teacher_bottleneck}
+
     def passes(self, student: DenoisingNetwork, batch: DistillationBatch) -> Iterator[PassLoss]:
         """Stage 1 (or DKDM's only pass), then stage 2. Each yields terms "mse", "vb" and "align".
 
@@ -202,8 +207,12 @@ class Distillation(Objective):
 
         The squared distance from the channels that the student's would be selected from (`initial_weights`),
         relative to their square: a hint (FitNets, Romero et al., 2015) without a projection to train.
+
+        Raises:
+            UserError: a network of another's hands none out.
         """
-        assert out.bottleneck is not None and batch.bottleneck is not None
+        if out.bottleneck is None or batch.bottleneck is None:
+            raise UserError("distill.bottleneck_weight: a network hands out no bottleneck; give 0")
         theirs = batch.bottleneck[:, self.bottleneck_channels]
         return mean_flat((out.bottleneck - theirs) ** 2) / mean_flat(theirs**2).clamp(min=1e-12)
 

@@ -260,8 +260,7 @@ def distillation_loop(
         experiment.distill,
         prob=experiment.teacher.prob,
         ramp=(run.iterations or student.training.lr_anneal_steps) / 3,
-        features=objective.needs_teacher_features,
-        bottleneck=objective.needs_teacher_bottleneck,
+        **objective.teacher_maps,
     )
     if experiment.distill.on_policy:
         objective.follow = source.follow

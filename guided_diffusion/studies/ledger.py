@@ -79,10 +79,7 @@ def ledger_of(experiment: DistillationExperiment, data: Data | None, images: int
             return Ledger(synthetic * steps * evaluation, 0.0, trained * batch / rows, 0.0)
         objective = build_objective(experiment, teacher, network, process)
         pool = DynamicBatch(x.clone(), t + 1, process.num_timesteps, y)
-        maps = {
-            "features": objective.needs_teacher_features,
-            "bottleneck": objective.needs_teacher_bottleneck,
-        }
+        maps = objective.teacher_maps
         evaluation = _count(lambda: teacher.step(x, t, y)) / rows
         taught = _count(lambda: pool.advance(th.arange(rows), teacher, **maps)) / rows
         piece = pool.advance(th.arange(rows), teacher, **maps)
