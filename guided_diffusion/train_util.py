@@ -34,7 +34,7 @@ from .training.ema import Ema
 from .training.grids import Grids
 from .training.metrics import Metrics
 from .training.objective import Objective
-from .training.optimizer_state import load_optimizer_state
+from .training.optimizer import build_optimizer, load_optimizer_state
 from .training.scoring import Scorer
 from .training.sources import Source
 
@@ -96,9 +96,7 @@ class TrainLoop:
         self.step = 0
         self.parameters = [*network.parameters(), *objective.parameters()]
         self.emas = {rate: Ema(network, rate) for rate in training.ema_rates}
-        self.optimizer = th.optim.AdamW(
-            self.parameters, lr=training.lr, weight_decay=training.weight_decay, fused=True
-        )
+        self.optimizer = build_optimizer(training, run, network, objective)
         # The originals' rule: log2 of the scale grows by fp16_scale_growth each iteration.
         self.scaler = th.amp.GradScaler(
             dist_util.dev().type,

@@ -21,6 +21,7 @@ from tiny import ROOT
 from guided_diffusion import dist_util
 from guided_diffusion.config.loading import load_distillation, load_experiment
 from guided_diffusion.config.settings import DistillationExperiment
+from guided_diffusion.distill.objectives import Distillation
 from guided_diffusion.errors import UserError
 from guided_diffusion.script_util import build_network
 from guided_diffusion.studies import runner as runner_module
@@ -34,6 +35,7 @@ from guided_diffusion.studies.results import Results
 from guided_diffusion.studies.runner import Runner
 from guided_diffusion.studies.statistics import holm, paired_difference, sign_flip_p
 from guided_diffusion.studies.study_file import Data, load_study
+from guided_diffusion.training.muon import matrices
 
 
 def ids(path):
@@ -170,6 +172,17 @@ class TestLedger:
         seldom = ledger_of(load_distillation(config, [*off, "distill.teacher_interval=4"]), None, 0)
         assert (seldom.teacher, seldom.student) == (plain.teacher / 4, plain.student)
         assert half.teacher == 2 * plain.teacher
+
+    def test_muons_products_are_paid_for(self, tmp_path):
+        """Five iterations of x x^T, its square, and their product with x, for each matrix [m, n], m <= n."""
+        config = tiny.distillation(tmp_path, image_size=8)
+        experiment = load_distillation(config, ["run.optimizer=muon"])
+        network, process = build_network(experiment.student)
+        trained = matrices(network, Distillation(network, process, experiment.distill))
+        shapes = [sorted((len(p), p[0].numel())) for p in trained]
+        expected = sum(5 * (4 * m * m * n + 2 * m**3) for m, n in shapes)
+        assert ledger_of(experiment, None, 0).optimizer == expected
+        assert ledger_of(load_distillation(config), None, 0).optimizer == 0
 
     def test_the_preparation_is_what_it_does(self, tmp_path):
         """8 batches of 4, each sample on average half the chain of 20 steps: 10 evaluations."""

@@ -11,7 +11,7 @@ from guided_diffusion.train_util import reseed
 from guided_diffusion.training.ema import Ema
 from guided_diffusion.training.metrics import Metrics
 from guided_diffusion.training.objective import PassLoss
-from guided_diffusion.training.optimizer_state import load_optimizer_state
+from guided_diffusion.training.optimizer import load_optimizer_state
 
 
 def test_quartiles_are_those_of_the_batchs_own_timesteps():

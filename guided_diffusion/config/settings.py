@@ -267,8 +267,8 @@ class Training:
     random_flip: bool = key(
         True, "plain training: mirror each image with probability 1/2", idle_in=("student",)
     )
-    lr: float = key(1e-4, "learning rate of AdamW")
-    weight_decay: float = key(0.0, "weight decay of AdamW")
+    lr: float = key(1e-4, "learning rate")
+    weight_decay: float = key(0.0, "weight decay, decoupled from the gradient")
     lr_anneal_steps: int = key(0, "lower lr linearly to 0 over so many iterations (0: constant)")
     batch_size: int = key(128, "samples per iteration, all ranks together")
     microbatch: int = key(-1, "samples per backward pass and rank (-1: all at once)")
@@ -400,6 +400,7 @@ class Run:
     """How a run is carried out."""
 
     iterations: int = key(0, "end after so many iterations (0: after lr_anneal_steps; both 0: never)")
+    optimizer: str = key("adamw", "adamw, or muon (Muon for matrices and convolutions, AdamW for the rest)")
     warmup_steps: int = key(0, "raise lr linearly from 0 over so many iterations")
     seed: int = key(0, "seed of everything random")
     precision: str = key("auto", "auto, fp32, bf16 or fp16 (auto: fp32, or the device's best if use_fp16)")
@@ -435,6 +436,7 @@ class Run:
             not self.eval_interval or bool(self.eval_reference),
             f"{where}eval_interval: scores need {where}eval_reference, an npz of real images",
         )
+        _require_one_of(self.optimizer, ("adamw", "muon"), f"{where}optimizer")
         _require_one_of(self.precision, ("auto", "fp32", "bf16", "fp16"), f"{where}precision")
         _require_one_of(self.weights_format, ("pt", "safetensors", "both"), f"{where}weights_format")
         _require(self.max_bad_steps > 0, f"{where}max_bad_steps must be positive, not {self.max_bad_steps}")

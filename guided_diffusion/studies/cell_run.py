@@ -91,7 +91,7 @@ class CellRun:
         record: dict[str, Any] = {"scores": []}
         seconds = 0.0
         if self.cell.run.teacher:
-            record |= {"iterations": 0, "flops": Ledger(0.0, 0.0, 0.0, 0.0).of(0)}
+            record |= {"iterations": 0, "flops": Ledger(0.0, 0.0, 0.0, 0.0, 0.0).of(0)}
             record["scores"].append(self._scores(0, self.teacher))
         else:
             prepared = self._prepared()

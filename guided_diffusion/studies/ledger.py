@@ -1,17 +1,18 @@
 """What a run costs in floating point operations, counted instead of timed: the same on every machine.
 
 PyTorch's counter counts matrix products and convolutions, two operations for a multiplication and an
-addition; element-wise work, the optimizer and averaging are not counted. It looks at one batch of few rows,
-and what it finds is taken for all.
+addition; element-wise work, such as AdamW's and averaging, is not counted. It looks at one batch of few
+rows, and what it finds is taken for all.
 """
 
 from dataclasses import dataclass
 
 import torch as th
+from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from ..config.settings import DistillationExperiment
+from ..config.settings import DistillationExperiment, Experiment
 from ..distill.dynamic_batch import DynamicBatch, pool_size
 from ..distill.teacher import Teacher
 from ..gaussian_diffusion import GaussianDiffusion
@@ -20,6 +21,7 @@ from ..resample import create_named_schedule_sampler
 from ..script_util import build_network, build_process, build_space
 from ..setups.distillation import build_objective
 from ..training.objective import DiffusionTraining, ImageBatch, Objective
+from ..training.optimizer import build_optimizer
 from .study_file import Data
 
 _ROWS = 16  # or the batch's own, if fewer
@@ -31,24 +33,26 @@ class Ledger:
 
     Attributes:
         preparation: of everything before the first iteration.
-        teacher, student, head: of an iteration: the teacher's evaluations; the student's forward and backward
-            passes; what is trained beside it, forward and backward.
+        teacher, student, head, optimizer: of an iteration: the teacher's evaluations; the student's forward
+            and backward passes; what is trained beside it, forward and backward; the optimizer's products.
     """
 
     preparation: float
     teacher: float
     student: float
     head: float
+    optimizer: float
 
     @property
     def iteration(self) -> float:
         """Of an iteration."""
-        return self.teacher + self.student + self.head
+        return self.teacher + self.student + self.head + self.optimizer
 
     def of(self, iterations: int) -> dict[str, float]:
         """Part by part, and in all, after so many iterations."""
         parts = {"preparation": self.preparation}
-        parts |= {name: iterations * getattr(self, name) for name in ("teacher", "student", "head")}
+        for name in ("teacher", "student", "head", "optimizer"):
+            parts[name] = iterations * getattr(self, name)
         return parts | {"total": sum(parts.values())}
 
 
@@ -74,9 +78,11 @@ def ledger_of(experiment: DistillationExperiment, data: Data | None, images: int
             evaluation = _count(lambda: teacher.step(x, t, y)) / rows
             steps = build_process(experiment.teacher, "data.respacing", data.respacing).num_timesteps
             sampler = create_named_schedule_sampler("uniform", process.num_timesteps)
-            trained = _passes(DiffusionTraining(process, sampler), network, ImageBatch(x, y))
+            objective: Objective = DiffusionTraining(process, sampler)
+            trained = _passes(objective, network, ImageBatch(x, y))
             synthetic = images - round(data.real * images)
-            return Ledger(synthetic * steps * evaluation, 0.0, trained * batch / rows, 0.0)
+            optimizer = _optimizer(experiment, network, objective)
+            return Ledger(synthetic * steps * evaluation, 0.0, trained * batch / rows, 0.0, optimizer)
         objective = build_objective(experiment, teacher, network, process)
         pool = DynamicBatch(x.clone(), t + 1, process.num_timesteps, y)
         maps = objective.teacher_maps
@@ -91,6 +97,7 @@ def ledger_of(experiment: DistillationExperiment, data: Data | None, images: int
         batch * taught / experiment.teacher.prob / experiment.distill.teacher_interval,
         batch * student,
         batch * (passes - student),
+        _optimizer(experiment, network, objective),
     )
 
 
@@ -137,6 +144,11 @@ def _student(
     finally:
         del network.evaluate
     return min(counted, passes)
+
+
+def _optimizer(experiment: Experiment, *modules: nn.Module) -> float:
+    """What a step costs; the modules have gradients."""
+    return _count(build_optimizer(experiment.student.training, experiment.run, *modules).step)
 
 
 def _passes(objective: Objective, network: DenoisingNetwork, batch: object) -> float:

@@ -49,9 +49,10 @@ def weights(loop):
     return [value.detach().clone() for value in (*loop.parameters, *averages)]
 
 
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e38])
-def test_bad_steps_are_skipped_and_counted(command, tmp_path, value):
-    loop = build(command, tmp_path, "student.weight_decay=0.1")
+def test_bad_steps_are_skipped_and_counted(command, tmp_path, value, optimizer):
+    loop = build(command, tmp_path, "student.weight_decay=0.1", f"run.optimizer={optimizer}")
     spoil(loop, {2, 3}, value)
     seen = []
     inner = loop.train_step

@@ -1,9 +1,21 @@
-"""AdamW's state in checkpoints: ours, and the originals'."""
+"""The optimizer: which one, and its state in checkpoints, ours and the originals'."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch as th
+from torch import nn
+
+from ..config.settings import Run, Training
+from .muon import Muon, matrices
+
+
+def build_optimizer(training: Training, run: Run, *modules: nn.Module) -> th.optim.AdamW:
+    """The optimizer of all parameters of some modules, in their order, that `run.optimizer` names."""
+    parameters = [p for module in modules for p in module.parameters()]
+    if run.optimizer == "muon":
+        return Muon(parameters, matrices(*modules), lr=training.lr, weight_decay=training.weight_decay)
+    return th.optim.AdamW(parameters, lr=training.lr, weight_decay=training.weight_decay, fused=True)
 
 
 def load_optimizer_state(optimizer: th.optim.AdamW, saved: Mapping[str, Any]) -> None:
@@ -14,10 +26,11 @@ def load_optimizer_state(optimizer: th.optim.AdamW, saved: Mapping[str, Any]) ->
 
     Args:
         optimizer: of one parameter group.
-        saved: `state_dict()` of an AdamW over the same parameters in the same order.
+        saved: `state_dict()` of an AdamW or a Muon over the same parameters in the same order. Muon goes on
+            from AdamW's averages; AdamW needs the squares' too, which Muon has not of matrices.
 
     Raises:
-        ValueError: another number of parameters, or moments of another shape.
+        ValueError: another number of parameters, or moments of another shape, or not all of them.
     """
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     count = sum(len(group["params"]) for group in saved["param_groups"])
@@ -26,9 +39,13 @@ def load_optimizer_state(optimizer: th.optim.AdamW, saved: Mapping[str, Any]) ->
         moments = _cut_up(moments, parameters)
     elif count != len(parameters):
         raise ValueError(f"it is of {count} parameters instead of {len(parameters)}")
+    muons = {id(p) for p in optimizer.matrices} if isinstance(optimizer, Muon) else set()
     for index, values in moments.items():
-        moments[index] = values = dict(values)
-        for name in ("exp_avg", "exp_avg_sq"):
+        names = ["exp_avg"] if id(parameters[index]) in muons else ["exp_avg", "exp_avg_sq"]
+        if not set(names) <= set(values):
+            raise ValueError("it is Muon's: give run.optimizer=muon")
+        moments[index] = values = {name: values[name] for name in ("step", *names)}
+        for name in names:
             if values[name].shape != parameters[index].shape:
                 shapes = f"{tuple(values[name].shape)} instead of {tuple(parameters[index].shape)}"
                 raise ValueError(f"its moments of parameter {index} have shape {shapes}")

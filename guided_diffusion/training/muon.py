@@ -1,0 +1,112 @@
+"""Muon: steps along the orthogonalised gradient, for the weights of a network that are matrices."""
+
+import math
+from collections import defaultdict
+from collections.abc import Iterable
+
+import torch as th
+from torch import nn
+
+MOMENTUM = 0.95
+COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # of the quintic iteration (Jordan et al., 2024)
+ITERATIONS = 5
+
+
+def matrices(*modules: nn.Module) -> list[nn.Parameter]:
+    """The weights that Muon is for: all of two or more dimensions, but those of embedding tables."""
+    layers = (
+        layer for module in modules for layer in module.modules() if not isinstance(layer, nn.Embedding)
+    )
+    return [p for layer in layers for p in layer.parameters(recurse=False) if p.ndim >= 2]
+
+
+def orthogonalized(x: th.Tensor) -> th.Tensor:
+    """Matrices with x's singular vectors, and singular values between about 0.7 and 1.2.
+
+    Five Newton-Schulz iterations on x over its Frobenius norm; products alone, no decomposition.
+
+    Args:
+        x: float32 [..., M, N].
+
+    Returns:
+        float32 [..., M, N]; 0 where x is 0.
+    """
+    wide = x.mT if x.shape[-2] > x.shape[-1] else x
+    wide = wide / wide.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-7)
+    a, b, c = COEFFICIENTS
+    for _ in range(ITERATIONS):
+        gram = wide @ wide.mT
+        wide = a * wide + (b * gram + c * gram @ gram) @ wide
+    return wide.mT if x.shape[-2] > x.shape[-1] else wide
+
+
+class Muon(th.optim.AdamW):
+    """Muon for matrices (Jordan et al., 2024), AdamW for the other parameters.
+
+    A convolution's weight counts as a matrix [out, in x kernel]. A step is 0.2 sqrt(max(M, N)) times the
+    orthogonalised gradient, averaged with Nesterov's momentum: about the size of AdamW's, so that both have
+    the same learning rate and weight decay (Liu et al., 2025, "Muon is scalable for LLM training", eq. 4).
+    torch's own is not used since it takes nothing but matrices, and cannot skip a step on the device.
+
+    Args:
+        parameters: all that is optimised.
+        matrices: those of them that are Muon's, of two or more dimensions.
+        lr, weight_decay: of both.
+    """
+
+    def __init__(
+        self,
+        parameters: Iterable[nn.Parameter],
+        matrices: Iterable[nn.Parameter],
+        *,
+        lr: float,
+        weight_decay: float = 0.0,
+    ):
+        super().__init__(parameters, lr=lr, weight_decay=weight_decay, fused=True)
+        self._of_shape: dict[tuple[int, int], list[nn.Parameter]] = defaultdict(list)
+        for p in matrices:
+            self._of_shape[len(p), p[0].numel()].append(p)
+
+    @property
+    def matrices(self) -> list[nn.Parameter]:
+        """The parameters that are Muon's."""
+        return [p for same in self._of_shape.values() for p in same]
+
+    @th.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        """Move all parameters that have a gradient, or none of them if `found_inf` is set and not 0."""
+        gradients = [p.grad for p in self.matrices]
+        for p in self.matrices:
+            p.grad = None  # so that AdamW passes it over
+        super().step()
+        for p, gradient in zip(self.matrices, gradients, strict=True):
+            p.grad = gradient
+        for shape, same in self._of_shape.items():
+            self._move(shape, [p for p in same if p.grad is not None])
+
+    def _move(self, shape: tuple[int, int], parameters: list[nn.Parameter]) -> None:
+        """Muon's step of the matrices of one shape, all in the same products."""
+        if not parameters:
+            return
+        lr, decay = (self.param_groups[0][name] for name in ("lr", "weight_decay"))
+        for p in parameters:
+            if not self.state[p]:
+                self.state[p] |= {"step": th.zeros((), device=p.device), "exp_avg": th.zeros_like(p)}
+        states = [self.state[p] for p in parameters]
+        weights, gradient, before = (
+            th.stack([x.reshape(shape) for x in each])
+            for each in (
+                parameters,
+                [p.grad for p in parameters if p.grad is not None],
+                [state["exp_avg"] for state in states],
+            )
+        )
+        average = before.lerp(gradient, 1 - MOMENTUM)
+        direction = orthogonalized(gradient.lerp(average, MOMENTUM))
+        moved = weights * (1 - lr * decay) - direction * (lr * 0.2 * math.sqrt(max(shape)))
+        skipped = getattr(self, "found_inf", weights.new_zeros(())) > 0
+        average, moved = th.where(skipped, before, average), th.where(skipped, weights, moved)
+        for p, state, to, mean in zip(parameters, states, moved, average, strict=True):
+            p.copy_(to.view_as(p))
+            state["exp_avg"].copy_(mean.view_as(p))
+            state["step"] += ~skipped
