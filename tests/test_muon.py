@@ -10,16 +10,19 @@ from guided_diffusion.training.muon import Muon, matrices, orthogonalized
 from guided_diffusion.training.optimizer import load_optimizer_state
 
 
+@pytest.mark.parametrize("dtype", [th.float32, th.bfloat16, th.float16])
 @pytest.mark.parametrize("shape", [(8, 8), (4, 36), (36, 4), (3, 6, 27)])
-def test_singular_values_become_about_one_and_the_vectors_stay(shape):
+def test_singular_values_become_about_one_and_the_vectors_stay(shape, dtype):
     th.manual_seed(0)
     x = th.randn(shape) * 100
     u, _, v = th.linalg.svd(x, full_matrices=False)
-    found = orthogonalized(x)
+    found = orthogonalized(x, dtype)
+    assert found.dtype == th.float32
     turned = u.mT @ found @ v.mT
     values = turned.diagonal(dim1=-2, dim2=-1)
     assert bool(((values > 0.6) & (values < 1.3)).all())
-    th.testing.assert_close(turned, th.diag_embed(values), atol=1e-3, rtol=0)
+    rounding = 1e-3 + 16 * th.finfo(dtype).eps  # of x, times its condition
+    th.testing.assert_close(turned, th.diag_embed(values), atol=rounding, rtol=0)
     assert th.equal(orthogonalized(th.zeros(shape)), th.zeros(shape))
 
 

@@ -8,7 +8,6 @@ rows, and what it finds is taken for all.
 from dataclasses import dataclass
 
 import torch as th
-from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -146,9 +145,9 @@ def _student(
     return min(counted, passes)
 
 
-def _optimizer(experiment: Experiment, *modules: nn.Module) -> float:
-    """What a step costs; the modules have gradients."""
-    return _count(build_optimizer(experiment.student.training, experiment.run, *modules).step)
+def _optimizer(experiment: Experiment, network: DenoisingNetwork, objective: Objective) -> float:
+    """What a step costs; there are gradients."""
+    return _count(build_optimizer(experiment.student.training, experiment.run, network, objective).step)
 
 
 def _passes(objective: Objective, network: DenoisingNetwork, batch: object) -> float:

@@ -20,24 +20,25 @@ def matrices(*modules: nn.Module) -> list[nn.Parameter]:
     return [p for layer in layers for p in layer.parameters(recurse=False) if p.ndim >= 2]
 
 
-def orthogonalized(x: th.Tensor) -> th.Tensor:
+def orthogonalized(x: th.Tensor, dtype: th.dtype = th.float32) -> th.Tensor:
     """Matrices with x's singular vectors, and singular values between about 0.7 and 1.2.
 
     Five Newton-Schulz iterations on x over its Frobenius norm; products alone, no decomposition.
 
     Args:
         x: float32 [..., M, N].
+        dtype: of the products; 16 bits do.
 
     Returns:
         float32 [..., M, N]; 0 where x is 0.
     """
     wide = x.mT if x.shape[-2] > x.shape[-1] else x
-    wide = wide / wide.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-7)
+    wide = (wide / wide.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-7)).to(dtype)
     a, b, c = COEFFICIENTS
     for _ in range(ITERATIONS):
         gram = wide @ wide.mT
         wide = a * wide + (b * gram + c * gram @ gram) @ wide
-    return wide.mT if x.shape[-2] > x.shape[-1] else wide
+    return (wide.mT if x.shape[-2] > x.shape[-1] else wide).float()
 
 
 class Muon(th.optim.AdamW):
@@ -52,17 +53,19 @@ class Muon(th.optim.AdamW):
         parameters: all that is optimised.
         matrices: those of them that are Muon's, of two or more dimensions.
         lr, weight_decay: of both.
+        dtype: in which gradients are orthogonalised.
     """
 
     def __init__(
         self,
         parameters: Iterable[nn.Parameter],
         matrices: Iterable[nn.Parameter],
-        *,
         lr: float,
         weight_decay: float = 0.0,
+        dtype: th.dtype = th.float32,
     ):
         super().__init__(parameters, lr=lr, weight_decay=weight_decay, fused=True)
+        self.dtype = dtype
         self._of_shape: dict[tuple[int, int], list[nn.Parameter]] = defaultdict(list)
         for p in matrices:
             self._of_shape[len(p), p[0].numel()].append(p)
@@ -102,7 +105,7 @@ class Muon(th.optim.AdamW):
             )
         )
         average = before.lerp(gradient, 1 - MOMENTUM)
-        direction = orthogonalized(gradient.lerp(average, MOMENTUM))
+        direction = orthogonalized(gradient.lerp(average, MOMENTUM), self.dtype)
         moved = weights * (1 - lr * decay) - direction * (lr * 0.2 * math.sqrt(max(shape)))
         skipped = getattr(self, "found_inf", weights.new_zeros(())) > 0
         average, moved = th.where(skipped, before, average), th.where(skipped, weights, moved)

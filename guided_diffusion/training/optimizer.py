@@ -7,15 +7,19 @@ import torch as th
 from torch import nn
 
 from ..config.settings import Run, Training
+from ..networks.base import DenoisingNetwork
 from .muon import Muon, matrices
 
 
-def build_optimizer(training: Training, run: Run, *modules: nn.Module) -> th.optim.AdamW:
-    """The optimizer of all parameters of some modules, in their order, that `run.optimizer` names."""
-    parameters = [p for module in modules for p in module.parameters()]
+def build_optimizer(
+    training: Training, run: Run, network: DenoisingNetwork, objective: nn.Module
+) -> th.optim.AdamW:
+    """The optimizer that `run.optimizer` names, of the network's parameters and then the objective's."""
+    parameters = [*network.parameters(), *objective.parameters()]
+    rates = training.lr, training.weight_decay
     if run.optimizer == "muon":
-        return Muon(parameters, matrices(*modules), lr=training.lr, weight_decay=training.weight_decay)
-    return th.optim.AdamW(parameters, lr=training.lr, weight_decay=training.weight_decay, fused=True)
+        return Muon(parameters, matrices(network, objective), *rates, dtype=network.compute_dtype)
+    return th.optim.AdamW(parameters, rates[0], weight_decay=rates[1], fused=True)
 
 
 def load_optimizer_state(optimizer: th.optim.AdamW, saved: Mapping[str, Any]) -> None:
