@@ -91,7 +91,7 @@ def test_vectors_and_embedding_tables_are_adamws():
     steps_of(theirs, th.optim.AdamW(theirs.parameters(), lr=0.1, weight_decay=0.01, fused=True), 3)
     for name, p in ours.named_parameters():
         other = theirs.get_parameter(name)
-        same = p.ndim == 1 or name == "0.weight"
+        same = p.ndim == 1 or name in ("0.weight", "5.weight")  # the table, and a single row
         assert th.equal(p, other) if same else not th.allclose(p, other, atol=0.05), name
 
 
