@@ -63,9 +63,8 @@ def test_a_convolution_is_a_matrix_and_the_memory_layout_does_not_matter():
 
 def small_network():
     th.manual_seed(0)
-    return nn.Sequential(
-        nn.Embedding(5, 4), nn.Linear(4, 6), nn.LayerNorm(6), nn.Linear(6, 6), nn.Linear(6, 2)
-    )
+    layers = nn.Linear(4, 6), nn.LayerNorm(6), nn.Linear(6, 6), nn.Linear(6, 2), nn.Linear(2, 1)
+    return nn.Sequential(nn.Embedding(5, 4), *layers)
 
 
 def steps_of(network, optimizer, count, seed=0, spoilt=None):

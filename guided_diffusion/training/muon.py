@@ -13,11 +13,11 @@ ITERATIONS = 5
 
 
 def matrices(*modules: nn.Module) -> list[nn.Parameter]:
-    """The weights that Muon is for: all of two or more dimensions, but those of embedding tables."""
-    layers = (
-        layer for module in modules for layer in module.modules() if not isinstance(layer, nn.Embedding)
-    )
-    return [p for layer in layers for p in layer.parameters(recurse=False) if p.ndim >= 2]
+    """The weights that Muon is for: of several rows and columns, but those of embedding tables."""
+    layers = [layer for module in modules for layer in module.modules()]
+    tables = {id(layer.weight) for layer in layers if isinstance(layer, nn.Embedding)}
+    weights = (p for module in modules for p in module.parameters() if p.ndim >= 2 and id(p) not in tables)
+    return [p for p in weights if min(len(p), p[0].numel()) > 1]
 
 
 def orthogonalized(x: th.Tensor, dtype: th.dtype = th.float32) -> th.Tensor:
