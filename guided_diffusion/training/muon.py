@@ -12,11 +12,10 @@ COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # of the quintic iteration (Jordan et 
 ITERATIONS = 5
 
 
-def matrices(*modules: nn.Module) -> list[nn.Parameter]:
+def matrices(network: nn.Module) -> list[nn.Parameter]:
     """The weights that Muon is for: of several rows and columns, but those of embedding tables."""
-    layers = [layer for module in modules for layer in module.modules()]
-    tables = {id(layer.weight) for layer in layers if isinstance(layer, nn.Embedding)}
-    weights = (p for module in modules for p in module.parameters() if p.ndim >= 2 and id(p) not in tables)
+    tables = {id(layer.weight) for layer in network.modules() if isinstance(layer, nn.Embedding)}
+    weights = [p for p in network.parameters() if p.ndim >= 2 and id(p) not in tables]
     return [p for p in weights if min(len(p), p[0].numel()) > 1]
 
 
@@ -26,18 +25,18 @@ def orthogonalized(x: th.Tensor, dtype: th.dtype = th.float32) -> th.Tensor:
     Five Newton-Schulz iterations on x over its Frobenius norm; products alone, no decomposition.
 
     Args:
-        x: float32 [..., M, N].
+        x: float32 [K, M, N].
         dtype: of the products; 16 bits do.
 
     Returns:
-        float32 [..., M, N]; 0 where x is 0.
+        float32 [K, M, N]; 0 where x is 0.
     """
     wide = x.mT if x.shape[-2] > x.shape[-1] else x
     wide = (wide / wide.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-7)).to(dtype)
     a, b, c = COEFFICIENTS
     for _ in range(ITERATIONS):
         gram = wide @ wide.mT
-        wide = a * wide + (b * gram + c * gram @ gram) @ wide
+        wide = th.baddbmm(wide, th.baddbmm(gram, gram, gram, beta=b, alpha=c), wide, beta=a)
     return (wide.mT if x.shape[-2] > x.shape[-1] else wide).float()
 
 
@@ -109,7 +108,8 @@ class Muon(th.optim.AdamW):
         moved = weights * (1 - lr * decay) - direction * (lr * 0.2 * math.sqrt(max(shape)))
         skipped = getattr(self, "found_inf", weights.new_zeros(())) > 0
         average, moved = th.where(skipped, before, average), th.where(skipped, weights, moved)
-        for p, state, to, mean in zip(parameters, states, moved, average, strict=True):
-            p.copy_(to.view_as(p))
-            state["exp_avg"].copy_(mean.view_as(p))
-            state["step"] += ~skipped
+        taken = (~skipped).float()
+        for olds, news in ((parameters, moved), ([state["exp_avg"] for state in states], average)):
+            th._foreach_copy_(list(olds), [new.view_as(p) for p, new in zip(parameters, news, strict=True)])
+        for state in states:
+            state["step"].add_(taken)

@@ -14,11 +14,14 @@ from .muon import Muon, matrices
 def build_optimizer(
     training: Training, run: Run, network: DenoisingNetwork, objective: nn.Module
 ) -> th.optim.AdamW:
-    """The optimizer that `run.optimizer` names, of the network's parameters and then the objective's."""
+    """The optimizer that `run.optimizer` names, of the network's parameters and then the objective's.
+
+    Muon is for the network alone: the noise encoder's matrices would cost more than a small student's.
+    """
     parameters = [*network.parameters(), *objective.parameters()]
     rates = training.lr, training.weight_decay
     if run.optimizer == "muon":
-        return Muon(parameters, matrices(network, objective), *rates, dtype=network.compute_dtype)
+        return Muon(parameters, matrices(network), *rates, dtype=network.compute_dtype)
     return th.optim.AdamW(parameters, rates[0], weight_decay=rates[1], fused=True)
 
 
