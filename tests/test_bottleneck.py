@@ -1,5 +1,7 @@
 """The distance of the student's bottleneck from the teacher's: what is compared, what is refused."""
 
+from dataclasses import replace
+
 import pytest
 import torch as th
 from in_process import script_here
@@ -9,6 +11,7 @@ from tiny import T, denoiser, distillation, give_student_dit_keys, network, one_
 from guided_diffusion.config.settings import Distill
 from guided_diffusion.distill.dynamic_batch import DynamicBatch
 from guided_diffusion.distill.objectives import Distillation
+from guided_diffusion.errors import UserError
 from guided_diffusion.networks.diffusers_unet2d import DiffusersUNet2D
 from guided_diffusion.networks.guidance import guided
 from guided_diffusion.networks.weight_selection import bottleneck_channels
@@ -81,11 +84,24 @@ def test_the_loss_is_what_it_adds():
     th.testing.assert_close(joined.parts[0].terms["stage1_bottleneck"], expected)
 
 
+def test_a_network_that_hands_none_out_is_told(monkeypatch):
+    _, process = build_network(denoiser(**network(SIZE)))
+    teacher = teacher_of(build(64), process)
+    batch = DynamicBatch.of_noise(2, (3, SIZE, SIZE), T).advance(th.arange(2), teacher, bottleneck=True)
+    student = build(32)
+    objective = Distillation(student, process, Distill(bottleneck_weight=0.1), teacher=teacher)
+    evaluate = student.evaluate
+    silent = lambda *given, **more: replace(evaluate(*given, **more), bottleneck=None)  # noqa: E731
+    monkeypatch.setattr(student, "evaluate", silent)
+    with pytest.raises(UserError, match=r"distill\.bottleneck_weight: .* hands out no bottleneck; give 0"):
+        next(objective.passes(student, batch))
+
+
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_runs_match_it_and_go_on_exactly(tmp_path, ranks):
-    """With answers used twice, so that a stopped run's file must hold the teacher's maps."""
+    """With answers used twice, so that a stopped run's file must hold the teacher's maps; by Muon."""
     more = {"distill__bottleneck_weight": 0.1, "distill__teacher_interval": 2, "student__num_channels": 16}
-    config = distillation(tmp_path, SIZE, **more, student__microbatch=1)
+    config = distillation(tmp_path, SIZE, **more, student__microbatch=1, run__optimizer="muon")
     script_here("scripts/dynamic_prepare.py", "--config", config)
     kd = ["scripts/image_kd.py", "--config", config, "student.save_interval=3", "student.log_interval=1"]
     done = script(*kd, "--exp_dir", tmp_path / "whole", ranks=ranks)
