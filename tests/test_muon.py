@@ -94,6 +94,16 @@ def test_vectors_and_embedding_tables_are_adamws():
         assert th.equal(p, other) if same else not th.allclose(p, other, atol=0.05), name
 
 
+def test_the_learning_rate_may_lie_on_the_device():
+    """As a captured iteration keeps it, `benchmarks/whole_step.py`."""
+    ours, theirs = small_network(), small_network()
+    steps_of(ours, muon(ours), 2)
+    optimizer = muon(theirs)
+    optimizer.param_groups[0]["lr"] = th.tensor(0.1, dtype=th.float64)
+    steps_of(theirs, optimizer, 2)
+    assert all(th.allclose(a, b) for a, b in zip(ours.parameters(), theirs.parameters(), strict=True))
+
+
 def test_a_weight_without_a_gradient_stays():
     network = small_network()
     optimizer, before = muon(network), network[3].weight.detach().clone()
