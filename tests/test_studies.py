@@ -59,7 +59,8 @@ class TestIdentity:
         elsewhere = tmp_path / "elsewhere"
         elsewhere.mkdir()
         runs = {"base": {"overrides": ["student.log_interval=7"], "about": "x", "group": "y", "seeds": 1}}
-        after = ids(study(elsewhere, runs=runs, baseline="base", budgets={"other": {"iterations": 4}}))
+        other = {"budgets": {"other": {"iterations": 4}}, "metrics": {"respacing": 5, "to_teacher": True}}
+        after = ids(study(elsewhere, runs=runs, baseline="base", **other))
         assert after["base/other/0"] == before["plain/short/0"]
 
     @pytest.mark.parametrize(
@@ -276,6 +277,27 @@ class TestCell:
         assert found["failed"].startswith("image_kd.py: gradients were not finite") and found["scores"] == []
         assert found["iterations"] == 4 and found["flops"]["total"] > 0
         assert "gradients were not finite" in (ROOT / "guided_diffusion/train_util.py").read_text()
+
+    def test_the_teacher_draws_from_the_students_noise_once_for_all_cells_of_a_seed(self, cell_run, tmp_path):
+        drawn = []
+
+        def do(script, *words):
+            if "sample" in script:
+                folder = Path(words[words.index("--log_dir") + 1])
+                folder.mkdir(exist_ok=True)
+                np.savez(folder / "samples_1x8x8x3.npz", np.zeros((1, 8, 8, 3), np.uint8))
+                drawn.append((folder.parent.name, words[-1]))
+
+        more = {"metrics": {"respacing": 5, "to_teacher": True}}
+        for number in range(2):
+            run = cell_run(do, **more)
+            run.shared.score = lambda reference, _: {"fd": 7.0 if reference.parent.name != "digits" else 3.0}
+            run._compared = lambda _: {}
+            found = run._scores(number, tmp_path / "weights.pt")
+            assert (found["primary"], found["to_teacher"]) == (3.0, 7.0)
+        students = [seed for folder, seed in drawn if folder != "teacher"]
+        teachers = [seed for folder, seed in drawn if folder == "teacher"]
+        assert students == [*teachers, *teachers] and len(teachers) == 2
 
     def test_a_disk_that_is_full_is_none(self, cell_run):
         def do(script, *_):
@@ -546,6 +568,7 @@ class TestWholeStudy:
             else:
                 assert [score["fraction"] for score in record["scores"]] == points
                 assert record["scores"][-1]["held_out"]["all"] > 0 and record["iterations"] == 4
+                assert record["scores"][-1]["to_teacher"] > 0
             assert record["flops"]["total"] >= record["flops"]["preparation"]
 
     def test_scores_are_those_of_a_study_that_was_not_disturbed(self, out, tmp_path):

@@ -6,7 +6,7 @@ import json
 import shutil
 import threading
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -271,13 +271,18 @@ class CellRun:
         if name in self.steps.done:
             return self.steps.done[name]
         found: dict[str, Any] = {"step": step, "sets": []}
+        compared = self.study.metrics.to_teacher and not self.cell.run.teacher
         for number in range(self.study.metrics.sets):
             images = self._samples(step, weights, number)
+            theirs = self._teachers_samples(number) if compared else None
             with self.shared.computing, self.steps.timed(f"score {step}"):
                 self.shared.commands.check()
-                found["sets"].append(self.shared.score(self.reference, images))
+                scores = self.shared.score(self.reference, images)
+                if theirs is not None:
+                    scores["to_teacher"] = _primary(self.shared.score(theirs, images))
+                found["sets"].append(scores)
         found |= {key: _mean([one[key] for one in found["sets"]]) for key in found["sets"][0]}
-        found["primary"] = found[next(key for key in ("fd", "fid") if key in found)]
+        found["primary"] = _primary(found)
         if not self.cell.run.teacher:
             with self.shared.computing, self.steps.timed(f"score {step}"):
                 found |= self._compared(weights)
@@ -299,6 +304,24 @@ class CellRun:
             scale = max(1, 32 // shown.shape[1])
             save_grid(self.folder / "pictures.png", shown, columns=_SHOWN, scale=scale)
         return images
+
+    def _teachers_samples(self, number: int) -> Path:
+        """What the teacher makes of the noise of a set of samples, made once for all cells of the seed."""
+        metrics, seed = self.study.metrics, _noise_seed(self.cell.seed, number)
+        content: dict[str, Any] = {"teacher": sha256_of(self.teacher), "seed": seed}
+        content |= {"settings": _denoiser(self.experiment.teacher)}
+        content |= {"count": metrics.samples, "respacing": metrics.respacing}
+        folder = self.shared.out / "teacher" / _key(content)
+        with self.shared.once(str(folder)):
+            steps = Steps(folder / "steps.json")
+            if "sampled" not in steps.done:
+                folder.mkdir(parents=True, exist_ok=True)
+                steps.add("seed", self.cell.seed)
+                config = folder / "teacher.yaml"
+                self._network_config(config)
+                self._sample(config, self.teacher, metrics.samples, metrics.respacing, folder, seed)
+                steps.add("sampled")
+        return next(folder.glob("samples_*.npz"))
 
     def _sample(
         self, config: Path, weights: Path, count: int, respacing: str, folder: Path, seed: int
@@ -349,6 +372,11 @@ class CellRun:
 def _noise_seed(seed: int, number: int) -> int:
     """The seed of a set of samples: another one for each of a study's seeds and each set."""
     return 1000 + 100 * seed + number
+
+
+def _primary(scores: Mapping[str, Any]) -> float:
+    """The score that a study's runs are compared by."""
+    return scores[next(key for key in ("fd", "fid") if key in scores)]
 
 
 def _mean(values: list[float]) -> float:

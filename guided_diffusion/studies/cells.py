@@ -28,6 +28,7 @@ _NOT_IDENTITY = {
         *("eval_interval", "eval_samples", "eval_backend", "eval_reference"),
     },
 }
+_NO_INFLUENCE = ("batch_size", "to_teacher")  # on what else is measured
 
 
 @dataclass(frozen=True)
@@ -124,7 +125,7 @@ def _identity(study: Study, run: StudyRun, sha256: Callable[[Path], str]) -> dic
         "data": asdict(run.data) if run.data else None,
         "reference": reference if reference == "digits" else sha256(reference_path(study)),
         "backend": study.backend,
-        "metrics": {k: v for k, v in asdict(study.metrics).items() if k != "batch_size"},
+        "metrics": {k: v for k, v in asdict(study.metrics).items() if k not in _NO_INFLUENCE},
         "score_at": list(study.score_at),
     } | ({"teacher_itself": True} if run.teacher else {})
 

@@ -17,12 +17,16 @@ from .results import Results
 from .statistics import PairedDifference, holm, paired_difference
 from .study_file import Budget, Study, StudyRun
 
-_NAMES = {"fd": "digits-FD", "fid": "FID", "sfid": "sFID", "precision": "precision", "recall": "recall"}
+_NAMES = {
+    **{"fd": "digits-FD", "fid": "FID", "to_teacher": "to the teacher"},
+    **{"sfid": "sFID", "precision": "precision", "recall": "recall"},
+}
 _HOW_TO_READ = """Lower is better in every column but precision and recall. Seeds are paired: with one seed
 all runs have the same initial weights, pool, order and sampling noise, as far as their configurations
 allow. A difference is the mean over the seeds that both runs have, with its 95 % interval (Student's t). p
 is the exact two-sided sign-flip test's, which cannot be below 2^(1-n) for n seeds; p (Holm) is corrected
-for the number of comparisons in its table. Held-out error: the mean squared difference of the noise
+for the number of comparisons in its table. To the teacher: the same score against the teacher's samples of
+the same noise instead of real images. Held-out error: the mean squared difference of the noise
 predictions of student and teacher on states of the teacher's full chain. On-policy error: the same at the
 states of the student's own chain. Path KL: the sum over that chain's steps of KL(student's step ‖ teacher's
 step), in nats an image. Chains: about how many of the teacher's different chains the student was shown.
@@ -151,7 +155,9 @@ def _scores_table(rows: list[Row], baseline: Row | None) -> str:
     }
     corrected = dict(zip(compared, holm([found.p for found in compared.values()]), strict=True))
     primary = next((_primary(record) for row in rows for record in row.done.values()), "fd")
-    more = [name for name in ("sfid", "precision", "recall") if any(row.final(name) for row in rows)]
+    more = [
+        name for name in ("to_teacher", "sfid", "precision", "recall") if any(row.final(name) for row in rows)
+    ]
     head = ["run", _NAMES[primary], "each seed", f"difference to {baseline.run.name if baseline else '-'}"]
     head += ["p", "p (Holm)", *(_NAMES[name] for name in more)]
     head += ["held-out error", "on-policy error", "path KL", "chains"]

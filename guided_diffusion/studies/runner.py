@@ -150,9 +150,10 @@ class Runner:
             return
         with self._lock:
             seeds = {cell.seed for cell in self._open} | {-1}
-            for path in [*self.out.glob("pools/*/steps.json"), *self.out.glob("data/*/steps.json")]:
-                if Steps(path).done["seed"] not in seeds:
-                    shutil.rmtree(path.parent)
+            for kind in ("pools", "data", "teacher"):
+                for path in self.out.glob(f"{kind}/*/steps.json"):
+                    if Steps(path).done["seed"] not in seeds:
+                        shutil.rmtree(path.parent)
 
 
 def machine(jobs: int) -> dict[str, Any]:

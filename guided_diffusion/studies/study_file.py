@@ -48,6 +48,7 @@ class Metrics:
         batch_size: images at a time while sampling.
         held_out: states of the teacher's full chain on which student and teacher are compared.
         chains: chains of the student's own along which they are compared.
+        to_teacher: also the distance from what the teacher makes of the same noise.
     """
 
     samples: int = 1000
@@ -56,6 +57,7 @@ class Metrics:
     batch_size: int = 125
     held_out: int = 256
     chains: int = 64
+    to_teacher: bool = False
 
 
 @dataclass(frozen=True)
