@@ -288,10 +288,16 @@ class TestCell:
                 np.savez(folder / "samples_1x8x8x3.npz", np.zeros((1, 8, 8, 3), np.uint8))
                 drawn.append((folder.parent.name, words[-1]))
 
+        def score(reference, images):
+            assert reference.name == images.name or reference.name.startswith("digits")
+            if reference.name == images.name:  # as the evaluator keeps what it finds of a reference
+                np.savez(reference.with_suffix(".a.npz"), x=np.zeros(1))
+            return {"fd": 7.0 if reference.name == images.name else 3.0}
+
         more = {"metrics": {"respacing": 5, "to_teacher": True}}
         for number in range(2):
             run = cell_run(do, **more)
-            run.shared.score = lambda reference, _: {"fd": 7.0 if reference.parent.name != "digits" else 3.0}
+            run.shared.score = score
             run._compared = lambda _: {}
             found = run._scores(number, tmp_path / "weights.pt")
             assert (found["primary"], found["to_teacher"]) == (3.0, 7.0)

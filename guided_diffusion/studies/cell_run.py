@@ -320,8 +320,8 @@ class CellRun:
                 config = folder / "teacher.yaml"
                 self._network_config(config)
                 self._sample(config, self.teacher, metrics.samples, metrics.respacing, folder, seed)
-                steps.add("sampled")
-        return next(folder.glob("samples_*.npz"))
+                steps.add("sampled", next(folder.glob("samples_*.npz")).name)
+        return folder / steps.done["sampled"]  # beside which its statistics will lie
 
     def _sample(
         self, config: Path, weights: Path, count: int, respacing: str, folder: Path, seed: int
