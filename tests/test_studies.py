@@ -291,7 +291,8 @@ class TestCell:
         def score(reference, images):
             assert reference.name == images.name or reference.name.startswith("digits")
             if reference.name == images.name:  # as the evaluator keeps what it finds of a reference
-                np.savez(reference.with_suffix(".a.npz"), x=np.zeros(1))
+                for letter in "abcdefgh":
+                    np.savez(reference.with_suffix(f".{letter}.npz"), x=np.zeros(1))
             return {"fd": 7.0 if reference.name == images.name else 3.0}
 
         more = {"metrics": {"respacing": 5, "to_teacher": True}}
