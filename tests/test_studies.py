@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -264,7 +265,9 @@ class TestCell:
             found = load_study(study(tmp_path, **more))
             cells = {cell.name: cell for cell in cells_of(found)}
             shared = Shared(found, tmp_path / "out", ROOT, lambda *_: {"fd": 1.0})
-            return CellRun(shared, cells[f"plain/{next(iter(found.budgets))}/{seed}"])
+            run = CellRun(shared, cells[f"plain/{next(iter(found.budgets))}/{seed}"])
+            run.folder.mkdir(parents=True, exist_ok=True)
+            return run
 
         return make
 
@@ -387,6 +390,23 @@ class TestReport:
         assert "| fast |  | `student.lr=0.01` | short: 0, 1, 2 |" in text and "a processor" in text
         assert (tmp_path / "report/study-short-why.png").is_file()
         assert (tmp_path / "report/study-short-0.png").is_file()
+
+    def test_the_distance_to_the_teacher_is_compared_in_pairs_too(self, tmp_path):
+        found = load_study(study(tmp_path, metrics={"respacing": 5, "to_teacher": True}))
+        results = Results(tmp_path / "results.jsonl")
+        distances = {
+            "plain": [1.0, 2.0, None],
+            "fast": [0.5, 1.0, 0.3],
+        }  # one was made before it was asked for
+        for cell in cells_of(found):
+            record = record_of(cell, 4.0)
+            if distance := distances[cell.run.name][cell.seed]:
+                record["scores"][-1]["to_teacher"] = distance
+            results.append(record)
+        write_report(found, results, tmp_path, tmp_path / "report.md", "studies.md")
+        text = (tmp_path / "report.md").read_text()
+        assert "| to the teacher | difference |" in text
+        assert "| 1.5 (n = 2) | - |" in text and "| 0.6 | -0.75 [-3.93, +2.43] (n = 2) |" in text
 
     def test_a_group_may_have_a_baseline_of_its_own(self, tmp_path):
         more = {"group": "more", "overrides": ["student.lr=0.1"]}
@@ -591,6 +611,28 @@ class TestWholeStudy:
         told, _ = again.communicate(timeout=100)
         assert again.returncode == 0 and "0 cells to run" in told
         assert ((out / "results.jsonl").read_bytes(), commands_of(out)) == before
+
+    def test_a_score_that_is_asked_for_later_is_added(self, out, tmp_path):
+        """The distance to the teacher's samples, from the weights that are kept; nothing is trained."""
+        shutil.copytree(out, tmp_path / "out")
+        results = tmp_path / "out/results.jsonl"
+        before = Results(results).read()
+        results.write_text(re.sub(r', "to_teacher": [^,}]*', "", results.read_text()))
+        assert "to_teacher" not in results.read_text()
+        again = start(tmp_path / "out", "--only", "DKDM")
+        told, _ = again.communicate(timeout=200)
+        assert again.returncode == 0 and "2 cells to run" in told and told.count("extended in") == 2, told
+        after = Results(results).read()
+        for key, record in before.items():
+            last, expected = after[key]["scores"][-1], record["scores"][-1]
+            if record["run"] == "DKDM":
+                assert after[key] | {"scores": []} == record | {"scores": []} and last == expected
+                assert "to_teacher" not in after[key]["scores"][0]  # whose weights are not kept
+            else:
+                assert "to_teacher" not in last
+        added = Counter(commands_of(tmp_path / "out")) - Counter(commands_of(out))
+        assert added and all("image_sample.py" in command for command in added)
+        assert not [*(tmp_path / "out").glob("cells/*/samples_*")]
 
     def test_runs_of_a_seed_share_pool_and_noise(self, out):
         commands = commands_of(out)

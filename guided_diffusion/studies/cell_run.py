@@ -80,7 +80,6 @@ class CellRun:
     def __init__(self, shared: Shared, cell: Cell):
         self.shared, self.cell, self.study = shared, cell, shared.study
         self.folder = shared.out / "cells" / f"{cell.name.replace('/', ',')}-{cell.id[:8]}"
-        self.folder.mkdir(parents=True, exist_ok=True)
         self.steps = Steps(self.folder / "steps.json")
         self.experiment = self.study.experiment(cell.run, f"run.seed={cell.seed}")
         self.teacher = teacher_path(self.study, self.experiment)
@@ -88,6 +87,7 @@ class CellRun:
 
     def run(self) -> dict[str, Any]:
         """Run it; its iterations, seconds and operations, its scores, or why it "failed"."""
+        self.folder.mkdir(parents=True, exist_ok=True)
         record: dict[str, Any] = {"scores": []}
         seconds = 0.0
         if self.cell.run.teacher:
@@ -107,13 +107,33 @@ class CellRun:
                 record["failed"] = str(error)
             else:
                 for step in self.study.points(iterations):
-                    weights = self.folder / "run" / file_name(self._weights, step)
-                    record["scores"].append({"fraction": step / iterations} | self._scores(step, weights))
+                    scores = self._scores(step, self._weights_after(step))
+                    record["scores"].append({"fraction": step / iterations} | scores)
         record["seconds"] = {"preparation": seconds}
         record["seconds"] |= {name: self.steps.seconds(name) for name in ("train", "sample", "score")}
         if self.study.keep == "little":
             self._tidy(record["iterations"])
         return record
+
+    def can_extend(self, record: Mapping[str, Any]) -> bool:
+        """Whether a record lacks distances to the teacher's samples that weights here would tell."""
+        return not self.cell.run.teacher and any(self._extensible(scores) for scores in record["scores"])
+
+    def _extensible(self, scores: Mapping[str, Any]) -> bool:
+        return "to_teacher" not in scores and self._weights_after(scores["step"]).is_file()
+
+    def extended(self, record: Mapping[str, Any]) -> dict[str, Any]:
+        """A record with these distances, which the study did not ask for when it was made."""
+        extended = copy.deepcopy(dict(record))
+        for scores in filter(self._extensible, extended["scores"]):
+            step = scores["step"]
+            for number, own in enumerate(scores["sets"]):
+                images = self._samples(step, self._weights_after(step), number)
+                own["to_teacher"] = self._to_teacher(images, number)
+            scores["to_teacher"] = _mean([own["to_teacher"] for own in scores["sets"]])
+        if self.study.keep == "little":
+            self._tidy(record["iterations"])
+        return extended
 
     def _command(self, script: str, *arguments: object) -> None:
         self.shared.commands.run(self.folder / "commands.log", script, *arguments)
@@ -274,13 +294,12 @@ class CellRun:
         compared = self.study.metrics.to_teacher and not self.cell.run.teacher
         for number in range(self.study.metrics.sets):
             images = self._samples(step, weights, number)
-            theirs = self._teachers_samples(number) if compared else None
             with self.shared.computing, self.steps.timed(f"score {step}"):
                 self.shared.commands.check()
                 scores = self.shared.score(self.reference, images)
-                if theirs is not None:
-                    scores["to_teacher"] = _primary(self.shared.score(theirs, images))
-                found["sets"].append(scores)
+            if compared:
+                scores["to_teacher"] = self._to_teacher(images, number)
+            found["sets"].append(scores)
         found |= {key: _mean([one[key] for one in found["sets"]]) for key in found["sets"][0]}
         found["primary"] = _primary(found)
         if not self.cell.run.teacher:
@@ -304,6 +323,13 @@ class CellRun:
             scale = max(1, 32 // shown.shape[1])
             save_grid(self.folder / "pictures.png", shown, columns=_SHOWN, scale=scale)
         return images
+
+    def _to_teacher(self, images: Path, number: int) -> float:
+        """The score of a set of samples against what the teacher makes of the same noise."""
+        theirs = self._teachers_samples(number)
+        with self.shared.computing:
+            self.shared.commands.check()
+            return _primary(self.shared.score(theirs, images))
 
     def _teachers_samples(self, number: int) -> Path:
         """What the teacher makes of the noise of a set of samples, made once for all cells of the seed."""
@@ -338,11 +364,10 @@ class CellRun:
         with atomic_path(path) as temporary:
             temporary.write_text(mapping_text(content))
 
-    @property
-    def _weights(self) -> str:
+    def _weights_after(self, step: int) -> Path:
         """What of a checkpoint is scored: the first average, or else the weights themselves."""
         rates = self.experiment.student.training.ema_rates
-        return f"ema_{rates[0]}" if rates else "model"
+        return self.folder / "run" / file_name(f"ema_{rates[0]}" if rates else "model", step)
 
     def _compared(self, weights: Path) -> dict[str, Any]:
         """What `Comparison` finds, as far as the study asks for it."""
@@ -363,7 +388,7 @@ class CellRun:
         """Remove what is large, but the last averaged weights."""
         for path in (self.folder / "run").glob("*"):
             large = path.suffix in (".pt", ".cache") or manifest_step(path.name) is not None
-            if large and path.name != file_name(self._weights, iterations):
+            if large and path != self._weights_after(iterations):
                 path.unlink()
         for folder in self.folder.glob("samples-*"):
             shutil.rmtree(folder)

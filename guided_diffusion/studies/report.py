@@ -159,7 +159,9 @@ def _scores_table(rows: list[Row], baseline: Row | None) -> str:
         name for name in ("to_teacher", "sfid", "precision", "recall") if any(row.final(name) for row in rows)
     ]
     head = ["run", _NAMES[primary], "each seed", f"difference to {baseline.run.name if baseline else '-'}"]
-    head += ["p", "p (Holm)", *(_NAMES[name] for name in more)]
+    head += ["p", "p (Holm)"]
+    for name in more:
+        head += [_NAMES[name], "difference"] if name == "to_teacher" else [_NAMES[name]]
     head += ["held-out error", "on-policy error", "path KL", "chains"]
     head += ["iterations", "wall time", "TFLOPs"]
     lines = []
@@ -175,7 +177,10 @@ def _scores_table(rows: list[Row], baseline: Row | None) -> str:
             _p(difference.p if difference else None),
             _p(corrected.get(row.run.name)),
         ]
-        line += [_number(row.mean(name)) for name in more]
+        for name in more:
+            line += [_mean_of_some(row, name)]
+            if name == "to_teacher":
+                line += [_interval(_difference(row, baseline, name) if row is not baseline else None)]
         line += [_number(row.mean(name)) for name in ("held_out.all", "on_policy.all", "path_kl")]
         line += ["-" if row.chains is None else f"{row.chains:,.0f}"]
         line += [_cost(row, lambda record: record["iterations"], "{:,.0f}"), _cost(row, _wall, "{:,.0f} s")]
@@ -194,8 +199,8 @@ def _quarters_table(rows: list[Row]) -> str:
     return _table(head, lines)
 
 
-def _difference(row: Row, baseline: Row | None) -> PairedDifference | None:
-    ours, theirs = row.final("primary"), baseline.final("primary") if baseline else {}
+def _difference(row: Row, baseline: Row | None, key: str = "primary") -> PairedDifference | None:
+    ours, theirs = row.final(key), baseline.final(key) if baseline else {}
     both = sorted(ours.keys() & theirs.keys())
     return paired_difference([ours[seed] - theirs[seed] for seed in both]) if both else None
 
@@ -353,6 +358,12 @@ def _number(value: float | None) -> str:
     if value is None:
         return "-"
     return f"{value:.3g}" if abs(value) < 100 else f"{value:,.0f}"
+
+
+def _mean_of_some(row: Row, key: str) -> str:
+    """The mean of a score, and of how many seeds where it is not of all."""
+    known = len(row.final(key))
+    return _number(row.mean(key)) + (f" (n = {known})" if 0 < known < len(row.done) else "")
 
 
 def _p(value: float | None) -> str:

@@ -92,10 +92,13 @@ class Runner:
             if not named:
                 raise UserError(f"{self.study.path}: no run or cell is named {pattern}")
             for cell in named:
-                if cell.id not in known:
+                if cell.id not in known or self._can_extend(cell, known[cell.id]):
                     cells.setdefault(cell.id, cell)
         self._require_respacings({cell.run.name for cell in cells.values()})
         return list(cells.values())
+
+    def _can_extend(self, cell: Cell, record: dict[str, Any]) -> bool:
+        return self.study.metrics.to_teacher and CellRun(self.shared, cell).can_extend(record)
 
     def _require_respacings(self, names: set[str]) -> None:
         """Refuse numbers of sampling steps that a run's process has not.
@@ -133,9 +136,15 @@ class Runner:
             self._tidy()
 
     def _run(self, cell: Cell) -> None:
-        """Run a cell and add its record."""
+        """Run a cell and add its record, or extend the one that it has."""
         _say(f"{cell.name}: started")
         started = time.monotonic()
+        if known := self.results.read().get(cell.id):
+            known = CellRun(self.shared, cell).extended(known)
+            self.results.append(known)
+            told = f"to the teacher {known['scores'][-1]['to_teacher']:.4g}"
+            _say(f"{cell.name}: extended in {time.monotonic() - started:.0f} s: {told}")
+            return
         record: dict[str, Any] = {"id": cell.id, "digest": cell.digest, "run": cell.run.name}
         record |= {"budget": cell.budget.name, "spent": {cell.budget.kind: cell.budget.amount}}
         record |= {"seed": cell.seed, "overrides": list(cell.run.overrides)}
