@@ -385,6 +385,7 @@ class TestReport:
             results.append(record_of(cell, scores[cell.run.name][cell.seed]))
         write_report(found, results, tmp_path, tmp_path / "report.md", "studies.md")
         text = (tmp_path / "report.md").read_text()
+        assert "## Findings" not in text and "| run | short |" in text and "| plain | 4 (3) |" in text
         assert "| plain | 4 | 4 / 3 / 5 | - |" in text
         assert "| fast | 3 | 3 / 2.5 / 3.5 | -1 [-2.24, +0.242] (n = 3) | 0.250 | 0.250 |" in text
         assert "| fast |  | `student.lr=0.01` | short: 0, 1, 2 |" in text and "a processor" in text
@@ -407,6 +408,13 @@ class TestReport:
         text = (tmp_path / "report.md").read_text()
         assert "| to the teacher | difference |" in text
         assert "| 1.5 (n = 2) | - |" in text and "| 0.6 | -0.75 [-3.93, +2.43] (n = 2) |" in text
+
+    def test_what_was_found_stands_at_the_top(self, tmp_path):
+        path = study(tmp_path, findings="Fast is **better**.\n")
+        write_report(load_study(path), Results(tmp_path / "no"), tmp_path, tmp_path / "r.md", "x")
+        assert (
+            "\n## Findings\n\nFast is **better**.\n\n## How to read it\n" in (tmp_path / "r.md").read_text()
+        )
 
     def test_a_group_may_have_a_baseline_of_its_own(self, tmp_path):
         more = {"group": "more", "overrides": ["student.lr=0.1"]}
@@ -451,7 +459,7 @@ class TestReport:
 
     def test_a_study_without_results_has_a_page_too(self, tmp_path):
         write_report(load_study(study(tmp_path)), Results(tmp_path / "no"), tmp_path, tmp_path / "r.md", "x")
-        assert "| plain | - | not run yet |" in (tmp_path / "r.md").read_text()
+        assert "Not run yet with this budget: plain, fast." in (tmp_path / "r.md").read_text()
 
 
 class TestRunner:

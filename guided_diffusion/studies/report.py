@@ -79,7 +79,12 @@ def write_report(study: Study, results: Results, out: Path, path: Path, how: str
     parts.append(
         f"*Written by `python scripts/study.py {_short(study.path)}` from its results: edit neither.*\n"
     )
-    parts.append(_HOW_TO_READ.replace("{how}", how) + "\n")
+    if study.findings:
+        parts.append(f"## Findings\n\n{study.findings.strip()}\n")
+    parts.append(f"## How to read it\n\n{_HOW_TO_READ.replace('{how}', how)}\n")
+    parts.append(
+        f"## All runs\n\nThe mean score with each budget, and of how many seeds.\n\n{_overview(study, rows)}"
+    )
     for budget in study.budgets.values():
         of_budget = [row for row in rows if row.budget == budget]
         by_name = {row.run.name: row for row in of_budget}
@@ -88,10 +93,9 @@ def write_report(study: Study, results: Results, out: Path, path: Path, how: str
         for number, group in enumerate(dict.fromkeys(row.run.group for row in of_budget)):
             own = study.baselines.get(group, study.baseline)  # where it was not to be run, all runs' baseline
             baseline = by_name.get(own, by_name.get(study.baseline))
-            members = [row for row in of_budget if row.run.group == group and row is not baseline]
-            shown = [*([baseline] if baseline else []), *members]
-            if group and not any(row.records for row in members):
-                parts.append(f"### {group[:1].upper()}{group[1:]}\n\nNot run yet.\n")
+            shown = [row for row in of_budget if row is baseline or row.run.group == group]
+            shown = [row for row in shown if row.records]
+            if not any(row.run.group == group for row in shown):
                 continue
             if group:
                 parts.append(f"### {group[:1].upper()}{group[1:]}\n")
@@ -108,10 +112,23 @@ def write_report(study: Study, results: Results, out: Path, path: Path, how: str
             if samples:
                 parts.append("What each makes of the same sixteen noises (the first seed's):\n")
                 parts.append(_table(["run", "samples"], samples))
+        if missing := [row.run.name for row in of_budget if not row.records]:
+            parts.append(f"Not run yet with this budget: {', '.join(missing)}.\n")
     parts.append(_description(study, rows))
     path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_path(path) as temporary:
         temporary.write_text("\n".join(parts))
+
+
+def _overview(study: Study, rows: list[Row]) -> str:
+    """The mean score of every run that has one, by budget."""
+    lines = []
+    for name in study.runs:
+        own = {row.budget.name: row for row in rows if row.run.name == name and row.done}
+        if own:
+            found = {b: f"{_number(row.mean('primary'))} ({len(row.done)})" for b, row in own.items()}
+            lines.append([name, *(found.get(budget, "") for budget in study.budgets)])
+    return _table(["run", *study.budgets], lines)
 
 
 def _why(study: Study, rows: list[Row], pictures: Path) -> list[str]:
@@ -171,7 +188,7 @@ def _scores_table(rows: list[Row], baseline: Row | None) -> str:
             for _, record in sorted(row.records.items())
         ]
         difference = compared.get(row.run.name)
-        line = [row.run.name, _number(row.mean("primary")), " / ".join(seeds) or "not run yet"]
+        line = [row.run.name, _number(row.mean("primary")), " / ".join(seeds)]
         line += [
             _interval(difference),
             _p(difference.p if difference else None),

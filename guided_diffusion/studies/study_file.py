@@ -112,6 +112,7 @@ class Study:
     baselines: Mapping[str, str] = field(default_factory=dict)
     overrides: tuple[str, ...] = ()
     about: str = ""
+    findings: str = ""
     reference: str = "digits"
     backend: str = "digits"
     score_at: tuple[float, ...] = (1.0,)

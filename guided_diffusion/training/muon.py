@@ -65,12 +65,12 @@ class Muon(th.optim.AdamW):
     ):
         super().__init__(parameters, lr=lr, weight_decay=weight_decay, fused=True)
         self.dtype = dtype
-        self._of_shape: dict[tuple[int, int], list[nn.Parameter]] = defaultdict(list)
+        self._of_shape: dict[tuple[int, int], list[th.Tensor]] = defaultdict(list)
         for p in matrices:
             self._of_shape[len(p), p[0].numel()].append(p)
 
     @property
-    def matrices(self) -> list[nn.Parameter]:
+    def matrices(self) -> list[th.Tensor]:
         """The parameters that are Muon's."""
         return [p for same in self._of_shape.values() for p in same]
 
@@ -86,7 +86,7 @@ class Muon(th.optim.AdamW):
         for shape, same in self._of_shape.items():
             self._move(shape, [p for p in same if p.grad is not None])
 
-    def _move(self, shape: tuple[int, int], parameters: list[nn.Parameter]) -> None:
+    def _move(self, shape: tuple[int, int], parameters: list[th.Tensor]) -> None:
         """Muon's step of the matrices of one shape, all in the same products."""
         if not parameters:
             return
@@ -94,22 +94,16 @@ class Muon(th.optim.AdamW):
         for p in parameters:
             if not self.state[p]:
                 self.state[p] |= {"step": th.zeros((), device=p.device), "exp_avg": th.zeros_like(p)}
-        states = [self.state[p] for p in parameters]
-        weights, gradient, before = (
-            th.stack([x.reshape(shape) for x in each])
-            for each in (
-                parameters,
-                [p.grad for p in parameters if p.grad is not None],
-                [state["exp_avg"] for state in states],
-            )
-        )
+        averages = [self.state[p]["exp_avg"] for p in parameters]
+        gradients = [p.grad for p in parameters if p.grad is not None]
+        gradient, before = (th.stack([x.reshape(shape) for x in each]) for each in (gradients, averages))
         average = before.lerp(gradient, 1 - MOMENTUM)
         direction = orthogonalized(gradient.lerp(average, MOMENTUM), self.dtype)
-        moved = weights * (1 - lr * decay) - direction * (lr * 0.2 * math.sqrt(max(shape)))
-        skipped = getattr(self, "found_inf", weights.new_zeros(())) > 0
-        average, moved = th.where(skipped, before, average), th.where(skipped, weights, moved)
-        taken = (~skipped).float()
-        for olds, news in ((parameters, moved), ([state["exp_avg"] for state in states], average)):
-            th._foreach_copy_(list(olds), [new.view_as(p) for p, new in zip(parameters, news, strict=True)])
-        for state in states:
-            state["step"].add_(taken)
+        skipped = getattr(self, "found_inf", before.new_zeros(())) > 0
+        move = th.where(skipped, 0.0, direction * (lr * 0.2 * math.sqrt(max(shape))))
+        average = th.where(skipped, before, average)
+        th._foreach_mul_(parameters, 1 - lr * decay * ~skipped)
+        th._foreach_sub_(parameters, [new.view_as(p) for p, new in zip(parameters, move, strict=True)])
+        th._foreach_copy_(averages, [new.view_as(p) for p, new in zip(parameters, average, strict=True)])
+        for p in parameters:
+            self.state[p]["step"] += ~skipped

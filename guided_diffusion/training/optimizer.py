@@ -17,6 +17,12 @@ def build_optimizer(
     """The optimizer that `run.optimizer` names, of the network's parameters and then the objective's.
 
     Muon is for the network alone: the noise encoder's matrices would cost more than a small student's.
+
+    Args:
+        training: its learning rate and weight decay.
+        run: which optimizer.
+        network: what is trained.
+        objective: what is trained beside it; may have no parameters.
     """
     parameters = [*network.parameters(), *objective.parameters()]
     rates = training.lr, training.weight_decay
