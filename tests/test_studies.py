@@ -385,7 +385,10 @@ class TestReport:
             results.append(record_of(cell, scores[cell.run.name][cell.seed]))
         write_report(found, results, tmp_path, tmp_path / "report.md", "studies.md")
         text = (tmp_path / "report.md").read_text()
-        assert "## Findings" not in text and "| run | short |" in text and "| plain | 4 (3) |" in text
+        assert "## Findings" not in text and "| run | short | short: difference to plain |" in text
+        assert (
+            "| plain | 4 (n = 3) |  |" in text and "| fast | 3 (n = 3) | -1 [-2.24, +0.242] (n = 3) |" in text
+        )
         assert "| plain | 4 | 4 / 3 / 5 | - |" in text
         assert "| fast | 3 | 3 / 2.5 / 3.5 | -1 [-2.24, +0.242] (n = 3) | 0.250 | 0.250 |" in text
         assert "| fast |  | `student.lr=0.01` | short: 0, 1, 2 |" in text and "a processor" in text

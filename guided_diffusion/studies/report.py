@@ -82,9 +82,7 @@ def write_report(study: Study, results: Results, out: Path, path: Path, how: str
     if study.findings:
         parts.append(f"## Findings\n\n{study.findings.strip()}\n")
     parts.append(f"## How to read it\n\n{_HOW_TO_READ.replace('{how}', how)}\n")
-    parts.append(
-        f"## All runs\n\nThe mean score with each budget, and of how many seeds.\n\n{_overview(study, rows)}"
-    )
+    parts.append(f"## All runs\n\nThe mean score with each budget.\n\n{_overview(study, rows)}")
     for budget in study.budgets.values():
         of_budget = [row for row in rows if row.budget == budget]
         by_name = {row.run.name: row for row in of_budget}
@@ -121,14 +119,21 @@ def write_report(study: Study, results: Results, out: Path, path: Path, how: str
 
 
 def _overview(study: Study, rows: list[Row]) -> str:
-    """The mean score of every run that has one, by budget."""
+    """Every run that has a score: its mean with each budget, and the difference to the study's baseline."""
+    own = {(row.run.name, row.budget.name): row for row in rows if row.done}
+    used = [budget for budget in study.budgets if any((name, budget) in own for name in study.runs)]
     lines = []
     for name in study.runs:
-        own = {row.budget.name: row for row in rows if row.run.name == name and row.done}
-        if own:
-            found = {b: f"{_number(row.mean('primary'))} ({len(row.done)})" for b, row in own.items()}
-            lines.append([name, *(found.get(budget, "") for budget in study.budgets)])
-    return _table(["run", *study.budgets], lines)
+        line = [name]
+        for budget in used:
+            row, baseline = own.get((name, budget)), own.get((study.baseline, budget))
+            line += [f"{_number(row.mean('primary'))} (n = {len(row.done)})" if row else ""]
+            compared = row is not None and row is not baseline and not row.run.teacher
+            line += [_interval(_difference(row, baseline)) if row and compared else ""]
+        if any(line[1:]):
+            lines.append(line)
+    head = [text for budget in used for text in (budget, f"{budget}: difference to {study.baseline}")]
+    return _table(["run", *head], lines)
 
 
 def _why(study: Study, rows: list[Row], pictures: Path) -> list[str]:
