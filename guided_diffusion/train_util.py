@@ -387,7 +387,10 @@ class TrainLoop:
         state = read_torch_file(path)
         try:
             if "optimizer" in state:
-                self.scaler.load_state_dict(state["scaler"])
+                if state["scaler"] or not self.scaler.is_enabled():
+                    self.scaler.load_state_dict(state["scaler"])
+                else:
+                    self.log.info("the run had no loss scale so far; it starts anew")
                 before, now = state["world_size"], dist_util.world_size()
                 if before != now:
                     self.log.info(

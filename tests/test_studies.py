@@ -309,6 +309,21 @@ class TestCell:
         teachers = [seed for folder, seed in drawn if folder == "teacher"]
         assert students == [*teachers, *teachers] and len(teachers) == 2
 
+    def test_score_points_are_steps_that_are_saved(self, cell_run):
+        run = cell_run(score_at=[0.3333, 0.01], budgets={"long": {"iterations": 30000}})
+        assert run.study.divisor == 300 and run.study.points(30000) == [300, 10000, 30000]
+        trial = run._config(run.folder / "trial.yaml", Path(), 60)
+        assert load_distillation(trial, []).student.training.save_interval == 1
+
+    def test_weights_that_had_other_scores_extend_nothing(self, cell_run):
+        run = cell_run(metrics={"respacing": 5, "to_teacher": True})
+        (run.folder / "run").mkdir()
+        run._weights_after(4).touch()
+        run.steps.add("scores 4", {"primary": 1.0})
+        assert run.can_extend({"scores": [{"step": 4, "primary": 1.0}]})
+        assert not run.can_extend({"scores": [{"step": 4, "primary": 2.0}]})
+        assert not run.can_extend({"scores": [{"step": 4, "primary": 1.0, "to_teacher": 0.5}]})
+
     def test_a_disk_that_is_full_is_none(self, cell_run):
         def do(script, *_):
             raise CommandFailed(f"{script}: no space left on device")
@@ -460,6 +475,17 @@ class TestReport:
         assert "2 not run yet" in text
         assert "- fast/short, seed 1: gradients were not finite" in text
 
+    def test_numbers_that_are_not_finite_are_left_out(self, tmp_path):
+        found, results = load_study(study(tmp_path)), Results(tmp_path / "results.jsonl")
+        for cell in cells_of(found):
+            record = record_of(cell, 4.0)
+            wild = float("nan") if cell.name == "fast/short/1" else 2.0
+            record["scores"][-1] |= {"step_kl": [1.0, wild], "path_kl": wild}
+            record["scores"][-1]["primary"] = record["scores"][-1]["fd"] = wild
+            results.append(record)
+        write_report(found, results, tmp_path, tmp_path / "report.md", "studies.md")
+        assert "| fast | 2 | 2 / - / 2 |" in (tmp_path / "report.md").read_text()
+
     def test_a_study_without_results_has_a_page_too(self, tmp_path):
         write_report(load_study(study(tmp_path)), Results(tmp_path / "no"), tmp_path, tmp_path / "r.md", "x")
         assert "Not run yet with this budget: plain, fast." in (tmp_path / "r.md").read_text()
@@ -494,6 +520,19 @@ class TestRunner:
         ran.clear()
         self.runner(tmp_path, path).run()
         assert ran == ["fast/short/1"]  # which has no result
+
+    def test_a_command_that_somebody_else_stops_is_a_failure(self, tmp_path):
+        (tmp_path / "stopped.py").write_text("import sys; sys.exit(75)")
+        with pytest.raises(CommandFailed, match="was stopped by somebody else"):
+            Commands(tmp_path).run(tmp_path / "log", tmp_path / "stopped.py")
+
+    def test_an_error_after_a_cell_is_told_and_the_others_run(self, tmp_path, ran, monkeypatch):
+        def tidy(self):
+            raise OSError("directory not empty")
+
+        monkeypatch.setattr(Runner, "_tidy", tidy)
+        failures = self.runner(tmp_path, study(tmp_path)).run()
+        assert len(ran) == 6 and sum("directory not empty" in line for line in failures) == 5
 
     def test_further_seeds_and_renamed_runs_are_recognised(self, tmp_path, ran):
         self.runner(tmp_path, study(tmp_path)).run()

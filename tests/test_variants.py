@@ -195,6 +195,28 @@ def test_answers_kept_by_16_bit_networks_resume_exactly(tmp_path):
     assert all(th.equal(kept[name], same[name]) for name in kept if kept[name] is not None)
 
 
+def test_an_older_checkpoint_does_not_go_on_among_later_ones(config):
+    """Which would be the newest ones of the run, whatever it saved."""
+    distil(config, "later", "run.iterations=4", "student.save_interval=2")
+    run = config.parent / "later"
+    resume = ["scripts/image_kd.py", "--config", config, "--resume_checkpoint", run / "model000002.pt"]
+    refused = script_here(*resume, "run.iterations=3", check=False)
+    assert refused.returncode == 1 and "holds later checkpoints, up to step 4" in refused.stderr
+    script_here(*resume, "run.iterations=3", "--exp_dir", config.parent / "branch")
+    assert (config.parent / "branch/model000003.pt").is_file()
+
+
+def test_a_run_goes_on_in_float16_from_an_arithmetic_without_loss_scale(tmp_path):
+    """As `precision: auto` does on a GPU without bfloat16."""
+    config = tiny(tmp_path, teacher__use_fp16=True, student__use_fp16=True)
+    script_here("scripts/dynamic_prepare.py", "--config", config)
+    distil(config, "run", "run.precision=bf16", "run.iterations=2")
+    distil(config, "run", "run.precision=fp16", "run.iterations=3")
+    assert "no loss scale so far" in (config.parent / "run/log.txt").read_text()
+    state = th.load(config.parent / "run/opt000003.pt", weights_only=True)
+    assert state["scaler"]["scale"] > 0
+
+
 def test_answers_that_do_not_suit_a_run_are_not_kept(config):
     more = ["distill.teacher_interval=3", "run.iterations=2"]
     distil(config, "small", *more)

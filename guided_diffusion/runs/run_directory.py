@@ -219,6 +219,12 @@ def _find(
         directory = _hold(own or named.directory, lock)
         if mirror:
             mirror.require_writable()
+        latest = newest_checkpoint(directory)
+        if latest is not None and latest.step > named.step:
+            raise UserError(
+                f"{directory}: holds later checkpoints, up to step {latest.step}, which would be taken "
+                f"for those of a run from step {named.step} on; give another --exp_dir, or move them away"
+            )
         return directory, named
     if own is None:
         parent = command_line.output_path(f"experiments/{kind}", args.config)

@@ -26,6 +26,7 @@ from .cells import Cell, reference_path, teacher_path
 from .commands import CommandFailed, Commands, Steps
 from .comparison import Comparison, held_out_states
 from .ledger import Ledger, ledger_of
+from .results import plain
 from .study_file import Study
 
 Scorer = Callable[[Path, Path], dict[str, float]]
@@ -79,7 +80,10 @@ class CellRun:
 
     def __init__(self, shared: Shared, cell: Cell):
         self.shared, self.cell, self.study = shared, cell, shared.study
-        self.folder = shared.out / "cells" / f"{cell.name.replace('/', ',')}-{cell.id[:8]}"
+        # A renamed run keeps its folder.
+        known = sorted((shared.out / "cells").glob(f"*-{cell.id[:8]}"))
+        own = shared.out / "cells" / f"{cell.name.replace('/', ',')}-{cell.id[:8]}"
+        self.folder = known[0] if known else own
         self.steps = Steps(self.folder / "steps.json")
         self.experiment = self.study.experiment(cell.run, f"run.seed={cell.seed}")
         self.teacher = teacher_path(self.study, self.experiment)
@@ -120,11 +124,16 @@ class CellRun:
         return not self.cell.run.teacher and any(self._extensible(scores) for scores in record["scores"])
 
     def _extensible(self, scores: Mapping[str, Any]) -> bool:
-        return "to_teacher" not in scores and self._weights_after(scores["step"]).is_file()
+        """Whether the weights that are here are those that had these scores, which lack the distance."""
+        here = self.steps.done.get(f"scores {scores['step']}", {})
+        same = "primary" in here and plain(here["primary"]) == scores["primary"]
+        return "to_teacher" not in scores and same and self._weights_after(scores["step"]).is_file()
 
     def extended(self, record: Mapping[str, Any]) -> dict[str, Any]:
         """A record with these distances, which the study did not ask for when it was made."""
         extended = copy.deepcopy(dict(record))
+        if not self._own_config.is_file():  # of a run that had another name
+            self._config(self._own_config, Path(), record["iterations"])
         for scores in filter(self._extensible, extended["scores"]):
             step = scores["step"]
             for number, own in enumerate(scores["sets"]):
@@ -253,7 +262,7 @@ class CellRun:
     def _train(self, iterations: int, data: Prepared) -> None:
         if "trained" in self.steps.done:
             return
-        config = self._config(self.folder / f"{self.cell.run.name}.yaml", data.path, iterations)
+        config = self._config(self._own_config, data.path, iterations)
         with self.steps.timed("train"):
             self._run_training(config, data, self.folder / "run")
         self.steps.add("trained", data.seconds)
@@ -266,6 +275,10 @@ class CellRun:
             where = ["--data_dir", data.path, "--exp_dir", folder]
             self._command("scripts/image_train.py", "--config", config, *where)
 
+    @property
+    def _own_config(self) -> Path:
+        return self.folder / f"{self.cell.run.name}.yaml"
+
     def _config(self, path: Path, tempfile: Path, iterations: int = 0, log_interval: int = 0) -> Path:
         """Write the configuration of a command, resolved, with everything that the study decides in it."""
         experiment, data = copy.deepcopy(self.experiment), self.cell.run.data
@@ -274,7 +287,8 @@ class CellRun:
         training.log_interval = log_interval or training.log_interval
         if iterations:
             training.lr_anneal_steps = iterations if training.lr_anneal_steps else 0
-            training.save_interval = iterations // self.study.divisor
+            training.save_interval = max(1, iterations // self.study.divisor)  # a trial run may be shorter
+            run.weights_format = "pt"
             run.iterations, run.sample_interval, run.keep_last, run.eval_interval = iterations, -1, 0, 0
         if data is not None:
             training.random_flip = data.random_flip
@@ -312,7 +326,7 @@ class CellRun:
         """A set of samples; the first ones of the first set are kept as a picture."""
         metrics, folder = self.study.metrics, self.folder / f"samples-{step}-{number}"
         seed = _noise_seed(self.cell.seed, number)
-        config = self.folder / f"{self.cell.run.name}.yaml"
+        config = self._own_config
         if self.cell.run.teacher:
             self._network_config(config)
         with self.steps.timed(f"sample {step}"):

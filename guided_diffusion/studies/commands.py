@@ -72,8 +72,10 @@ class Commands:
             finally:
                 with self._lock:
                     self._running.discard(process)
-            if status == EXIT_STOPPED or (status and self._stopping):
+            if status and self._stopping:
                 raise StudyStopped
+            if status == EXIT_STOPPED:
+                raise CommandFailed(f"{script}: was stopped by somebody else")
             if status:
                 file.seek(start)
                 raise CommandFailed(_reason(file.read().splitlines(), script, status))

@@ -89,8 +89,8 @@ def write_report(study: Study, results: Results, out: Path, path: Path, how: str
         parts.append(f"## {budget.name}: {budget.amount:,.10g} {budget.kind}\n")
         parts += _why(study, of_budget, pictures)
         for number, group in enumerate(dict.fromkeys(row.run.group for row in of_budget)):
-            own = study.baselines.get(group, study.baseline)  # where it was not to be run, all runs' baseline
-            baseline = by_name.get(own, by_name.get(study.baseline))
+            own = by_name.get(study.baselines.get(group, study.baseline))
+            baseline = own if own and own.records else by_name.get(study.baseline)  # where it was not run
             shown = [row for row in of_budget if row is baseline or row.run.group == group]
             shown = [row for row in shown if row.records]
             if not any(row.run.group == group for row in shown):
@@ -305,7 +305,7 @@ def _plot(path: Path, rows: list[Row]) -> None:
                 axes.axhline(row.mean("primary") or 0, color="k", linewidth=0.8, label=row.run.name)
                 continue
             x = [[cost(record, score["fraction"]) for score in record["scores"]] for record in records]
-            y = [[score["primary"] for score in record["scores"]] for record in records]
+            y = np.array([[score["primary"] for score in r["scores"]] for r in records], dtype=float)
             look: dict[str, Any] = {
                 "color": f"C{number % 10}",
                 "linestyle": ["-", "--", ":"][number // 10 % 3],
@@ -334,7 +334,7 @@ def _plot_why(path: Path, rows: list[Row]) -> None:
         chains.plot([row.chains or 0] * len(scores), scores, linestyle="", label=row.run.name, **look)
         divergences = [r["scores"][-1].get("step_kl") for r in row.done.values()]
         if found := [divergence for divergence in divergences if divergence]:
-            mean = np.mean(found, axis=0)
+            mean = np.mean(np.array(found, dtype=float), axis=0)  # null: not finite
             t = (np.arange(len(mean)) + 0.5) / len(mean)
             others[0].plot(t, mean, color=look["color"], linestyle=["-", "--", ":"][number // 10 % 3])
     chains.set(xscale="log", yscale="log", xlabel="chains seen", ylabel="score")

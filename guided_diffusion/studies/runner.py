@@ -122,6 +122,9 @@ class Runner:
                 cell = self._waiting.pop(0)
             try:
                 self._run(cell)
+                with self._lock:
+                    self._open.remove(cell)
+                self._tidy()
             except StudyStopped:
                 return
             except Exception as error:
@@ -130,10 +133,6 @@ class Runner:
                 if not isinstance(error, UserError | OSError):
                     sys.excepthook(type(error), error, error.__traceback__)
                 self.failures.append(told)
-                continue
-            with self._lock:
-                self._open.remove(cell)
-            self._tidy()
 
     def _run(self, cell: Cell) -> None:
         """Run a cell and add its record, or extend the one that it has."""

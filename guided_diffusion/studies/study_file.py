@@ -142,7 +142,7 @@ class Study:
 
     def points(self, iterations: int) -> list[int]:
         """The iterations after which to score, ascending, for a multiple of `divisor`."""
-        return [round(at * iterations) for at in self.score_at]
+        return [int(Fraction(at).limit_denominator(1000) * iterations) for at in self.score_at]
 
     def experiment(self, run: StudyRun, *more: str) -> DistillationExperiment:
         """A run's configuration, with further overrides.
