@@ -3,7 +3,7 @@
 Each part runs in a process of its own, which a fault of the device or a lack of memory takes down alone, and
 leaves OUT/parts/NAME.json, with what it found or its error. The same command does what is not there yet, and
 what failed, until all is there. At the end, and whenever it stops, it writes OUT/gpu.json, all of it, and
-OUT/gpu.md, the section of docs/gpu.md, which it prints too.
+OUT/gpu.md, a section for docs/performance.md, which it prints too.
 
 It needs a checkout, not an installation.
 """

@@ -474,6 +474,16 @@ class TestReport:
         assert "| fast | 4 | 4 / diverged | +0 (n = 1) |" in text
         assert "2 not run yet" in text
         assert "- fast/short, seed 1: gradients were not finite" in text
+        assert "does not declare" not in text
+
+    def test_results_of_other_cells_are_told(self, tmp_path):
+        more = load_study(study(tmp_path))
+        results = Results(tmp_path / "results.jsonl")
+        for cell in cells_of(more):
+            results.append(record_of(cell, 4.0))
+        found = load_study(study(tmp_path, seeds=2))
+        write_report(found, results, tmp_path, tmp_path / "report.md", "studies.md")
+        assert "(any more): plain/short/2 4; fast/short/2 4." in (tmp_path / "report.md").read_text()
 
     def test_numbers_that_are_not_finite_are_left_out(self, tmp_path):
         found, results = load_study(study(tmp_path)), Results(tmp_path / "results.jsonl")

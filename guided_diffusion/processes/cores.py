@@ -1,7 +1,7 @@
 """How many of this machine's cores other programs leave free.
 
 Threads that wait for one whose core another program has taken stand still together: beside one busy core of
-two, a small network trains 2.2 times as fast on one thread as on two (docs/performance.md).
+two, a small network trains several times as fast on one thread as on two (docs/performance.md).
 """
 
 import os

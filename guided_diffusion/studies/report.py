@@ -113,6 +113,8 @@ def write_report(study: Study, results: Results, out: Path, path: Path, how: str
         if missing := [row.run.name for row in of_budget if not row.records]:
             parts.append(f"Not run yet with this budget: {', '.join(missing)}.\n")
     parts.append(_description(study, rows))
+    if others := _others(rows, results):
+        parts.append(f"Results of cells that the study does not declare (any more): {others}.\n")
     path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_path(path) as temporary:
         temporary.write_text("\n".join(parts))
@@ -268,6 +270,16 @@ def _description(study: Study, rows: list[Row]) -> str:
         if "failed" in record
     ]
     return "\n".join(parts + (["Diverged:\n", *failed, ""] if failed else []))
+
+
+def _others(rows: list[Row], results: Results) -> str:
+    """Results that stand in no table, lest they be passed over."""
+    shown = {record["id"] for row in rows for record in row.records.values()}
+    found = [record for key, record in results.read().items() if key not in shown and record["scores"]]
+    return "; ".join(
+        f"{record['run']}/{record['budget']}/{record['seed']} {_number(record['scores'][-1]['primary'])}"
+        for record in found
+    )
 
 
 def _last(overrides: Iterable[str]) -> dict[str, str]:
