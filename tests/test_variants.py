@@ -202,8 +202,11 @@ def test_an_older_checkpoint_does_not_go_on_among_later_ones(config):
     resume = ["scripts/image_kd.py", "--config", config, "--resume_checkpoint", run / "model000002.pt"]
     refused = script_here(*resume, "run.iterations=3", check=False)
     assert refused.returncode == 1 and "holds later checkpoints, up to step 4" in refused.stderr
-    script_here(*resume, "run.iterations=3", "--exp_dir", config.parent / "branch")
+    branch = [*resume, "--exp_dir", config.parent / "branch"]
+    script_here(*branch, "run.iterations=3")
     assert (config.parent / "branch/model000003.pt").is_file()
+    again = script_here(*branch, "run.iterations=5")  # the same command goes on
+    assert f"resumed from step 3 of {config.parent / 'branch'}" in again.stdout
 
 
 def test_a_run_goes_on_in_float16_from_an_arithmetic_without_loss_scale(tmp_path):
@@ -339,6 +342,7 @@ def both(*overrides):
         (both("timestep_respacing=10"), "was made for timestep_respacing '', this run has '10'"),
         (both("image_size=16", "attention_resolutions=8"), "was made for image_size 8, this run has 16"),
         (["teacher.BATCH=0.2"], "was made for rho 0.4, this run has 0.2"),
+        (both("clip_denoised=false"), "was made for clip_denoised None, this run has False"),
         (["student.batch_size=8"], "was made for batch_size 4, this run has 8"),
         (["distill.stride=2"], "was made for stride 1, this run has 2"),
         (["teacher.iter_choice=shuffled_iterative_distillation"], "was made for iter_choice"),

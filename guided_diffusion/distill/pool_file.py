@@ -29,7 +29,10 @@ _ARRAYS = (
     *(f"{_ANSWERS}{name}" for name in DistillationBatch.__dataclass_fields__),
 )
 # What a pool says of itself only where it has it: one that does not say it has it not.
-_SAID_IF_SET = ("beta_start", "beta_end", "guidance_scale", "vae_sha256", "vae_scale", "vae_shift")
+_SAID_IF_SET = (
+    *("beta_start", "beta_end", "sigma_small", "clip_denoised", "guidance_scale"),
+    *("vae_sha256", "vae_scale", "vae_shift"),
+)
 
 
 def write_pool(path: str | os.PathLike, pools: list[DynamicBatch], belongs_to: Mapping[str, Any]) -> None:

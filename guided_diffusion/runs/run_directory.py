@@ -142,6 +142,8 @@ def _recorded(
         with atomic_path(directory / "config.yaml") as temporary:
             temporary.write_text(experiment_text(experiment))
         record |= _starts(directory)
+        wanted = args.resume_checkpoint or experiment.student.training.resume_checkpoint
+        record["began_from"] = wanted or _began_from(directory)
         _write(directory, record | {"ended": _NOT_YET})
     log.info(f"{experiment.name}: writing to {directory}")
     for line in devices:
@@ -221,6 +223,8 @@ def _find(
             mirror.require_writable()
         latest = newest_checkpoint(directory)
         if latest is not None and latest.step > named.step:
+            if _began_from(directory) == wanted:  # the same command again
+                return directory, latest
             raise UserError(
                 f"{directory}: holds later checkpoints, up to step {latest.step}, which would be taken "
                 f"for those of a run from step {named.step} on; give another --exp_dir, or move them away"
@@ -356,6 +360,14 @@ def _starts(directory: Path) -> dict[str, Any]:
     except (OSError, ValueError):
         return {"started": _now(), "resumed": []}
     return {"started": earlier["started"], "resumed": [*earlier.get("resumed", []), _now()]}
+
+
+def _began_from(directory: Path) -> str:
+    """The checkpoint, as it was named, that the run in a directory began from; "" if from none."""
+    try:
+        return str(_read(directory).get("began_from", ""))
+    except (OSError, ValueError):
+        return ""
 
 
 def _ended(directory: Path) -> str:

@@ -109,9 +109,11 @@ def pool_identity(experiment: DistillationExperiment, weights: Path, size: int) 
         "teacher_sha256": weights_sha256(weights),
     }
     said = flat(teacher.process) | {"guidance_scale": teacher.guidance_scale}
-    for name in ("beta_start", "beta_end", "guidance_scale"):
+    for name in ("beta_start", "beta_end", "sigma_small", "guidance_scale"):
         if said[name]:
             identity[name] = said[name]
+    if said["clip_denoised"] == bool(teacher.space.vae_path):  # not as usual
+        identity["clip_denoised"] = said["clip_denoised"]
     return identity | build_space(teacher).identity()
 
 
