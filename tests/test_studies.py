@@ -413,10 +413,8 @@ class TestReport:
     def test_the_distance_to_the_teacher_is_compared_in_pairs_too(self, tmp_path):
         found = load_study(study(tmp_path, metrics={"respacing": 5, "to_teacher": True}))
         results = Results(tmp_path / "results.jsonl")
-        distances = {
-            "plain": [1.0, 2.0, None],
-            "fast": [0.5, 1.0, 0.3],
-        }  # one was made before it was asked for
+        # None: made before it was asked for
+        distances = {"plain": [1.0, 2.0, None], "fast": [0.5, 1.0, 0.3]}
         for cell in cells_of(found):
             record = record_of(cell, 4.0)
             if distance := distances[cell.run.name][cell.seed]:

@@ -141,8 +141,7 @@ class Runner:
         if known := self.results.read().get(cell.id):
             known = CellRun(self.shared, cell).extended(known)
             self.results.append(known)
-            told = f"to the teacher {known['scores'][-1]['to_teacher']:.4g}"
-            _say(f"{cell.name}: extended in {time.monotonic() - started:.0f} s: {told}")
+            _say(f"{cell.name}: extended in {time.monotonic() - started:.0f} s")
             return
         record: dict[str, Any] = {"id": cell.id, "digest": cell.digest, "run": cell.run.name}
         record |= {"budget": cell.budget.name, "spent": {cell.budget.kind: cell.budget.amount}}

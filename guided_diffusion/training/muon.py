@@ -99,11 +99,12 @@ class Muon(th.optim.AdamW):
         gradient, before = (th.stack([x.reshape(shape) for x in each]) for each in (gradients, averages))
         average = before.lerp(gradient, 1 - MOMENTUM)
         direction = orthogonalized(gradient.lerp(average, MOMENTUM), self.dtype)
-        skipped = getattr(self, "found_inf", before.new_zeros(())) > 0
-        move = th.where(skipped, 0.0, direction * (lr * 0.2 * math.sqrt(max(shape))))
-        average = th.where(skipped, before, average)
-        th._foreach_mul_(parameters, 1 - lr * decay * ~skipped)
+        taken = getattr(self, "found_inf", before.new_zeros(())) == 0
+        move = th.where(taken, direction * (lr * 0.2 * math.sqrt(max(shape))), 0.0)
+        average = th.where(taken, average, before)
+        if decay:
+            th._foreach_mul_(parameters, 1 - lr * decay * taken)
         th._foreach_sub_(parameters, [new.view_as(p) for p, new in zip(parameters, move, strict=True)])
         th._foreach_copy_(averages, [new.view_as(p) for p, new in zip(parameters, average, strict=True)])
         for p in parameters:
-            self.state[p]["step"] += ~skipped
+            self.state[p]["step"] += taken
