@@ -24,6 +24,7 @@ from guided_diffusion.errors import UserError
 from guided_diffusion.io.files import atomic_path
 from guided_diffusion.networks.base import DenoisingNetwork
 from guided_diffusion.networks.precision import place
+from guided_diffusion.processes.launch import run_script
 from guided_diffusion.runs.checkpoint import load_network
 from guided_diffusion.sampling.samplers import sample_images
 from guided_diffusion.script_util import build_network, build_process
@@ -102,4 +103,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

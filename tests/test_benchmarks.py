@@ -47,3 +47,18 @@ def test_latent_digits(tmp_path):
     out = script("benchmarks/latent_digits.py", "--out", tmp_path, *sizes).stdout
     for name in ("reconstruction", "teacher", "student"):
         assert re.search(rf"^{name} +\d+\.\d+ +\d\.\d+M +\d+ s$", out, re.MULTILINE), out
+
+
+def test_a_teacher_that_hands_over_to_itself_loses_nothing(tmp_path):
+    script("datasets/digits.py", "--out", tmp_path)
+    out = script(
+        *("benchmarks/handover.py", "--config", ROOT / "yaml/digits_16/exp/digits-TCCD.yaml"),
+        *("--model_path", ROOT / "model/digits_teacher.pt", "--reference", tmp_path / "digits.npz"),
+        *("--num_samples", 70, "--steps", 500, "--timestep_respacing", 5, "student.num_channels=32"),
+    ).stdout
+    rows = re.findall(
+        r"^(teacher|teacher, student below 500|student) +(\d+\.\d{3}) +-?(\d+\.\d{3})$", out, re.M
+    )
+    assert len(rows) == 3 and len({row[1] for row in rows}) == 1 and {row[2] for row in rows} == {"0.000"}, (
+        out
+    )
