@@ -16,6 +16,7 @@ import pytest
 import tiny
 import torch as th
 from scipy import stats
+from test_foreign import STUDENTS, DDPMScheduler, distillation_config, save, unet
 from test_study_file import study
 from tiny import ROOT
 
@@ -23,6 +24,7 @@ from guided_diffusion import dist_util
 from guided_diffusion.config.loading import load_distillation, load_experiment
 from guided_diffusion.config.settings import DistillationExperiment
 from guided_diffusion.errors import UserError
+from guided_diffusion.io.digits import load_digit_images
 from guided_diffusion.script_util import build_network
 from guided_diffusion.studies import runner as runner_module
 from guided_diffusion.studies.cell_run import CellRun, Prepared, Shared
@@ -85,6 +87,14 @@ class TestIdentity:
         weights = th.load(tmp_path / "teacher.pt")
         th.save({name: value * 2 for name, value in weights.items()}, tmp_path / "teacher.pt")
         assert ids(path)["plain/short/0"] != before
+
+    def test_a_vae_is_part_of_it_and_not_where_it_lies(self, tmp_path):
+        found = {}
+        for name, seed in (("here", 0), ("there", 0), ("another", 1)):
+            tiny.make_vae(tmp_path / name, channels=4, seed=seed)
+            path = study(tmp_path, overrides=[f"teacher.vae_path={tmp_path / name}"])
+            found[name] = ids(path)["plain/short/0"]
+        assert found["here"] == found["there"] != found["another"]
 
     def test_keys_at_their_defaults_are_no_part_of_it(self, tmp_path):
         """So that results stay known when a later version has further keys."""
@@ -173,6 +183,15 @@ class TestLedger:
         seldom = ledger_of(load_distillation(config, [*off, "distill.teacher_interval=4"]), None, 0)
         assert (seldom.teacher, seldom.student) == (plain.teacher / 4, plain.student)
         assert half.teacher == 2 * plain.teacher
+
+    def test_a_guided_teacher_is_evaluated_twice(self, tmp_path):
+        config = tiny.distillation(tmp_path, 8, class_cond=True, num_classes=3, teacher__null_class=True)
+        plain, guided = (
+            ledger_of(load_distillation(config, [f"teacher.guidance_scale={scale}"]), None, 0)
+            for scale in (0, 2)
+        )
+        assert (guided.teacher, guided.preparation) == (2 * plain.teacher, 2 * plain.preparation)
+        assert guided.student == plain.student
 
     def test_muons_products_are_paid_for(self, tmp_path):
         """Five iterations of x x^T, its square, and their product with x, for each matrix [m, n], m <= n."""
@@ -424,6 +443,20 @@ class TestReport:
         text = (tmp_path / "report.md").read_text()
         assert "| to the teacher | difference |" in text
         assert "| 1.5 (n = 2) | - |" in text and "| 0.6 | -0.75 [-3.93, +2.43] (n = 2) |" in text
+
+    def test_scores_are_set_against_the_teachers_of_the_same_noise(self, tmp_path):
+        """Whatever the budget: the teacher's own score has none."""
+        budgets = {"short": {"iterations": 4}, "long": {"iterations": 8}}
+        runs = {"plain": {"budgets": ["long"]}, "teacher": {"teacher": True}}
+        found = load_study(study(tmp_path, runs=runs, budgets=budgets))
+        results = Results(tmp_path / "results.jsonl")
+        scores = {"plain": [4.0, 3.0, 5.0], "teacher": [1.0, 0.5, 1.5]}
+        for cell in cells_of(found):
+            results.append(record_of(cell, scores[cell.run.name][cell.seed]))
+        write_report(found, results, tmp_path, tmp_path / "report.md", "studies.md")
+        text = (tmp_path / "report.md").read_text()
+        assert "| long: above the teacher |" in text and "| p (Holm) | above the teacher |" in text
+        assert text.count("| +3 [+1.76, +4.24] (n = 3) |") == 2
 
     def test_what_was_found_stands_at_the_top(self, tmp_path):
         path = study(tmp_path, findings="Fast is **better**.\n")
@@ -739,3 +772,42 @@ class TestWholeStudy:
         first.communicate(timeout=60)
         assert second.returncode == 1 and "another process is writing there" in told
         assert first.returncode == 75
+
+
+def guided_in_latents(folder):
+    tiny.make_vae(folder / "vae", channels=4)
+    more = {"teacher__guidance_scale": 3.0, "teacher__vae_path": str(folder / "vae")}
+    tiny.distillation(folder, 8, class_cond=True, num_classes=3, teacher__null_class=True, **more)
+
+
+def a_folder(folder):
+    teacher = save(folder / "teacher", unet(sample_size=16), DDPMScheduler(20))
+    shutil.move(distillation_config(folder, teacher, STUDENTS["CNN"]), folder / "tiny.yaml")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("make, flags", [(guided_in_latents, "--guidance_scale 3.0"), (a_folder, "")])
+def test_any_teacher_is_studied_as_it_is_distilled(tmp_path, make, flags):
+    """Its own samples, those it teaches by and those that students are compared with."""
+    np.savez(tmp_path / "real.npz", arr_0=load_digit_images()[0][:60])
+    path = study(
+        tmp_path,
+        reference=str(tmp_path / "real.npz"),
+        metrics={"samples": 20, "sets": 1, "respacing": 3, "held_out": 8, "chains": 2, "to_teacher": True},
+        seeds=1,
+        runs={
+            "plain": None,
+            "teacher": {"teacher": True},
+            "data-free": {"data": {"real": 0, "respacing": 3, "random_flip": False}},
+        },
+    )
+    make(tmp_path)
+    tiny.script("scripts/study.py", path, "--out", tmp_path / "out", OMP_NUM_THREADS="1")
+    records = {record["run"]: record for record in Results(tmp_path / "out/results.jsonl").read().values()}
+    for name in ("plain", "teacher", "data-free"):
+        (scores,) = records[name]["scores"]
+        assert np.isfinite(scores["primary"])
+        assert name == "teacher" or (scores["held_out"]["all"] > 0 and np.isfinite(scores["to_teacher"]))
+    logs = [*tmp_path.glob("out/cells/*/commands.log"), *tmp_path.glob("out/teacher/*/commands.log")]
+    sampled = [line for log in logs for line in log.read_text().splitlines() if f"{tmp_path}/teacher" in line]
+    assert len(sampled) == 3 and all(flags in line for line in sampled)

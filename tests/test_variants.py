@@ -342,6 +342,7 @@ def both(*overrides):
         (both("timestep_respacing=10"), "was made for timestep_respacing '', this run has '10'"),
         (both("image_size=16", "attention_resolutions=8"), "was made for image_size 8, this run has 16"),
         (["teacher.BATCH=0.2"], "was made for rho 0.4, this run has 0.2"),
+        (both("rescale_timesteps=true"), "was made for rescale_timesteps None, this run has True"),
         (both("clip_denoised=false"), "was made for clip_denoised None, this run has False"),
         (["student.batch_size=8"], "was made for batch_size 4, this run has 8"),
         (["distill.stride=2"], "was made for stride 1, this run has 2"),

@@ -30,7 +30,7 @@ _ARRAYS = (
 )
 # What a pool says of itself only where it has it: one that does not say it has it not.
 _SAID_IF_SET = (
-    *("beta_start", "beta_end", "sigma_small", "clip_denoised", "guidance_scale"),
+    *("beta_start", "beta_end", "sigma_small", "clip_denoised", "rescale_timesteps", "guidance_scale"),
     *("vae_sha256", "vae_scale", "vae_shift"),
 )
 

@@ -112,6 +112,8 @@ def pool_identity(experiment: DistillationExperiment, weights: Path, size: int) 
     for name in ("beta_start", "beta_end", "sigma_small", "guidance_scale"):
         if said[name]:
             identity[name] = said[name]
+    if said["rescale_timesteps"] and said["diffusion_steps"] != 1000:  # of 1000 it changes nothing
+        identity["rescale_timesteps"] = True
     if said["clip_denoised"] == bool(teacher.space.vae_path):  # not as usual
         identity["clip_denoised"] = said["clip_denoised"]
     return identity | build_space(teacher).identity()

@@ -12,15 +12,16 @@ from pathlib import Path
 from typing import Any
 
 from ..config.loading import experiment_keys, mapping_text
-from ..config.settings import Denoiser, flat
+from ..config.settings import flat
 from ..distill.dynamic_batch import pool_size
 from ..errors import UserError
 from ..io.files import NpzFile, atomic_path, sha256_of
 from ..io.image_sets import open_images
+from ..io.model_folder import weights_sha256
 from ..logger import read_progress
 from ..runs.checkpoint import file_name, manifest_step
 from ..runs.figures import save_grid
-from ..script_util import build_process
+from ..script_util import build_process, build_space
 from ..setups.distillation import pool_identity
 from .cells import Cell, reference_path, teacher_path
 from .commands import CommandFailed, Commands, Steps
@@ -165,6 +166,8 @@ class CellRun:
         size = pool_size(teacher.iter_choice, teacher.BATCH, total, training.batch_size)
         identity = pool_identity(experiment, self.teacher, size)
         identity |= {"rows": teacher.batch_size, "dtype": experiment.distill.pool_dtype}
+        if teacher.architecture.use_fp16:
+            identity["precision"] = experiment.run.precision
         folder = self.shared.out / "pools" / _key(identity)
         tempfile = folder / "pool.cache"
         with self.shared.once(str(folder)):
@@ -184,8 +187,7 @@ class CellRun:
         assert data is not None
         if data.real == 1:
             return Prepared(self.reference, 0.0)
-        teacher = self.experiment.teacher
-        content = {"teacher": sha256_of(self.teacher), "settings": _denoiser(teacher), "seed": cell.seed}
+        content = self._teacher_identity | {"seed": cell.seed}
         content |= {"real": data.real, "respacing": data.respacing, "reference": sha256_of(self.reference)}
         folder = self.shared.out / "data" / _key(content)
         mixed = folder / "mixed.npz"
@@ -197,10 +199,9 @@ class CellRun:
                 folder.mkdir(parents=True, exist_ok=True)
                 steps.add("seed", cell.seed)
                 config = folder / "teacher.yaml"
-                self._network_config(config)
                 with steps.timed("prepare"):
                     seed = _noise_seed(cell.seed, 99)  # not that of a set of samples that are scored
-                    self._sample(config, self.teacher, count, data.respacing, folder / "teacher", seed)
+                    self._sample_teacher(config, count, data.respacing, folder / "teacher", seed)
                     synthetic = next((folder / "teacher").glob("samples_*.npz"))
                     self._command(
                         *("datasets/mix.py", "--real", self.reference, "--synthetic", synthetic),
@@ -327,10 +328,12 @@ class CellRun:
         metrics, folder = self.study.metrics, self.folder / f"samples-{step}-{number}"
         seed = _noise_seed(self.cell.seed, number)
         config = self._own_config
-        if self.cell.run.teacher:
-            self._network_config(config)
+        wanted = (metrics.samples, metrics.respacing, folder, seed)
         with self.steps.timed(f"sample {step}"):
-            self._sample(config, weights, metrics.samples, metrics.respacing, folder, seed)
+            if self.cell.run.teacher:
+                self._sample_teacher(config, *wanted)
+            else:
+                self._sample(config, weights, *wanted)
         images = next(folder.glob("samples_*.npz"))
         if not number:
             shown = NpzFile(images).load("arr_0")[:_SHOWN]
@@ -348,8 +351,7 @@ class CellRun:
     def _teachers_samples(self, number: int) -> Path:
         """What the teacher makes of the noise of a set of samples, made once for all cells of the seed."""
         metrics, seed = self.study.metrics, _noise_seed(self.cell.seed, number)
-        content: dict[str, Any] = {"teacher": sha256_of(self.teacher), "seed": seed}
-        content |= {"settings": _denoiser(self.experiment.teacher)}
+        content = self._teacher_identity | {"seed": seed}
         content |= {"count": metrics.samples, "respacing": metrics.respacing}
         folder = self.shared.out / "teacher" / _key(content)
         with self.shared.once(str(folder)):
@@ -358,25 +360,40 @@ class CellRun:
                 folder.mkdir(parents=True, exist_ok=True)
                 steps.add("seed", self.cell.seed)
                 config = folder / "teacher.yaml"
-                self._network_config(config)
-                self._sample(config, self.teacher, metrics.samples, metrics.respacing, folder, seed)
+                self._sample_teacher(config, metrics.samples, metrics.respacing, folder, seed)
                 steps.add("sampled", next(folder.glob("samples_*.npz")).name)
         return folder / steps.done["sampled"]  # beside which its statistics will lie
 
     def _sample(
-        self, config: Path, weights: Path, count: int, respacing: str, folder: Path, seed: int
+        self, config: Path, weights: Path, count: int, respacing: str, folder: Path, seed: int, *more: object
     ) -> None:
         self._command(
             *("scripts/image_sample.py", "--config", config, "--model_path", weights),
             *("--num_samples", count, "--batch_size", self.study.metrics.batch_size),
-            *("--timestep_respacing", respacing, "--log_dir", folder, f"run.seed={seed}"),
+            *("--timestep_respacing", respacing, "--log_dir", folder, f"run.seed={seed}", *more),
         )
 
-    def _network_config(self, path: Path) -> None:
-        """Write the teacher's configuration as that of a network to sample from."""
-        content = _denoiser(self.experiment.teacher) | {"run": flat(self.experiment.run)}
-        with atomic_path(path) as temporary:
-            temporary.write_text(mapping_text(content))
+    def _sample_teacher(self, config: Path, count: int, respacing: str, folder: Path, seed: int) -> None:
+        """Sample from the teacher as it is distilled; `config` is written: the teacher's, as of any network."""
+        teacher = self.experiment.teacher
+        network = flat(teacher.architecture) | flat(teacher.process) | flat(teacher.space)
+        with atomic_path(config) as temporary:
+            temporary.write_text(mapping_text(network | {"run": flat(self.experiment.run)}))
+        guidance = ["--guidance_scale", teacher.guidance_scale] if teacher.guidance_scale else []
+        self._sample(config, self.teacher, count, respacing, folder, seed, *guidance)
+
+    @property
+    def _teacher_identity(self) -> dict[str, Any]:
+        """What decides what the teacher predicts."""
+        teacher, run = self.experiment.teacher, self.experiment.run
+        settings = flat(teacher.architecture) | flat(teacher.process)
+        found: dict[str, Any] = {"teacher": weights_sha256(self.teacher), "settings": settings}
+        found |= build_space(teacher).identity()
+        if teacher.guidance_scale:
+            found["guidance_scale"] = teacher.guidance_scale
+        if teacher.architecture.use_fp16:
+            found["precision"] = run.precision
+        return found
 
     def _weights_after(self, step: int) -> Path:
         """What of a checkpoint is scored: the first average, or else the weights themselves."""
@@ -389,8 +406,8 @@ class CellRun:
         found: dict[str, Any] = {}
         comparison = Comparison(self.experiment, self.teacher, weights)
         if metrics.held_out:
-            content = {"teacher": sha256_of(self.teacher), "settings": _denoiser(self.experiment.teacher)}
-            cache = self.shared.out / "states" / f"{_key(content | {'count': metrics.held_out})}.safetensors"
+            content = self._teacher_identity | {"count": metrics.held_out}
+            cache = self.shared.out / "states" / f"{_key(content)}.safetensors"
             states = held_out_states(self.experiment, self.teacher, metrics.held_out, cache, check)
             found["held_out"] = comparison.held_out(states)
         if metrics.chains:
@@ -420,10 +437,6 @@ def _primary(scores: Mapping[str, Any]) -> float:
 
 def _mean(values: list[float]) -> float:
     return sum(values) / len(values)
-
-
-def _denoiser(denoiser: Denoiser) -> dict[str, Any]:
-    return flat(denoiser.architecture) | flat(denoiser.process)
 
 
 def _key(content: dict[str, Any]) -> str:

@@ -1,4 +1,4 @@
-"""What a study consists of, and by what each part of it is known again elsewhere. Imports no torch."""
+"""What a study consists of, and by what each part of it is known again elsewhere. Imports no torch but for latents."""
 
 import hashlib
 import json
@@ -12,13 +12,15 @@ from ..config import command_line
 from ..config.settings import SECTIONS, Denoiser, DistillationExperiment, flat
 from ..errors import UserError
 from ..io.digits import digits_file
-from ..io.files import sha256_of
+from ..io.model_folder import weights_sha256
+from ..io.remote import is_url
 from .study_file import Budget, Study, StudyRun
 
 # Keys that say where a run's files lie, how far it goes, or what it tells: not what it is.
 _NOT_IDENTITY = {
-    "teacher": {"model_path", "tempfile"},
+    "teacher": {"model_path", "tempfile", "vae_path"},
     "student": {
+        "vae_path",
         *("lr_anneal_steps", "log_interval", "save_interval", "cache_save_interval", "resume_checkpoint"),
     },
     "distill": {"pool_device"},
@@ -61,7 +63,7 @@ def cells_of(study: Study) -> Iterator[Cell]:
         UserError: the teacher or the reference is not there.
     """
     digests = {}
-    sha256 = cache(sha256_of)
+    sha256 = cache(weights_sha256)
     for name, run in study.runs.items():
         digests[name] = _digest(_identity(study, run, sha256))
     for seed in sorted({seed for run in study.runs.values() for seed in run.seeds}):
@@ -76,16 +78,15 @@ def cells_of(study: Study) -> Iterator[Cell]:
 
 
 def teacher_path(study: Study, experiment: DistillationExperiment) -> Path:
-    """The teacher's checkpoint.
+    """The teacher's checkpoint, a file or a diffusers folder.
 
     Raises:
-        UserError: it is not there.
+        UserError: it is not there, or a URL.
     """
     name = command_line.input_file(experiment.teacher.model_path, study.config, "teacher.model_path")
-    path = Path(name)
-    if not path.is_file():
-        raise UserError(f"{study.path}: teacher.model_path must be a file here, not {name}")
-    return path.resolve()
+    if is_url(name):
+        raise UserError(f"{study.path}: teacher.model_path must be a file or folder here, not {name}")
+    return Path(name).resolve()
 
 
 def reference_path(study: Study) -> Path:
@@ -118,7 +119,7 @@ def changed_keys(experiment: DistillationExperiment) -> dict[str, dict[str, Any]
 def _identity(study: Study, run: StudyRun, sha256: Callable[[Path], str]) -> dict[str, Any]:
     experiment = study.experiment(run)
     reference = study.reference
-    return {
+    identity = {
         "settings": changed_keys(experiment),
         "annealed": experiment.student.training.lr_anneal_steps > 0,
         "teacher": sha256(teacher_path(study, experiment)),
@@ -127,7 +128,12 @@ def _identity(study: Study, run: StudyRun, sha256: Callable[[Path], str]) -> dic
         "backend": study.backend,
         "metrics": {k: v for k, v in asdict(study.metrics).items() if k not in _NO_INFLUENCE},
         "score_at": list(study.score_at),
-    } | ({"teacher_itself": True} if run.teacher else {})
+    }
+    if experiment.teacher.space.vae_path:
+        from ..script_util import build_space
+
+        identity["space"] = build_space(experiment.teacher).identity()
+    return identity | ({"teacher_itself": True} if run.teacher else {})
 
 
 def _digest(content: Any) -> str:

@@ -16,6 +16,7 @@ from ..distill.dynamic_batch import DynamicBatch, pool_size
 from ..distill.teacher import Teacher
 from ..gaussian_diffusion import GaussianDiffusion
 from ..networks.base import DenoisingNetwork
+from ..networks.guidance import guided
 from ..resample import create_named_schedule_sampler
 from ..script_util import build_network, build_process, build_space
 from ..setups.distillation import build_objective
@@ -67,9 +68,9 @@ def ledger_of(experiment: DistillationExperiment, data: Data | None, images: int
     rows = min(batch, _ROWS)
     network, process = build_network(experiment.student, "student.")
     teacher_network, teacher_process = build_network(experiment.teacher, "teacher.")
-    teacher = Teacher(
-        teacher_network.eval().requires_grad_(False), teacher_process, build_space(experiment.teacher)
-    )
+    teacher_network.eval().requires_grad_(False)
+    evaluated = guided(teacher_network, experiment.teacher.guidance_scale)
+    teacher = Teacher(evaluated, teacher_process, build_space(experiment.teacher))
     x, y = _inputs(network, rows)
     t = th.randint(process.num_timesteps, (rows,))
     with sdpa_kernel(SDPBackend.MATH):

@@ -25,7 +25,8 @@ _HOW_TO_READ = """Lower is better in every column but precision and recall. Seed
 all runs have the same initial weights, pool, order and sampling noise, as far as their configurations
 allow. A difference is the mean over the seeds that both runs have, with its 95 % interval (Student's t). p
 is the exact two-sided sign-flip test's, which cannot be below 2^(1-n) for n seeds; p (Holm) is corrected
-for the number of comparisons in its table. To the teacher: the same score against the teacher's samples of
+for the number of comparisons in its table. Above the teacher: the difference to the teacher's own score, which
+has the same noise, seed by seed. To the teacher: the same score against the teacher's samples of
 the same noise instead of real images. Held-out error: the mean squared difference of the noise
 predictions of student and teacher on states of the teacher's full chain. On-policy error: the same at the
 states of the student's own chain. Path KL: the sum over that chain's steps of KL(student's step ‖ teacher's
@@ -73,6 +74,7 @@ def write_report(study: Study, results: Results, out: Path, path: Path, how: str
         how: a link to what explains the counting.
     """
     rows = _rows(study, results)
+    teacher = _teacher(rows)
     pictures = path.with_suffix("")
     title = f"# Study: {study.name}\n\n{study.about[:1].upper()}{study.about[1:]}\n" if study.about else ""
     parts = [title or f"# Study: {study.name}\n"]
@@ -82,7 +84,7 @@ def write_report(study: Study, results: Results, out: Path, path: Path, how: str
     if study.findings:
         parts.append(f"## Findings\n\n{study.findings.strip()}\n")
     parts.append(f"## How to read it\n\n{_HOW_TO_READ.replace('{how}', how)}\n")
-    parts.append(f"## All runs\n\nThe mean score with each budget.\n\n{_overview(study, rows)}")
+    parts.append(f"## All runs\n\nThe mean score with each budget.\n\n{_overview(study, rows, teacher)}")
     for budget in study.budgets.values():
         of_budget = [row for row in rows if row.budget == budget]
         by_name = {row.run.name: row for row in of_budget}
@@ -97,7 +99,7 @@ def write_report(study: Study, results: Results, out: Path, path: Path, how: str
                 continue
             if group:
                 parts.append(f"### {group[:1].upper()}{group[1:]}\n")
-            parts.append(_scores_table(shown, baseline))
+            parts.append(_scores_table(shown, baseline, teacher))
             if any(row.final("held_out.all") for row in shown):
                 parts.append("Errors by quarters of the chain, from the cleanest states to the noisiest:\n")
                 parts.append(_quarters_table(shown))
@@ -120,8 +122,10 @@ def write_report(study: Study, results: Results, out: Path, path: Path, how: str
         temporary.write_text("\n".join(parts))
 
 
-def _overview(study: Study, rows: list[Row]) -> str:
-    """Every run that has a score: its mean with each budget, and the difference to the study's baseline."""
+def _overview(study: Study, rows: list[Row], teacher: Row | None) -> str:
+    """Every run that has a score: its mean with each budget, its difference to the study's baseline and to the
+    teacher.
+    """
     own = {(row.run.name, row.budget.name): row for row in rows if row.done}
     used = [budget for budget in study.budgets if any((name, budget) in own for name in study.runs)]
     lines = []
@@ -132,9 +136,14 @@ def _overview(study: Study, rows: list[Row]) -> str:
             line += [f"{_number(row.mean('primary'))} (n = {len(row.done)})" if row else ""]
             compared = row is not None and row is not baseline and not row.run.teacher
             line += [_interval(_difference(row, baseline)) if row and compared else ""]
+            if teacher:
+                line += [_interval(_above(row, teacher)) if row and not row.run.teacher else ""]
         if any(line[1:]):
             lines.append(line)
-    head = [text for budget in used for text in (budget, f"{budget}: difference to {study.baseline}")]
+    head = []
+    for budget in used:
+        head += [budget, f"{budget}: difference to {study.baseline}"]
+        head += [f"{budget}: above the teacher"] if teacher else []
     return _table(["run", *head], lines)
 
 
@@ -171,7 +180,7 @@ def _chains(study: Study, run: StudyRun, records: Mapping[int, dict[str, Any]]) 
     return chains_seen(study.experiment(run), next(iter(records.values()))["iterations"])
 
 
-def _scores_table(rows: list[Row], baseline: Row | None) -> str:
+def _scores_table(rows: list[Row], baseline: Row | None, teacher: Row | None) -> str:
     compared = {
         row.run.name: difference
         for row in rows
@@ -183,7 +192,7 @@ def _scores_table(rows: list[Row], baseline: Row | None) -> str:
         name for name in ("to_teacher", "sfid", "precision", "recall") if any(row.final(name) for row in rows)
     ]
     head = ["run", _NAMES[primary], "each seed", f"difference to {baseline.run.name if baseline else '-'}"]
-    head += ["p", "p (Holm)"]
+    head += ["p", "p (Holm)", *(["above the teacher"] if teacher else [])]
     for name in more:
         head += [_NAMES[name], "difference"] if name == "to_teacher" else [_NAMES[name]]
     head += ["held-out error", "on-policy error", "path KL", "chains"]
@@ -201,6 +210,8 @@ def _scores_table(rows: list[Row], baseline: Row | None) -> str:
             _p(difference.p if difference else None),
             _p(corrected.get(row.run.name)),
         ]
+        if teacher:
+            line += [_interval(_above(row, teacher))]
         for name in more:
             line += [_mean_of_some(row, name)]
             if name == "to_teacher":
@@ -227,6 +238,16 @@ def _difference(row: Row, baseline: Row | None, key: str = "primary") -> PairedD
     ours, theirs = row.final(key), baseline.final(key) if baseline else {}
     both = sorted(ours.keys() & theirs.keys())
     return paired_difference([ours[seed] - theirs[seed] for seed in both]) if both else None
+
+
+def _teacher(rows: list[Row]) -> Row | None:
+    """The run of the teacher itself that has most seeds: its score depends on no budget."""
+    known = [row for row in rows if row.run.teacher and row.done]
+    return max(known, key=lambda row: len(row.done), default=None)
+
+
+def _above(row: Row, teacher: Row) -> PairedDifference | None:
+    return None if row.run.teacher else _difference(row, teacher)
 
 
 def _description(study: Study, rows: list[Row]) -> str:
