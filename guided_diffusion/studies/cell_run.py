@@ -374,7 +374,7 @@ class CellRun:
         )
 
     def _sample_teacher(self, config: Path, count: int, respacing: str, folder: Path, seed: int) -> None:
-        """Sample from the teacher as it is distilled; `config` is written: the teacher's, as of any network."""
+        """Sample from the teacher as it is distilled; its configuration is written to `config`."""
         teacher = self.experiment.teacher
         network = flat(teacher.architecture) | flat(teacher.process) | flat(teacher.space)
         with atomic_path(config) as temporary:

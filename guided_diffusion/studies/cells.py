@@ -1,4 +1,7 @@
-"""What a study consists of, and by what each part of it is known again elsewhere. Imports no torch but for latents."""
+"""What a study consists of, and by what each part of it is known again elsewhere.
+
+Imports torch for latents alone.
+"""
 
 import hashlib
 import json

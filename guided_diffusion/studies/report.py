@@ -25,9 +25,9 @@ _HOW_TO_READ = """Lower is better in every column but precision and recall. Seed
 all runs have the same initial weights, pool, order and sampling noise, as far as their configurations
 allow. A difference is the mean over the seeds that both runs have, with its 95 % interval (Student's t). p
 is the exact two-sided sign-flip test's, which cannot be below 2^(1-n) for n seeds; p (Holm) is corrected
-for the number of comparisons in its table. Above the teacher: the difference to the teacher's own score, which
-has the same noise, seed by seed. To the teacher: the same score against the teacher's samples of
-the same noise instead of real images. Held-out error: the mean squared difference of the noise
+for the number of comparisons in its table. Above the teacher: the difference to the teacher's own score,
+which has the same noise, seed by seed. To the teacher: the same score against the teacher's samples of the
+same noise instead of real images. Held-out error: the mean squared difference of the noise
 predictions of student and teacher on states of the teacher's full chain. On-policy error: the same at the
 states of the student's own chain. Path KL: the sum over that chain's steps of KL(student's step ‖ teacher's
 step), in nats an image. Chains: about how many of the teacher's different chains the student was shown.
@@ -123,9 +123,7 @@ def write_report(study: Study, results: Results, out: Path, path: Path, how: str
 
 
 def _overview(study: Study, rows: list[Row], teacher: Row | None) -> str:
-    """Every run that has a score: its mean with each budget, its difference to the study's baseline and to the
-    teacher.
-    """
+    """The mean of every run that has one with each budget, its differences to the baseline and the teacher."""
     own = {(row.run.name, row.budget.name): row for row in rows if row.done}
     used = [budget for budget in study.budgets if any((name, budget) in own for name in study.runs)]
     lines = []
