@@ -29,6 +29,7 @@ QUICK = [
         "student.save_interval=200",
     ),
 ]
+VERDICT = "TCCD's two stages: in runs this short the study finds no gain in them, nor harm (docs/study.md)."
 QUICK_NOTE = "A quick look (--quick): the student is hardly trained, and these are not the demo's figures."
 
 
@@ -75,7 +76,8 @@ def main() -> None:
 
     checkpoint = newest_checkpoint(run_folder)
     assert checkpoint is not None
-    student = checkpoint.path(f"ema_{experiment.student.training.ema_rates[0]}")
+    rates = experiment.student.training.ema_rates
+    student = checkpoint.path(f"ema_{rates[0]}" if rates else "model")
     sample = ["--batch_size", 125, "--num_samples", args.num_samples, "--timestep_respacing", 50]
     for name, weights in (("teacher", teacher), ("student", student)):
         config = SHIPPED / "yaml/digits_16/teacher.yaml" if name == "teacher" else args.config
@@ -146,8 +148,7 @@ def report(
         f"Preparing took {seconds['prepare']:.0f} s, {step} iterations of distillation "
         f"{seconds['distil']:.0f} s (a step that was already done is quick)."
     )
-    if quick:
-        lines.append(QUICK_NOTE)
+    lines.append(QUICK_NOTE if quick else VERDICT)
     panels = {"real digits": NpzFile(digits).load("arr_0")[:100]}
     for name, path in files.items():
         panels[f"{name} ({sizes[name] / 1e6:.2f}M)"] = NpzFile(path).load("arr_0")[:100]

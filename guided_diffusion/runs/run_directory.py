@@ -71,7 +71,7 @@ def start_run(
         with (
             ExitStack() as ending,
             _copied(mirror),
-            _recorded(directory, experiment, args, batch_size) as log,
+            _recorded(directory, experiment, args, batch_size, resume) as log,
         ):
             if mirror is not None:
                 log.publish = mirror.push
@@ -124,7 +124,11 @@ def _copied(mirror: Mirror | None) -> Iterator[None]:
 
 @contextmanager
 def _recorded(
-    directory: Path, experiment: Experiment, args: argparse.Namespace, batch_size: int
+    directory: Path,
+    experiment: Experiment,
+    args: argparse.Namespace,
+    batch_size: int,
+    resume: Checkpoint | None,
 ) -> Iterator[RunLog]:
     """Open a run's record, and close it with the reason for which the block ended."""
     launch = dist_util.setup_dist()
@@ -135,10 +139,11 @@ def _recorded(
         name=run_name(experiment.name, args.overrides),
         config=experiment_keys(experiment),
     )
-    devices = dist_util.describe()
+    devices, changes = dist_util.describe(), ""
     record = _record(experiment.name, args.config, devices)
     if launch.rank == 0:
         remove_leftovers(directory)
+        changes = _changes(resume.directory, experiment) if resume else ""
         with atomic_path(directory / "config.yaml") as temporary:
             temporary.write_text(experiment_text(experiment))
         record |= _starts(directory)
@@ -146,6 +151,8 @@ def _recorded(
         record["began_from"] = wanted or _began_from(directory)
         _write(directory, record | {"ended": _NOT_YET})
     log.info(f"{experiment.name}: writing to {directory}")
+    if changes:
+        log.info(f"goes on with other settings than before: {changes}")
     for line in devices:
         log.info(line)
     log.info(
@@ -330,6 +337,24 @@ def _is_of(directory: Path, experiment: Experiment) -> bool:
     if _before_flips(directory, experiment):
         earlier.student.training.random_flip = experiment.student.training.random_flip
     return earlier == experiment
+
+
+def _changes(directory: Path, experiment: Experiment) -> str:
+    """What a run that goes on is configured otherwise than it was: "section.key before -> now", ..."""
+    try:
+        earlier = load_experiment(directory / "config.yaml")
+    except (OSError, UserError):
+        return ""  # an original's run, which has none
+    before, now = (
+        {
+            f"{name}.{key}": found
+            for name, section in experiment_keys(one).items()
+            for key, found in (section if isinstance(section, dict) else {"": section}).items()
+        }
+        for one in (earlier, experiment)
+    )
+    changed = [key for key in now if before.get(key) != now[key]]
+    return ", ".join(f"{key.rstrip('.')} {before.get(key)} -> {now[key]}" for key in changed)
 
 
 def _before_flips(directory: Path, experiment: Experiment) -> bool:

@@ -123,7 +123,7 @@ def write_report(study: Study, results: Results, out: Path, path: Path, how: str
 
 
 def _overview(study: Study, rows: list[Row], teacher: Row | None) -> str:
-    """The mean of every run that has one with each budget, its differences to the baseline and the teacher."""
+    """Every run that has a score: its mean with each budget, and its differences to baseline and teacher."""
     own = {(row.run.name, row.budget.name): row for row in rows if row.done}
     used = [budget for budget in study.budgets if any((name, budget) in own for name in study.runs)]
     lines = []

@@ -71,6 +71,15 @@ def test_another_number_of_ranks_is_told(tmp_path):
     assert newest_checkpoint(tmp_path / "run").step == 6
 
 
+@pytest.mark.parametrize("kind, key", [("kd", "student.lr"), ("train", "lr")])
+def test_other_settings_are_told(tmp_path, kind, key):
+    command = [*MAKE[kind](tmp_path), "--exp_dir", tmp_path / "run"]
+    run(tmp_path, *command, "run.iterations=4")
+    _, told = run(tmp_path, *command, "run.iterations=5", f"{key}=0.5")
+    assert f"goes on with other settings than before: {key} 0.001 -> 0.5, run.iterations 4 -> 5" in told
+    assert "other settings" not in run(tmp_path, *command, "run.iterations=5", f"{key}=0.5")[1]
+
+
 def test_a_named_checkpoint_that_is_damaged_is_refused(tmp_path):
     command = [*distil(tmp_path), "--exp_dir", tmp_path / "run"]
     run(tmp_path, *command, "run.iterations=4")
