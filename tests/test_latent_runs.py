@@ -101,6 +101,24 @@ def test_resuming_goes_on_exactly(run):
     assert all(th.equal(value, again[name]) for name, value in first.items())
 
 
+def test_options_of_the_pool_work_in_latents_and_resume_exactly(run):
+    """Where no bounds clip what the student predicts."""
+    hops = ["distill.advance_stride=4", "distill.loss_weight=v", "distill.on_policy=0.7"]
+    between = ["distill.stage2_time=between", "distill.stage2_fraction=0.5"]
+    options = [*hops, *between, "distill.bottleneck_weight=0.1"]
+    distil(run, "whole", *options)
+    log = (run / "whole/log.txt").read_text()
+    assert "stage 2 between t and T, loss weight v, hops of 4, on-policy 0.7, bottleneck x 0.1" in log
+    distil(run, "parts", *options, "--resume_checkpoint", run / "whole/model000004.pt")
+    states = [load_state_dict(run / name / "model000006.pt") for name in ("whole", "parts")]
+    assert all(
+        th.equal(value, states[1][name]) and value.isfinite().all() for name, value in states[0].items()
+    )
+    pools = [read_pool(run / name / "teacher-state-000006.cache", T, LATENTS) for name in ("whole", "parts")]
+    assert th.equal(pools[0].x, pools[1].x) and pools[0].x.isfinite().all()
+    assert not th.equal(pools[0].x, read_pool(run / "run/teacher-state-000006.cache", T, LATENTS).x)
+
+
 def test_two_ranks(run, tmp_path):
     from tiny import script
 

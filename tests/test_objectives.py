@@ -254,6 +254,17 @@ class TestStages:
         loop.train_step(batch)
         assert {"stage1_mse", "stage2_mse", "stage1_align", "stage2_vb_q0"} <= loop.metrics.sums.keys()
 
+    @pytest.mark.parametrize(
+        "fraction, count, seen", [(0.07, 100, 7), (0.28, 25, 7), (0.3, 8, 3), (1e-9, 8, 1)]
+    )
+    def test_a_share_is_rounded_up(self, fraction, count, seen):
+        """Whatever floating point makes of it: 0.07 * 100 is 7.000000000000001."""
+        objective = build(Distill(stage2_fraction=fraction))[2]
+        batch = DistillationBatch(*[th.zeros(count)] * 5)
+        shares = []
+        objective.together = lambda student, batch, part: shares.append(len(part))
+        assert list(objective.passes(None, batch)) == [None] and shares == [seen]
+
     def test_the_alignment_may_see_a_share_of_the_batch(self):
         model, diffusion, objective = build(Distill(stage1_fraction=0.5, stage2_weight=0))
         batch = make_batch(diffusion)

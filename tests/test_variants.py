@@ -123,6 +123,13 @@ def test_iterative_on_two_ranks(tmp_path):
     assert len(set(rows(later))) == B  # each rank has samples of its own
 
 
+def test_a_process_of_one_step_has_no_pool(tmp_path):
+    done = script_here(
+        "scripts/dynamic_prepare.py", "--config", tiny(tmp_path), *both("timestep_respacing=1"), check=False
+    )
+    assert "teacher.timestep_respacing: leaves one step" in one_line_error(done)
+
+
 @pytest.fixture
 def config(tmp_path):
     config = tiny(tmp_path)

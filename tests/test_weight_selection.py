@@ -90,6 +90,18 @@ def test_outputs_keep_their_size():
     th.testing.assert_close(weights[name], full[::2, ::2] * 2**0.5)
 
 
+def test_rows_of_a_table_sum_over_nothing():
+    """Learned timesteps, [T, C]: channels are selected, and their size stays."""
+    keys = {"architecture": "diffusers_unet2d", "image_size": SIZE, "norm_num_groups": 4}
+    keys |= {"down_block_types": "DownBlock2D,DownBlock2D", "up_block_types": "UpBlock2D,UpBlock2D"}
+    keys |= {"time_embedding_type": "learned", "num_train_timesteps": 20}
+    large, small = (
+        build_network(denoiser(**keys, block_out_channels=f"{width},{width}"))[0] for width in (32, 16)
+    )
+    weights = selected(large.unet2d_weights(), small.unet2d_weights())
+    assert th.equal(weights["time_proj.weight"], large.unet2d_weights().state["time_proj.weight"][:, ::2])
+
+
 @pytest.mark.parametrize("kind", KINDS)
 @th.no_grad()
 def test_the_whole_of_a_network_is_that_network(kind):

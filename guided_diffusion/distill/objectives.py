@@ -117,7 +117,7 @@ class Distillation(Objective):
         Where stage 2 sees a share of the batch, one pass takes both: a small one of its own would cost nearly
         as much time as a large one.
         """
-        part = batch[: math.ceil(self.settings.stage2_fraction * len(batch))]
+        part = batch[: _share(self.settings.stage2_fraction, len(batch))]
         if self.settings.stage2_weight == 0:
             yield self.stage1(student, batch)
         elif len(part) == len(batch):
@@ -228,7 +228,7 @@ class Distillation(Objective):
         """A stage's loss: its weight times the sum of its terms and, with `align`, the weighted alignment."""
         loss = th.stack(list(terms.values())).sum(0)
         if align:
-            n = math.ceil(self.settings.stage1_fraction * len(t))
+            n = _share(self.settings.stage1_fraction, len(t))
             terms["align"] = self.alignment(out.features[:n], out.emb[:n], t[:n]).expand_as(loss)
             loss = loss + self.settings.stage1_weight * terms["align"]
         return PassLoss(weight * loss, {f"{stage}_{k}": v for k, v in terms.items()}, t)
@@ -324,3 +324,8 @@ def loss_weight(process: GaussianDiffusion, settings: Distill) -> th.Tensor:
         else:
             weight = np.ones_like(bars)
     return th.from_numpy(weight / weight.mean()).float()
+
+
+def _share(fraction: float, count: int) -> int:
+    """How many of `count` samples a share is, rounded up; 0.07 of 100 are 7, whatever floats make of it."""
+    return max(1, math.ceil(round(fraction * count, 6)))

@@ -113,7 +113,9 @@ def selected(larger: UNet2DWeights, smaller: UNet2DWeights) -> dict[str, th.Tens
                 shape = tuple(larger.state[source].shape)
                 raise ValueError(f"{source} {shape} does not cover {name} {tuple(own.shape)}")
             value = value.index_select(dim, index)
-        if own.ndim > 1 and not name.startswith("class_embedding."):
+        if own.ndim > 1 and not name.startswith(
+            ("class_embedding.", "time_proj.")
+        ):  # tables sum over nothing
             value = value * (larger.state[source].shape[1] / own.shape[1]) ** 0.5
         result[name] = value
     return result

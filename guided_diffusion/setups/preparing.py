@@ -50,6 +50,8 @@ def prepare_pool(
     rank, world = dist_util.rank(), dist_util.world_size()
     teacher = load_teacher(experiment, weights)
     total, shape = teacher.process.num_timesteps, teacher.space.shape
+    if total < 2:
+        raise UserError("teacher.timestep_respacing: leaves one step; a pool is prepared for two or more")
     size = pool_size(settings.iter_choice, settings.BATCH, total, batch_size)
     identity = pool_identity(experiment, weights, size * world)
     if path.is_file() and not overwrite:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch as th
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
 from .. import dist_util
 from ..config.settings import DistillationExperiment
@@ -14,6 +14,7 @@ from ..distill.dynamic_batch import prepare
 from ..distill.teacher import Teacher
 from ..gaussian_diffusion import GaussianDiffusion
 from ..io.files import atomic_path
+from ..io.safetensors_file import read_safetensors
 from ..losses import normal_kl
 from ..networks.base import DenoisingNetwork
 from ..networks.precision import place
@@ -73,7 +74,7 @@ def held_out_states(
         arrays = {"x": x, "t": t, "eps": eps} | ({} if y is None else {"y": y})
         with atomic_path(cache) as temporary:
             save_file({name: array.cpu() for name, array in arrays.items()}, temporary)
-    found = {name: array.to(dist_util.dev()) for name, array in load_file(cache).items()}
+    found = {name: array.to(dist_util.dev()) for name, array in read_safetensors(cache).items()}
     return HeldOut(found["x"], found["t"], found.get("y"), found["eps"])
 
 

@@ -43,7 +43,7 @@ class Runner:
         self.shared = Shared(study, out, root, score)
         self.failures: list[str] = []
         self._lock = threading.Lock()
-        self._about = {"revision": git_revision(root), "machine": machine(jobs)}
+        self._about: dict[str, Any] = {"revision": git_revision(root)}
 
     def run(self, only: Sequence[str] = ()) -> list[str]:
         """Run all cells, or those whose run's or own name has one of the patterns `only`, in their order.
@@ -56,7 +56,8 @@ class Runner:
             Stopped: a signal asked to stop; what was done is kept.
             UserError: another process is running a study in the same folder, or no cell has such a name.
         """
-        dist_util.setup_dist()
+        dist_util.setup_dist()  # which chooses the number of threads
+        self._about["machine"] = machine(self.jobs)
         self.out.mkdir(parents=True, exist_ok=True)
         with held(self.out):
             # Of budgets in seconds: what they have bought before, so that all seeds get the same.
