@@ -227,13 +227,13 @@ def _find(
         named = _open_named(wanted, args.config)
         directory = _hold(own or named.directory, lock)
         if mirror:
-            mirror.require_writable()
+            mirror.pull()
         latest = newest_checkpoint(directory)
         if latest is not None and latest.step > named.step:
             if _began_from(directory) == wanted:  # the same command again
                 return directory, latest
             raise UserError(
-                f"{directory}: holds later checkpoints, up to step {latest.step}, which would be taken "
+                f"{mirror.url if mirror else directory}: holds later checkpoints, up to step {latest.step}, which would be taken "
                 f"for those of a run from step {named.step} on; give another --exp_dir, or move them away"
             )
         return directory, named

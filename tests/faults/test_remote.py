@@ -353,6 +353,22 @@ def test_continuing_and_sampling_from_urls(store, project, tmp_path):
     assert code == 1 and "holds samples drawn with another sampler" in text
 
 
+def test_a_branch_goes_on_from_its_own_newest_on_another_machine(store, project):
+    """The same command twice: a run that began from another's checkpoint does not begin there again."""
+    folder, command = project
+    branch = [*command, "--exp_dir", "gs://bucket/runs/branch", "run.iterations=5"]
+    branch += ["--resume_checkpoint", folder / "straight/model000002.pt"]
+    for start, tamper in ((2, die_in_upload("opt000005.pt")), (4, None)):
+        shutil.rmtree(folder / "experiments", ignore_errors=True)
+        code, text = run(folder, *branch, tamper=tamper)
+        assert f"resumed from step {start}" in text and (code == 0) is (tamper is None), text
+    local = folder / "experiments/remote" / local_name("gs://bucket/runs/branch")
+    assert_same_end(folder / "straight", local, 5)
+    shutil.rmtree(folder / "experiments")
+    code, text = run(folder, *branch[:-1], folder / "straight/model000004.pt")
+    assert code == 1 and "gs://bucket/runs/branch: holds later checkpoints, up to step 5" in text
+
+
 def no_blobfile():
     sys.modules["blobfile"] = None
 
