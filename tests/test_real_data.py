@@ -17,6 +17,7 @@ from guided_diffusion.io.files import NpzFile
 from guided_diffusion.script_util import build_network
 
 SHIPPED = ROOT / "yaml/study/cifar10.yaml"
+RUNS = ["DKDM", "teacher", "TCCD", "tccd-plus", "data-free"]
 SMALL = [
     "timestep_respacing=20",
     "num_channels=8",
@@ -57,7 +58,7 @@ def miniature(folder):
     own += [f"distill.{key}={value}" for key, value in content["overrides"]["distill"].items()]
     content |= {"config": str(config), "overrides": own, "reference": f"{folder}/cifar10_train.npz"}
     content |= {"budgets": {"published": {"iterations": 4}}, "score_at": [1]}
-    content["runs"] = {name: content["runs"][name] for name in ("DKDM", "TCCD", "tccd-plus")}
+    content["runs"] = {name: content["runs"][name] for name in RUNS}
     presets = content["runs"]["tccd-plus"]
     presets["presets"] = str(ROOT / presets["presets"])
     content["metrics"] |= {"samples": 12, "respacing": 5, "batch_size": 12, "held_out": 4, "chains": 2}
@@ -86,7 +87,7 @@ def test_from_the_download_to_the_table(monkeypatch, tmp_path):
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=500)
     assert done.returncode == 0, done.stdout + done.stderr
     records = [json.loads(line) for line in (tmp_path / "out/results.jsonl").read_text().splitlines()]
-    assert [record["run"] for record in records] == ["DKDM", "TCCD", "tccd-plus"]
+    assert [record["run"] for record in records] == RUNS
     for record in records:
         (score,) = record["scores"]
         assert score["primary"] == score["fid"] > 0 and np.isfinite(score["fid"])
