@@ -57,7 +57,8 @@ class Way:
 def ways(tiny: bool) -> list[Way]:
     """All ways, the most telling first: a run that is cut short has those."""
     if tiny:
-        return [Way("bf16", mode, 4) for mode in ("original", "graph", "eager")] + [Way("fp32", "eager", 4)]
+        modes = ("original", "graph", "eager", "channels-last", "compile", "compile-graph")
+        return [Way("bf16", mode, 4) for mode in modes] + [Way("fp32", "eager", 4)]
     found = [Way("fp16", "original", batch_size) for batch_size in (512, 128)]
     for mode in ("channels-last", "graph", "eager", "compile", "compile-graph"):
         for batch_size in (512, 128):

@@ -44,8 +44,9 @@ def benchmark(tmp_path, monkeypatch, capsys):
 
 
 def test_everything_and_resuming(benchmark):
-    parts = list(benchmark.module["parts_of"](True))
-    code, ran = benchmark()
+    parts = [name for name in benchmark.module["parts_of"](True) if "compile" not in name]
+    chosen = ["--parts", ",".join(parts)]
+    code, ran = benchmark(*chosen)
     assert (code, ran) == (0, parts), benchmark.text
     assert list(benchmark.results) == parts
     assert all("result" in record for record in benchmark.results.values())
@@ -55,9 +56,18 @@ def test_everything_and_resuming(benchmark):
     # The same iterations in another arithmetic, or through the step that a GPU captures.
     assert [way["loss"] for way in ways] == pytest.approx([ways[0]["loss"]] * len(ways), rel=0.01)
 
-    assert benchmark() == (0, [])
+    assert benchmark(*chosen) == (0, [])
     (benchmark.out / "parts/rates.json").unlink()
-    assert benchmark() == (0, ["rates"])
+    assert benchmark(*chosen) == (0, ["rates"])
+
+
+@pytest.mark.slow
+def test_compiled_blocks_train_alike(benchmark):
+    """Takes minutes to compile on a processor."""
+    parts = ["bf16-eager-4", "bf16-compile-4", "bf16-compile-graph-4"]
+    assert benchmark("--parts", ",".join(parts), "--seconds", "3000")[0] == 0, benchmark.text
+    losses = [benchmark.results[name]["result"]["loss"] for name in parts]
+    assert losses == pytest.approx([losses[0]] * 3, rel=0.01)
 
 
 def test_a_part_that_fails_is_recorded_and_done_again(benchmark, monkeypatch):

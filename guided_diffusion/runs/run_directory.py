@@ -233,8 +233,9 @@ def _find(
             if _began_from(directory) == wanted:  # the same command again
                 return directory, latest
             raise UserError(
-                f"{mirror.url if mirror else directory}: holds later checkpoints, up to step {latest.step}, which would be taken "
-                f"for those of a run from step {named.step} on; give another --exp_dir, or move them away"
+                f"{mirror.url if mirror else directory}: holds later checkpoints, up to step "
+                f"{latest.step}, which would be taken for those of a run from step {named.step} on; "
+                "give another --exp_dir, or move them away"
             )
         return directory, named
     if own is None:
