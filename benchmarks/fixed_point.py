@@ -23,7 +23,10 @@ from guided_diffusion.sampling.samplers import sample_images
 from guided_diffusion.script_util import build_process
 from guided_diffusion.spaces import PixelSpace
 
-BASE = ("distill.stage1_weight=0", "distill.initial_weights=random")
+BASE = (
+    *("distill.stage1_weight=0", "distill.initial_weights=random", "distill.bottleneck_weight=0"),
+    *("run.optimizer=adamw", "student.lr=3e-3"),
+)
 STUDENTS = {
     "without stage 2": ("distill.stage2_weight=0",),
     "as published": ("distill.role_vector=false", "distill.stage2_fraction=1"),
