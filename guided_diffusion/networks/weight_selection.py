@@ -13,6 +13,7 @@ from itertools import accumulate
 
 import torch as th
 
+_TABLES = ("class_embedding.", "time_proj.")  # of rows that are looked up, and sum over nothing
 _RESNET = re.compile(r"(down|up)_blocks\.(\d+)\.(resnets|attentions)\.(\d+)\.")
 
 
@@ -113,9 +114,7 @@ def selected(larger: UNet2DWeights, smaller: UNet2DWeights) -> dict[str, th.Tens
                 shape = tuple(larger.state[source].shape)
                 raise ValueError(f"{source} {shape} does not cover {name} {tuple(own.shape)}")
             value = value.index_select(dim, index)
-        if own.ndim > 1 and not name.startswith(
-            ("class_embedding.", "time_proj.")
-        ):  # tables sum over nothing
+        if own.ndim > 1 and not name.startswith(_TABLES):
             value = value * (larger.state[source].shape[1] / own.shape[1]) ** 0.5
         result[name] = value
     return result
