@@ -242,6 +242,22 @@ def broadcast_object(value: Any) -> Any:
     return box[0]
 
 
+def _wait_for_rank_zero() -> None:
+    """Wait for what rank 0 does alone, maybe for hours; a collective gives up after `TIMEOUT`. Collective.
+
+    If rank 0 dies, so does the store that it is asked through, or the launcher ends this rank.
+    """
+    if not dist.is_initialized():
+        return
+    _state["turn"] = _state.get("turn", 0) + 1
+    name, store, pause = f"turn{_state['turn']}", _state["store"], 0.001
+    if rank() == 0:
+        store.set(name, "")
+    while not store.check([name]):
+        time.sleep(pause)
+        pause = min(2 * pause, 0.1)
+
+
 def from_rank_zero(function: Callable[[], _T]) -> _T:
     """What a function returns on rank 0 (small, picklable), on all ranks. Collective.
 
@@ -254,6 +270,7 @@ def from_rank_zero(function: Callable[[], _T]) -> _T:
             answer = function(), ""
         except (UserError, OSError) as error:
             answer = None, str(error)
+    _wait_for_rank_zero()
     result, mistake = broadcast_object(answer)
     if mistake:
         raise UserError(mistake)
@@ -309,8 +326,10 @@ def rank_zero_first() -> Iterator[bool]:
             yield True
             ok = True
         finally:
+            _wait_for_rank_zero()
             broadcast_object(ok)
     else:
+        _wait_for_rank_zero()
         if not broadcast_object(None):
             raise UserError("rank 0 failed")
         yield False

@@ -25,7 +25,7 @@ from driver import (
 from golden_data import GOLDEN
 from tiny import script
 
-from guided_diffusion import train_util
+from guided_diffusion import dist_util, train_util
 from guided_diffusion.io import files
 from guided_diffusion.logger import read_progress
 from guided_diffusion.runs import run_directory
@@ -165,6 +165,22 @@ def test_the_same_command_continues_what_is_unfinished(tmp_path):
     code, text = run(tmp_path, *command)  # that one is finished: another begins
     assert code == 0 and "resumed" not in text
     assert len(list(experiments.iterdir())) == 2
+
+
+def slow_rank_zero():
+    """Rank 0 takes longer than other ranks wait in a collective, such as for the encoding of a data set."""
+    dist_util.TIMEOUT, inner = datetime.timedelta(seconds=3), run_directory._choose
+
+    def choose(*arguments):
+        time.sleep(8)
+        return inner(*arguments)
+
+    run_directory._choose = choose
+
+
+def test_ranks_wait_for_what_rank_0_does_alone(tmp_path):
+    text = run_ranks(tmp_path, 2, *distil(tmp_path), "--exp_dir", tmp_path / "run", tamper=slow_rank_zero)
+    assert "finished" in text
 
 
 def hang_in_step_2():
