@@ -29,7 +29,7 @@ QUICK = [
         "student.save_interval=200",
     ),
 ]
-VERDICT = "TCCD's two stages: in runs this short the study finds no gain in them, nor harm (docs/study.md)."
+VERDICT = "TCCD's two stages: with this preset the study finds no gain in them, nor harm (docs/study.md)."
 QUICK_NOTE = "A quick look (--quick): the student is hardly trained, and these are not the demo's figures."
 
 
