@@ -410,15 +410,20 @@ class TestCell:
         assert not found.student.training.random_flip and found.student.training.lr == 1e-3
 
 
+def page_of(found, folder, scores):
+    """The report of a study whose runs have these scores, by name and seed."""
+    results = Results(folder / "results.jsonl")
+    for cell in cells_of(found):
+        results.append(record_of(cell, scores[cell.run.name][cell.seed]))
+    write_report(found, results, folder, folder / "report.md", "studies.md")
+    return (folder / "report.md").read_text()
+
+
 class TestReport:
     def test_tables_compare_pairs(self, tmp_path):
         found = load_study(study(tmp_path))
-        results = Results(tmp_path / "results.jsonl")
         scores = {"plain": [4.0, 3.0, 5.0], "fast": [3.0, 2.5, 3.5]}
-        for cell in cells_of(found):
-            results.append(record_of(cell, scores[cell.run.name][cell.seed]))
-        write_report(found, results, tmp_path, tmp_path / "report.md", "studies.md")
-        text = (tmp_path / "report.md").read_text()
+        text = page_of(found, tmp_path, scores)
         assert "## Findings" not in text and "| run | short | short: difference to plain |" in text
         assert (
             "| plain | 4 (n = 3) |  |" in text and "| fast | 3 (n = 3) | -1 [-2.24, +0.242] (n = 3) |" in text
@@ -449,12 +454,8 @@ class TestReport:
         budgets = {"short": {"iterations": 4}, "long": {"iterations": 8}}
         runs = {"plain": {"budgets": ["long"]}, "teacher": {"teacher": True}}
         found = load_study(study(tmp_path, runs=runs, budgets=budgets))
-        results = Results(tmp_path / "results.jsonl")
         scores = {"plain": [4.0, 3.0, 5.0], "teacher": [1.0, 0.5, 1.5]}
-        for cell in cells_of(found):
-            results.append(record_of(cell, scores[cell.run.name][cell.seed]))
-        write_report(found, results, tmp_path, tmp_path / "report.md", "studies.md")
-        text = (tmp_path / "report.md").read_text()
+        text = page_of(found, tmp_path, scores)
         assert "| long: above the teacher |" in text and "| p (Holm) | above the teacher |" in text
         assert text.count("| +3 [+1.76, +4.24] (n = 3) |") == 2
 
