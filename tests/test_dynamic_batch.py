@@ -1,5 +1,6 @@
 """Invariants of the pool."""
 
+import copy
 from dataclasses import replace
 
 import pytest
@@ -287,3 +288,16 @@ def test_an_entry_that_follows_the_student_lies_where_the_students_jump_leads(te
     pool.follow(batch, students, process, 0.5)
     share = float((pool.x != teachers).flatten(1).any(1).float().mean())
     assert 0.2 < share < 0.8
+
+
+def test_without_bounds_a_student_throws_an_entry_no_farther_than_the_teachers_images_reach(teacher):
+    process = copy.copy(teacher.process)
+    process.bounds = None  # as in a latent space
+    pool = noise_pool(20, process)
+    batch = pool.advance(th.arange(20), teacher_of(teacher.network, process, (3, 8, 8)), stride=6)
+    teachers = pool.x.clone()
+    pool.follow(batch, 1000 * th.randn_like(batch.eps), process, 1.0)
+    images = process.clipped_xstart(batch.x_t, batch.t, batch.eps)
+    farthest = process.jump(batch.t, batch.s)[0] * (images.amax() - images.amin())
+    assert not th.equal(pool.x, teachers)
+    assert ((pool.x - teachers).abs() <= 1.001 * farthest).all()

@@ -184,8 +184,9 @@ class DynamicBatch:
     ) -> None:
         """Let some entries go on where the student would have gone from x_t, instead of the teacher.
 
-        Their x_s moves by what the two predicted x_0 differ, each clipped to the process's bounds; the noise
-        and its variance stay the teacher's, so that an untrained student cannot throw them far.
+        Their x_s moves by what the two predicted x_0 differ, each clipped to the process's bounds and the
+        student's also to the least and greatest values of the teacher's (a latent space has no bounds); the
+        noise and its variance stay the teacher's. So an untrained student cannot throw them far.
 
         Args:
             batch: what `advance` returned, or a piece of it.
@@ -196,6 +197,7 @@ class DynamicBatch:
         assert batch.index is not None and batch.s is not None
         chosen = (th.rand(len(batch)) < probability).to(batch.t.device)
         teachers, students = (process.clipped_xstart(batch.x_t, batch.t, e) for e in (batch.eps, eps))
+        students = students.clamp(teachers.amin(), teachers.amax())
         shift = process.jump(batch.t, batch.s)[0] * (students - teachers)
         x_s, level, _ = self.take(batch.index)
         self.put(batch.index, x_s + chosen.reshape(-1, 1, 1, 1) * shift, level)
