@@ -15,6 +15,7 @@ from .digits import is_noise
 from .digits_classifier import DEFAULT_WEIGHTS, DigitsExtractor
 from .features import extract_features
 from .metrics import frechet_distance, gaussian_of
+from .reference import Reference
 from .scoring import score_digits
 
 
@@ -81,7 +82,8 @@ def real_floor(
         for _ in range(draws)
     ]
     noise = np.concatenate([is_noise(batch) for batch in images.batches(256)])
-    whole = score_digits(real.gaussian, real, extractor.probabilities(real.features), noise)
+    own = Reference(real.gaussian, None, None, None, "", "computed")
+    whole = score_digits(own, real, extractor.probabilities(real.features), noise)
     return RealFloor(
         fd=float(np.mean(distances)),
         fd_std=float(np.std(distances, ddof=1)),

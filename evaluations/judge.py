@@ -13,8 +13,7 @@ from guided_diffusion.io.image_sets import ImageArray
 from guided_diffusion.io.progress import say
 
 from .evaluation import AT_LEAST, IMAGE_SIZES, build_extractor, few, reference_images
-from .features import choose_device, extract_features
-from .neighbours import PRECISION_RECALL_K, nearest_distances, neighbour_scores
+from .features import extract_features
 from .reference import load_reference
 from .results import values
 from .scoring import noise_of, score_set
@@ -24,8 +23,7 @@ from .settings import Settings
 class Judge:
     """One reference and one feature network, loaded once.
 
-    The scores are the evaluator's, `evaluations.results` describes them; its "fd" or "fid" is "fd" here, and
-    of digits there are precision and recall too, of the classifier's features.
+    The scores are the evaluator's, `evaluations.results` describes them; its "fd" or "fid" is "fd" here.
 
     Args:
         reference: npz of the real images, or with Inception their statistics alone.
@@ -72,14 +70,4 @@ class Judge:
         samples = extract_features(self.extractor, file, self.settings.batch_size)
         noise = noise_of(file, self.settings)
         scores = values(score_set(self.reference, samples, noise, self.extractor, self.settings))
-        if self.is_digits and self.reference.features is not None and self.reference.neighbours is not None:
-            device = choose_device(None)
-            near = neighbour_scores(
-                self.reference.features,
-                samples.features,
-                self.reference.neighbours,
-                nearest_distances(samples.features, PRECISION_RECALL_K, device),
-                device=device,
-            )
-            scores |= {"precision": near.precision, "recall": near.recall}
         return {"fd": scores.pop("fd" if self.is_digits else "fid")} | scores

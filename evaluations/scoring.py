@@ -11,7 +11,6 @@ from .digits import is_noise
 from .features import Extractor, FeatureSet, choose_device, extract_features
 from .metrics import (
     SPLIT_SIZE,
-    Gaussian,
     class_entropy,
     frechet_distance,
     inception_score,
@@ -55,7 +54,9 @@ def score_set(
 ) -> Scores:
     """The scores of the settings' backend, of some features and what `noise_of` says of their images."""
     if settings.backend == "digits":
-        return score_digits(reference.gaussian, samples, extractor.probabilities(samples.features), noise)
+        return score_digits(
+            reference, samples, extractor.probabilities(samples.features), noise, settings.device
+        )
     return score_inception(reference, samples, extractor, settings)
 
 
@@ -82,18 +83,10 @@ def score_inception(
     if reference.spatial_gaussian is not None and samples.spatial_gaussian is not None:
         sfid = frechet_distance(reference.spatial_gaussian, samples.spatial_gaussian)
         scores = dataclasses.replace(scores, sfid=sfid)
-    if reference.features is None or reference.neighbours is None:
+    if reference.features is None:
         return scores
-    device = choose_device(settings.device)
-    near = neighbour_scores(
-        reference.features,
-        features,
-        reference.neighbours,
-        nearest_distances(features, PRECISION_RECALL_K, device),
-        density_coverage=settings.density_coverage,
-        device=device,
-    )
-    scores = dataclasses.replace(scores, **vars(near))
+    near = _neighbour_scores(reference, samples, settings.device, settings.density_coverage)
+    scores = dataclasses.replace(scores, **near)
     if settings.kid:
         kid = kernel_distance(reference.features, features, seed=settings.seed)
         scores = dataclasses.replace(scores, kid=kid)
@@ -101,24 +94,48 @@ def score_inception(
 
 
 def score_digits(
-    reference: Gaussian, samples: FeatureSet, probabilities: np.ndarray, noise: np.ndarray
+    reference: Reference,
+    samples: FeatureSet,
+    probabilities: np.ndarray,
+    noise: np.ndarray,
+    device: str | None = None,
 ) -> DigitsScores:
     """The scores of the digits backend.
 
     Args:
-        reference: of the real digits' features, 64-d.
+        reference: of the real digits' features, 64-d; without features precision and recall stay None.
         samples: features of the generated images.
         probabilities: float32 [N, 10], the classifier's.
         noise: bool [N], which images count as noise.
+        device: where neighbours are sought, as in `Settings`.
     """
     histogram = np.bincount(probabilities.argmax(axis=1), minlength=probabilities.shape[1])
     return DigitsScores(
-        fd=frechet_distance(reference, samples.gaussian),
+        fd=frechet_distance(reference.gaussian, samples.gaussian),
         confidence=float(probabilities.max(axis=1).mean(dtype=np.float64)),
         class_balance=class_entropy(histogram),
         noise_share=float(noise.mean()),
         histogram=tuple(int(count) for count in histogram),
+        **_neighbour_scores(reference, samples, device),
     )
+
+
+def _neighbour_scores(
+    reference: Reference, samples: FeatureSet, device: str | None, density_coverage: bool = False
+) -> dict[str, float]:
+    """Precision and recall by name, density and coverage if asked for; nothing without reference features."""
+    if reference.features is None or reference.neighbours is None:
+        return {}
+    chosen = choose_device(device)
+    near = neighbour_scores(
+        reference.features,
+        samples.features,
+        reference.neighbours,
+        nearest_distances(samples.features, PRECISION_RECALL_K, chosen),
+        density_coverage=density_coverage,
+        device=chosen,
+    )
+    return {name: value for name, value in vars(near).items() if value is not None}
 
 
 def half_sample_intervals(

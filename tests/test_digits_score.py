@@ -181,6 +181,7 @@ def test_real_digits_score_well(scores):
     assert half.noise_share == 0
     assert half.class_balance > 0.99
     assert half.confidence > 0.9
+    assert half.precision == 1 and half.recall > 0.9  # its images are the reference's
     assert (half.n, half.n_reference, sum(half.histogram)) == (900, 1797, 900)
     assert half.weights_sha256 == sha256_of(DEFAULT_WEIGHTS)
     assert scores["real"].fd < 1e-9
@@ -190,6 +191,7 @@ def test_noise_is_told(scores):
     noise = scores["noise"]
     assert noise.noise_share == 1
     assert noise.fd > 50 * scores["half"].fd
+    assert noise.precision == noise.recall == 0
 
 
 def test_collapse_is_told_by_balance_and_distance_but_not_by_confidence(scores):
@@ -198,6 +200,7 @@ def test_collapse_is_told_by_balance_and_distance_but_not_by_confidence(scores):
         assert collapsed.class_balance < 0.1
         assert collapsed.fd > 20 * scores["half"].fd
         assert collapsed.confidence > 0.8
+        assert collapsed.precision == 1 and collapsed.recall < 0.15
         assert max(collapsed.histogram) > 880
 
 
