@@ -191,7 +191,7 @@ def test_noise_is_told(scores):
     noise = scores["noise"]
     assert noise.noise_share == 1
     assert noise.fd > 50 * scores["half"].fd
-    assert noise.precision == noise.recall == 0
+    assert noise.precision < 0.5 and noise.recall == 0
 
 
 def test_collapse_is_told_by_balance_and_distance_but_not_by_confidence(scores):
