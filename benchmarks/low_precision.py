@@ -1,8 +1,8 @@
 """Does 16-bit arithmetic cost the student anything? The same short runs in float32 and in 16 bits, by seed.
 
-Distils the embedded teacher as the demo does, once for each precision and seed, and prints the student's
-held-out error (mean squared difference from the teacher's float32 noise predictions on states that no pool
-holds), its digits-FD, and the teacher's own error in that precision. Runs are kept and reused.
+Distils the embedded teacher as the demo did before hops, once for each precision and seed, and prints the
+student's held-out error (mean squared difference from the teacher's float32 noise predictions on states that
+no pool holds), its digits-FD, and the teacher's own error in that precision. Runs are kept and reused.
 
 A processor without 16-bit arithmetic computes the same numbers slowly: `Emulated` multiplies in float32 what
 has been rounded to 16 bits and rounds the result once, which is what the hardware does.
@@ -16,7 +16,7 @@ from statistics import mean, stdev
 from typing import Any
 
 import torch as th
-from short_runs import ROOT, WEIGHTS, ShortRuns, demo
+from short_runs import BEFORE_HOPS, ROOT, WEIGHTS, ShortRuns, demo
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
 
@@ -97,9 +97,9 @@ class Benchmark:
             writer.append(images, labels)
 
     def experiment(self, precision: str, seed: int) -> DistillationExperiment:
-        """The demo's distillation in a precision."""
+        """The distillation in a precision."""
         save = f"student.save_interval={self.iterations}"
-        return demo(self.iterations, seed, f"run.precision={precision}", save)
+        return demo(self.iterations, seed, *BEFORE_HOPS, f"run.precision={precision}", save)
 
     def teacher_error(self, precision: str) -> float:
         """Mean squared difference of the teacher's predictions in a precision from those in float32."""

@@ -10,7 +10,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from short_runs import ShortRuns, demo
+from short_runs import BEFORE_HOPS, ShortRuns, demo
 
 
 def main() -> None:
@@ -26,7 +26,7 @@ def main() -> None:
     args = parser.parse_args()
     runs = ShortRuns(args.held_out)
     for stride in args.strides:
-        overrides = f"teacher.BATCH={args.rho}", f"distill.stride={stride}"
+        overrides = *BEFORE_HOPS, f"teacher.BATCH={args.rho}", f"distill.stride={stride}"
         size = runs.pool_size(demo(args.iterations, 0, *overrides))
         started = time.process_time()
         pool = runs.prepared(size, stride, seed=0)

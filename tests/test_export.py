@@ -1,6 +1,8 @@
 """Students as diffusers pipelines: they load there and compute the same, or are not written."""
 
+import errno
 import re
+from pathlib import Path
 
 import pytest
 import torch as th
@@ -129,6 +131,23 @@ def test_a_mismatch_leaves_nothing(tmp_path, monkeypatch):
     line = one_line_error(script_here(*flags, check=False))
     assert "a forward pass by diffusers differs" in line
     assert {path.name for path in tmp_path.iterdir()} == {"student.yaml", "model.pt"}
+
+
+def test_an_export_that_cannot_take_anothers_place_leaves_it(tmp_path, monkeypatch):
+    flags = prepared(tmp_path, DIT)
+    script_here(*flags)
+    out, rename = Path(flags[-1]), Path.rename
+    kept = sorted(path.name for path in out.iterdir())
+
+    def fails(self, target):
+        if self.name == out.name and Path(target) == out:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", fails)
+    assert "No space left" in one_line_error(script_here(*flags, "--overwrite", check=False))
+    assert sorted(path.name for path in out.iterdir()) == kept
+    assert not list(tmp_path.glob(f".{out.name}*"))
 
 
 def test_nothing_is_overwritten_unasked(tmp_path):

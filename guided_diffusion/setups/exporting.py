@@ -70,11 +70,21 @@ def export_pipeline(
             student,
             f"{weights}",
         )
-        if out.exists():
-            out.rename(temporary / "before")
-        folder.rename(out)
+        _put_in_place(folder, out, before=temporary / "before")
     finally:
         shutil.rmtree(temporary)
+
+
+def _put_in_place(folder: Path, out: Path, before: Path) -> None:
+    """Give a folder its name; whatever stops it, what had the name has it still or lies in `before`."""
+    try:
+        if out.exists():
+            out.rename(before)
+        folder.rename(out)
+    except BaseException:
+        if before.exists() and not out.exists():
+            before.rename(out)
+        raise
 
 
 def _pipeline(diffusers: Any, model: Any, scheduler: Any, denoiser: Denoiser) -> Any:
