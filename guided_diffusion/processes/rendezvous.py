@@ -66,7 +66,8 @@ def rendezvous(launch: Launch) -> tuple[dist.Store, int]:
         TIMEOUT,
         False,
     )
-    shared = dist.PrefixStore("tccd", server)
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")  # torchrun's store may outlive an attempt
+    shared = dist.PrefixStore(f"tccd{attempt}", server)
     _choose_interface(shared, launch, os.environ["MASTER_ADDR"])
     return shared, launch.local_rank
 
