@@ -425,11 +425,9 @@ class TestReport:
         scores = {"plain": [4.0, 3.0, 5.0], "fast": [3.0, 2.5, 3.5]}
         text = page_of(found, tmp_path, scores)
         assert "## Findings" not in text and "| run | short | short: difference to plain |" in text
-        assert (
-            "| plain | 4 (n = 3) |  |" in text and "| fast | 3 (n = 3) | -1 [-2.24, +0.242] (n = 3) |" in text
-        )
+        assert "| plain | 4 (3) |  |" in text and "| fast | 3 (3) | -1 [-2.24, +0.242] |" in text
         assert "| plain | 4 | 4 / 3 / 5 | - |" in text
-        assert "| fast | 3 | 3 / 2.5 / 3.5 | -1 [-2.24, +0.242] (n = 3) | 0.250 | 0.250 |" in text
+        assert "| fast | 3 | 3 / 2.5 / 3.5 | -1 [-2.24, +0.242] | 0.250 | 0.250 |" in text
         assert "| fast |  | `student.lr=0.01` | short: 0, 1, 2 |" in text and "a processor" in text
         assert (tmp_path / "report/study-short-why.png").is_file()
         assert (tmp_path / "report/study-short-0.png").is_file()
@@ -457,7 +455,7 @@ class TestReport:
         scores = {"plain": [4.0, 3.0, 5.0], "teacher": [1.0, 0.5, 1.5]}
         text = page_of(found, tmp_path, scores)
         assert "| long: above the teacher |" in text and "| p (Holm) | above the teacher |" in text
-        assert text.count("| +3 [+1.76, +4.24] (n = 3) |") == 2
+        assert text.count("| +3 [+1.76, +4.24] |") == 2
 
     def test_what_was_found_stands_at_the_top(self, tmp_path):
         path = study(tmp_path, findings="Fast is **better**.\n")
@@ -503,7 +501,7 @@ class TestReport:
             results.append(record)
         write_report(found, results, tmp_path, tmp_path / "report.md", "studies.md")
         text = (tmp_path / "report.md").read_text()
-        assert "| fast | 4 | 4 / diverged | +0 (n = 1) |" in text
+        assert "| fast | 4 | 4 / diverged | +0 |" in text
         assert "2 not run yet" in text
         assert "- fast/short, seed 1: gradients were not finite" in text
         assert "does not declare" not in text

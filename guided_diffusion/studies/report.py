@@ -23,16 +23,17 @@ _NAMES = {
 }
 _HOW_TO_READ = """Lower is better in every column but precision and recall. Seeds are paired: with one seed
 all runs have the same initial weights, pool, order and sampling noise, as far as their configurations
-allow. A difference is the mean over the seeds that both runs have, with its 95 % interval (Student's t). p
-is the exact two-sided sign-flip test's, which cannot be below 2^(1-n) for n seeds; p (Holm) is corrected
-for the number of comparisons in its table. Above the teacher: the difference to the teacher's own score,
-which has the same noise, seed by seed. To the teacher: the same score against the teacher's samples of the
-same noise instead of real images. Held-out error: the mean squared difference of the noise
-predictions of student and teacher on states of the teacher's full chain. On-policy error: the same at the
-states of the student's own chain. Path KL: the sum over that chain's steps of KL(student's step ‖ teacher's
-step), in nats an image. Chains: about how many of the teacher's different chains the student was shown.
-Wall time and FLOPs are of preparation and training together: FLOPs are counted ([how]({how})), wall times
-depend on the machine and on what ran beside, both of which stand at the end."""
+allow. A difference is the mean over the seeds that both runs have, with its 95 % interval (Student's t); n
+stands beside it where these are not all of the run's. p is the exact two-sided sign-flip test's, which
+cannot be below 2^(1-n) for n seeds; p (Holm) is corrected for the number of comparisons in its table. Above
+the teacher: the difference to the teacher's own score, which has the same noise, seed by seed. To the
+teacher: the same score against the teacher's samples of the same noise instead of real images. Held-out
+error: the mean squared difference of the noise predictions of student and teacher on states of the
+teacher's full chain. On-policy error: the same at the states of the student's own chain. Path KL: the sum
+over that chain's steps of KL(student's step ‖ teacher's step), in nats an image. Chains: about how many of
+the teacher's different chains the student was shown. Wall time and FLOPs are of preparation and training
+together: FLOPs are counted ([how]({how})), wall times depend on the machine and on what ran beside, both of
+which stand at the end."""
 
 
 @dataclass(frozen=True)
@@ -84,7 +85,8 @@ def write_report(study: Study, results: Results, out: Path, path: Path, how: str
     if study.findings:
         parts.append(f"## Findings\n\n{study.findings.strip()}\n")
     parts.append(f"## How to read it\n\n{_HOW_TO_READ.replace('{how}', how)}\n")
-    parts.append(f"## All runs\n\nThe mean score with each budget.\n\n{_overview(study, rows, teacher)}")
+    told = "The mean score with each budget and, in brackets, of how many seeds."
+    parts.append(f"## All runs\n\n{told}\n\n{_overview(study, rows, teacher)}")
     for budget in study.budgets.values():
         of_budget = [row for row in rows if row.budget == budget]
         by_name = {row.run.name: row for row in of_budget}
@@ -131,11 +133,11 @@ def _overview(study: Study, rows: list[Row], teacher: Row | None) -> str:
         line = [name]
         for budget in used:
             row, baseline = own.get((name, budget)), own.get((study.baseline, budget))
-            line += [f"{_number(row.mean('primary'))} (n = {len(row.done)})" if row else ""]
+            line += [f"{_number(row.mean('primary'))} ({len(row.done)})" if row else ""]
             compared = row is not None and row is not baseline and not row.run.teacher
-            line += [_interval(_difference(row, baseline)) if row and compared else ""]
+            line += [_interval(_difference(row, baseline), row) if row and compared else ""]
             if teacher:
-                line += [_interval(_above(row, teacher)) if row and not row.run.teacher else ""]
+                line += [_interval(_above(row, teacher), row) if row and not row.run.teacher else ""]
         if any(line[1:]):
             lines.append(line)
     head = []
@@ -204,16 +206,16 @@ def _scores_table(rows: list[Row], baseline: Row | None, teacher: Row | None) ->
         difference = compared.get(row.run.name)
         line = [row.run.name, _number(row.mean("primary")), " / ".join(seeds)]
         line += [
-            _interval(difference),
+            _interval(difference, row),
             _p(difference.p if difference else None),
             _p(corrected.get(row.run.name)),
         ]
         if teacher:
-            line += [_interval(_above(row, teacher))]
+            line += [_interval(_above(row, teacher), row)]
         for name in more:
             line += [_mean_of_some(row, name)]
             if name == "to_teacher":
-                line += [_interval(_difference(row, baseline, name) if row is not baseline else None)]
+                line += [_interval(_difference(row, baseline, name) if row is not baseline else None, row)]
         line += [_number(row.mean(name)) for name in ("held_out.all", "on_policy.all", "path_kl")]
         line += ["-" if row.chains is None else f"{row.chains:,.0f}"]
         line += [_cost(row, lambda record: record["iterations"], "{:,.0f}"), _cost(row, _wall, "{:,.0f} s")]
@@ -423,10 +425,11 @@ def _p(value: float | None) -> str:
     return "-" if value is None else f"{value:.3f}"
 
 
-def _interval(difference: PairedDifference | None) -> str:
+def _interval(difference: PairedDifference | None, row: Row) -> str:
+    """A difference of a row's; of how many pairs where that is not all of its seeds."""
     if difference is None:
         return "-"
-    pairs = f" (n = {difference.n})"
+    pairs = f" (n = {difference.n})" if difference.n < len(row.done) else ""
     if math.isinf(difference.low):
         return f"{difference.mean:+.3g}{pairs}"
     return f"{difference.mean:+.3g} [{difference.low:+.3g}, {difference.high:+.3g}]{pairs}"
