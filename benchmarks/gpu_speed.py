@@ -180,7 +180,7 @@ def rates(tiny: bool) -> dict[str, Any]:
     found = {}
 
     def measure(dtypes: list[th.dtype], rename: Callable[[str], str] = str) -> None:
-        for name, (call, work) in machine_of(dtypes).items():
+        for name, (call, work) in machine_of(dtypes, tiny).items():
             found[rename(name)] = work / seconds_per_call(call, groups=groups)
 
     use_tf32(False)

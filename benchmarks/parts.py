@@ -8,7 +8,7 @@ that go through the parameters one by one.
 import dataclasses
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -147,20 +147,23 @@ def flops_of(function: Callable[[], object], calls: int = 1) -> float:
     return counter.get_total_flops() / calls
 
 
-def machine_of(dtypes: set[th.dtype]) -> dict[str, tuple[Callable[[], object], float]]:
+def machine_of(
+    dtypes: Iterable[th.dtype], tiny: bool = False
+) -> dict[str, tuple[Callable[[], object], float]]:
     """What the machine itself is measured by: name -> (call, operations or bytes of it)."""
     device = dist_util.dev()
-    n = 2048 if device.type == "cpu" else 8192
+    n = 128 if tiny else 2048 if device.type == "cpu" else 8192
+    batch = 1 if tiny else 32
     calls: dict[str, tuple[Callable[[], object], float]] = {}
     for dtype in sorted(dtypes, key=str):
         name = name_of(dtype)
         a = th.randn(n, n, device=device).to(dtype)
-        x = th.randn(32, 256, 16, 16, device=device).to(dtype).to(memory_format=th.channels_last)
+        x = th.randn(batch, 256, 16, 16, device=device).to(dtype).to(memory_format=th.channels_last)
         w = th.randn(256, 256, 3, 3, device=device).to(dtype).to(memory_format=th.channels_last)
         calls[f"matrix product, {name}"] = (lambda a=a: a @ a, 2 * n**3)  # type: ignore[misc]
         calls[f"convolution 3x3, 256 channels at 16x16, {name}"] = (
             lambda x=x, w=w: th.nn.functional.conv2d(x, w, padding=1),  # type: ignore[misc]
-            2 * 32 * 16 * 16 * 256 * 256 * 9,
+            2 * batch * 16 * 16 * 256 * 256 * 9,
         )
     source = th.empty(1 << 26, device=device)
     target = th.empty_like(source)

@@ -57,8 +57,8 @@ def test_everything_and_resuming(benchmark):
     assert [way["loss"] for way in ways] == pytest.approx([ways[0]["loss"]] * len(ways), rel=0.01)
 
     assert benchmark(*chosen) == (0, [])
-    (benchmark.out / "parts/rates.json").unlink()
-    assert benchmark(*chosen) == (0, ["rates"])
+    (benchmark.out / "parts/sampling.json").unlink()
+    assert benchmark(*chosen) == (0, ["sampling"])
 
 
 @pytest.mark.slow
