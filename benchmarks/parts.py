@@ -150,7 +150,7 @@ def flops_of(function: Callable[[], object], calls: int = 1) -> float:
 def machine_of(
     dtypes: Iterable[th.dtype], tiny: bool = False
 ) -> dict[str, tuple[Callable[[], object], float]]:
-    """What the machine itself is measured by: name -> (call, operations or bytes of it)."""
+    """What the machine is measured by (`tiny`: tried by): name -> (call, operations or bytes of it)."""
     device = dist_util.dev()
     n = 128 if tiny else 2048 if device.type == "cpu" else 8192
     batch = 1 if tiny else 32
