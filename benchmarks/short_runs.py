@@ -19,7 +19,19 @@ WEIGHTS = ROOT / "model/digits_teacher.pt"
 ROWS_PER_CALL = 128
 
 # The demo's method when low_precision.py and strided.py were measured.
-BEFORE_HOPS = ["distill.advance_stride=1", "distill.loss_weight=eps", "distill.teacher_interval=1", "distill.stride=20", "distill.stage1_fraction=1", "distill.stage2_fraction=1", "distill.initial_weights=random", "distill.bottleneck_weight=0", "run.optimizer=adamw", "student.lr=3e-3", "run.warmup_steps=100"]
+BEFORE_HOPS = [
+    "distill.advance_stride=1",
+    "distill.loss_weight=eps",
+    "distill.teacher_interval=1",
+    "distill.stride=20",
+    "distill.stage1_fraction=1",
+    "distill.stage2_fraction=1",
+    "distill.initial_weights=random",
+    "distill.bottleneck_weight=0",
+    "run.optimizer=adamw",
+    "student.lr=3e-3",
+    "run.warmup_steps=100",
+]
 
 
 def demo(iterations: int, seed: int, *overrides: str) -> DistillationExperiment:
