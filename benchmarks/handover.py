@@ -4,9 +4,15 @@ Samples the same noise several times: by the teacher alone, by the student alone
 a step t below which the student goes on. If handing over at t makes the samples as good as the teacher's,
 the student's errors below t do no harm; what is lost must be lost above. Prints the score of each against
 the real images, and against the teacher's own samples of the same noise.
+
+--exact adds the denoiser that is exact for the real images themselves, the mean of q(x_0 | x_t) over them:
+chains that it begins, and how far each network's eps is from its own. It takes data and is no goal (below
+some t it knows the images by heart), but where all is noise it tells a network's error from what cannot be
+known.
 """
 
 import argparse
+import dataclasses
 import tempfile
 from pathlib import Path
 
@@ -21,7 +27,9 @@ from guided_diffusion import dist_util
 from guided_diffusion.config.command_line import input_file, positive
 from guided_diffusion.config.loading import find_config, load_distillation
 from guided_diffusion.errors import UserError
-from guided_diffusion.io.files import atomic_path
+from guided_diffusion.gaussian_diffusion import GaussianDiffusion, ModelVarType
+from guided_diffusion.io.files import NpzFile, atomic_path
+from guided_diffusion.io.image_sets import open_images
 from guided_diffusion.networks.base import DenoisingNetwork
 from guided_diffusion.networks.precision import place
 from guided_diffusion.processes.launch import run_script
@@ -29,7 +37,6 @@ from guided_diffusion.runs.checkpoint import load_network
 from guided_diffusion.sampling.samplers import sample_images
 from guided_diffusion.script_util import build_network, build_process
 from guided_diffusion.setups.distillation import load_teacher
-from guided_diffusion.spaces import PixelSpace
 
 
 class Handover(nn.Module):
@@ -40,16 +47,90 @@ class Handover(nn.Module):
         step: the last t, of the network's own timesteps, that is the first's; T and more: `then` alone.
     """
 
-    def __init__(self, first: DenoisingNetwork, then: DenoisingNetwork, step: float):
+    def __init__(self, first: nn.Module, then: nn.Module, step: float):
         super().__init__()
         self.first, self.then, self.step = first, then, step
-        self.shape, self.num_classes = first.shape, first.num_classes
+        self.shape, self.num_classes = then.shape, then.num_classes
 
     def forward(self, x: th.Tensor, t: th.Tensor, y: th.Tensor | None = None) -> th.Tensor:
         """The output of the one whose turn it is; t [B], all equal."""
         return (self.first if float(t[0]) >= self.step else self.then)(x, t, y)
 
 
+class AsEps(nn.Module):
+    """A network whose first C channels are eps, whatever it predicts itself.
+
+    Args:
+        network: without classes.
+        process: its process, not respaced.
+    """
+
+    num_classes = None
+
+    def __init__(self, network: DenoisingNetwork, process: GaussianDiffusion):
+        super().__init__()
+        self.network, self.process, self.shape = network, process, network.shape
+
+    def forward(self, x: th.Tensor, t: th.Tensor, y: th.Tensor | None = None) -> th.Tensor:
+        """[B, C or 2C, H, W] of x [B, C, H, W] and the network's own timesteps [B]."""
+        output = self.network(x, t, y)
+        prediction, _ = self.process.split(output, x.shape[1])
+        eps = self.process.predict_eps(x, steps_of(self.process, t), prediction)
+        return th.cat([eps, output[:, x.shape[1] :]], 1)
+
+
+class ExactDenoiser(nn.Module):
+    """eps of the mean of q(x_0 | x_t), x_0 being one of the given images; a learned variance is beta.
+
+    Args:
+        images: float32 [N, C, H, W] in [-1, 1].
+        process: not respaced.
+    """
+
+    num_classes = None
+
+    def __init__(self, images: th.Tensor, process: GaussianDiffusion):
+        super().__init__()
+        self.images, self.process, self.shape = images.flatten(1), process, images.shape[1:]
+        self.learned = process.model_var_type is ModelVarType.LEARNED_RANGE
+
+    def forward(self, x: th.Tensor, t: th.Tensor, y: th.Tensor | None = None) -> th.Tensor:
+        """[B, C or 2C, H, W] of x [B, C, H, W] and a network's timesteps [B]."""
+        steps = steps_of(self.process, t)
+        signal = self.process.at("sqrt_alphas_cumprod", steps).flatten(1)
+        squares = (self.images**2).sum(1)
+        likelihood = (signal * (x.flatten(1) @ self.images.T) - signal**2 * squares / 2) / (1 - signal**2)
+        eps = self.process.predict_eps_from_xstart(x, steps, (likelihood.softmax(1) @ self.images).view_as(x))
+        return th.cat([eps, th.ones_like(eps)], 1) if self.learned else eps
+
+
+def steps_of(process: GaussianDiffusion, t: th.Tensor) -> th.Tensor:
+    """The steps int64 [B] of a process that is not respaced, for its network's timesteps."""
+    scale = process.original_num_steps / 1000.0 if process.rescale_timesteps else 1.0
+    return (t * scale).round().long()
+
+
+def print_errors(exact: ExactDenoiser, networks: dict[str, AsEps], seed: int) -> None:
+    """Mean squared distances from the exact eps, of 256 noisy images in each tenth of 0..T-1."""
+    th.manual_seed(seed)
+    count, parts = 256, 10
+    process, last = exact.process, exact.process.num_timesteps
+    print(f"\n{'eps, from the exact one':28}" + "".join(f"{name:>16}" for name in networks))
+    for part in range(parts):
+        low, high = part * last // parts, (part + 1) * last // parts
+        t = th.randint(low, high, (count,)).to(exact.images.device)
+        x = process.q_sample(
+            exact.images[th.randint(len(exact.images), (count,))].view(count, *exact.shape), t
+        )
+        timesteps = process.model_timesteps(t)
+        eps = exact(x, timesteps)[:, : x.shape[1]]
+        errors = [
+            float(((net(x, timesteps)[:, : x.shape[1]] - eps) ** 2).mean()) for net in networks.values()
+        ]
+        print(f"{f't in {low}..{high - 1}':28}" + "".join(f"{error:16.5f}" for error in errors), flush=True)
+
+
+@th.no_grad()
 def main() -> None:
     """Sample and score."""
     parser = argparse.ArgumentParser(
@@ -64,29 +145,49 @@ def main() -> None:
     parser.add_argument("--batch_size", type=positive, default=250)
     parser.add_argument("--timestep_respacing", default="50")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--exact", action="store_true", help="the exact denoiser of the reference too")
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     args = parser.parse_args()
     dist_util.setup_dist()
     experiment = load_distillation(args.config, args.overrides)
-    if experiment.student.process != experiment.teacher.process:
-        raise UserError("the student's diffusion must be the teacher's")
-    teacher = load_teacher(
+    loaded = load_teacher(
         experiment, Path(input_file(experiment.teacher.model_path, args.config, "teacher.model_path"))
-    ).network
-    student, process = build_network(experiment.student, "student.")
-    load_network(student, args.model_path)
-    place(student.eval(), experiment.student.architecture.use_fp16, experiment.run, frozen=True)
-    last = process.num_timesteps
-    process = build_process(experiment.student, "--timestep_respacing", args.timestep_respacing)
-    chains = {"teacher": 0.0} | {f"teacher, student below {t:g}": t for t in args.steps} | {"student": last}
+    )
+    network, process = build_network(experiment.student, "student.")
+    as_teachers = {"prediction_type": experiment.teacher.process.prediction_type, "predict_xstart": False}
+    if dataclasses.replace(experiment.student.process, **as_teachers) != (
+        dataclasses.replace(experiment.teacher.process, **as_teachers)
+    ):
+        raise UserError("the student's diffusion must be the teacher's, but for what it predicts")
+    if network.num_classes is not None:
+        raise UserError("networks with classes cannot be compared here")
+    load_network(network, args.model_path)
+    place(network.eval(), experiment.student.architecture.use_fp16, experiment.run, frozen=True)
+    networks = {"teacher": AsEps(loaded.network, loaded.process), "student": AsEps(network, process)}
+    teacher, student = networks.values()
+    chains = {"teacher": Handover(teacher, teacher, 0)}
+    chains |= {f"teacher, student below {t:g}": Handover(teacher, student, t) for t in args.steps}
+    chains |= {"student": Handover(student, student, 0)}
+    space, exact = loaded.space, None
+    if args.exact:
+        images = open_images(NpzFile(args.reference), at_least=1, sizes=[teacher.shape[-1]])
+        real = th.from_numpy(np.concatenate(list(images.batches(1000))))
+        exact = ExactDenoiser(space.encode(real).to(dist_util.dev()), process)
+        chains |= {
+            f"exact, {name} below {t:g}": Handover(exact, net, t)
+            for name, net in networks.items()
+            for t in args.steps
+        }
+    eps = dataclasses.replace(experiment.teacher.process, prediction_type="epsilon", predict_xstart=False)
+    sampled = dataclasses.replace(experiment.teacher, process=eps)
+    process = build_process(sampled, "--timestep_respacing", args.timestep_respacing)
     settings = Settings(backend=args.backend)
     print(f"{'':28}{'score':>8}{'to the teacher':>16}")
     with tempfile.TemporaryDirectory() as folder:
         paths: list[Path] = []
-        for name, step in chains.items():
-            network = Handover(teacher, student, step)
+        for name, chain in chains.items():
             parts = [
-                sample_images(network, process, PixelSpace(teacher.shape[-1]), rows, seed=args.seed)[0]  # type: ignore[arg-type]
+                sample_images(chain, process, space, rows, seed=args.seed)[0]  # type: ignore[arg-type]
                 for rows in np.array_split(
                     np.arange(args.num_samples), -(-args.num_samples // args.batch_size)
                 )
@@ -100,6 +201,8 @@ def main() -> None:
             ]
             score, own = (next(v[key] for key in ("fd", "fid") if key in v) for v in found)
             print(f"{name:28}{score:8.3f}{own:16.3f}", flush=True)
+    if exact is not None:
+        print_errors(exact, networks, args.seed)
 
 
 if __name__ == "__main__":

@@ -1,9 +1,13 @@
 """The benchmark of the commands runs and prints its tables. What it measures is no test's affair."""
 
 import re
+import runpy
 
 import pytest
+import torch as th
 from tiny import ROOT, script
+
+from guided_diffusion.script_util import create_gaussian_diffusion
 
 
 def test_the_table():
@@ -54,11 +58,31 @@ def test_a_teacher_that_hands_over_to_itself_loses_nothing(tmp_path):
     out = script(
         *("benchmarks/handover.py", "--config", ROOT / "yaml/digits_16/exp/digits-TCCD.yaml"),
         *("--model_path", ROOT / "model/digits_teacher.pt", "--reference", tmp_path / "digits.npz"),
-        *("--num_samples", 70, "--steps", 500, "--timestep_respacing", 5, "student.num_channels=32"),
+        *("--num_samples", 70, "--steps", 500, 1000, "--timestep_respacing", 5, "student.num_channels=32"),
+        "--exact",
     ).stdout
-    rows = re.findall(
-        r"^(teacher|teacher, student below 500|student) +(\d+\.\d{3}) +-?(\d+\.\d{3})$", out, re.M
-    )
-    assert len(rows) == 3 and len({row[1] for row in rows}) == 1 and {row[2] for row in rows} == {"0.000"}, (
-        out
-    )
+    rows = re.findall(r"^([a-z]+)(?:, [a-z]+ below (\d+))? +(\d+\.\d{3}) +-?(\d+\.\d{3})$", out, re.M)
+    same = [row for row in rows if row[:2] != ("exact", "500")]
+    assert len(rows) == 8 and len(same) == 6, out
+    assert len({row[2] for row in same}) == 1 and {row[3] for row in same} == {"0.000"}, out
+    errors = re.findall(r"^t in \d+\.\.\d+ +(\d\.\d{5}) +(\d\.\d{5})$", out, re.M)
+    assert len(errors) == 10 and all(theirs == ours for theirs, ours in errors), out
+    noisy, clean = float(errors[-1][0]), float(errors[0][0])
+    assert 0 < noisy < 0.01 < clean, out  # there the exact one knows the images by heart
+
+
+@th.no_grad()
+def test_the_exact_denoiser_is_the_mean_over_the_images():
+    process = create_gaussian_diffusion(learn_sigma=True, noise_schedule="cosine")
+    images = th.rand(5, 3, 4, 4).double() * 2 - 1
+    exact = runpy.run_path(str(ROOT / "benchmarks/handover.py"))["ExactDenoiser"](images.float(), process)
+    t = th.tensor([150, 400, 900])
+    x = process.q_sample(images[:3].float(), t, th.randn(3, 3, 4, 4))
+    for row, step in enumerate(t):
+        abar = float(process.alphas_cumprod[step])
+        away = ((x[row].double() - abar**0.5 * images) ** 2).sum((1, 2, 3))
+        weights = (-away / (2 * (1 - abar))).softmax(0)
+        mean = (weights[:, None, None, None] * images).sum(0)
+        eps = (x[row] - abar**0.5 * mean) / (1 - abar) ** 0.5
+        found = exact(x, process.model_timesteps(t))[row, :3]
+        assert th.allclose(found, eps.float(), atol=1e-4)
