@@ -160,6 +160,23 @@ def test_a_distillation_starts_from_the_selected_weights(tmp_path, ranks):
         assert all(th.equal(one[name], two[name]) for name in one)
 
 
+def test_a_student_that_predicts_v_has_its_own_last_layer(tmp_path):
+    config = distillation(tmp_path, SIZE, distill__initial_weights="teacher", student__num_channels=16)
+    script_here("scripts/dynamic_prepare.py", "--config", config)
+    once = ["run.iterations=1", "student.save_interval=1", "student.lr=1e-30"]
+    found = {}
+    for kind in ("epsilon", "v_prediction"):
+        more = [*once, f"student.prediction_type={kind}", "--exp_dir", tmp_path / kind]
+        script_here("scripts/image_kd.py", "--config", config, *more)
+        found[kind] = load_state_dict(tmp_path / kind / "model000001.pt")
+    for name, theirs in found["epsilon"].items():
+        ours = found["v_prediction"][name]
+        if name.startswith("out.2."):  # eps or v, then the variance
+            assert theirs[:3].abs().max() > 1e-3 > ours[:3].abs().max()
+            theirs, ours = theirs[3:], ours[3:]
+        th.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-7)
+
+
 @pytest.mark.parametrize(
     "override, told",
     [

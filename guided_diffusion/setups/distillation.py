@@ -52,6 +52,8 @@ def _loaded(experiment: DistillationExperiment, weights: Path) -> tuple[Denoisin
 def select_weights(network: DenoisingNetwork, experiment: DistillationExperiment, weights: Path) -> None:
     """Give a student first weights selected from the teacher's; see `networks.weight_selection`.
 
+    What gives the prediction stays the student's own where it predicts another quantity than the teacher.
+
     Args:
         network: the student, in float32.
         experiment: the configuration.
@@ -67,6 +69,10 @@ def select_weights(network: DenoisingNetwork, experiment: DistillationExperiment
         raise UserError(
             f"distill.initial_weights: a student cannot start from this teacher: {error}; give random"
         ) from None
+    if experiment.student.process.prediction_type != experiment.teacher.process.prediction_type:
+        own, channels = network.unet2d_weights().state, network.shape[0]
+        for name in ("conv_out.weight", "conv_out.bias"):  # the teacher's predict something else
+            state[name][:channels] = own[name][:channels]
     network.load_state_dict(network.from_diffusers(state))
 
 
