@@ -52,7 +52,7 @@ class WholeStep:
 
     From outside come the rows of the pool to train on and the learning rate, to the outside go the sums for
     the log; all else stays in place on the device. Of one rank, without `teacher.prob` and `run.ema_warmup`,
-    by which an iteration is not always the same.
+    by which an iteration is not always the same, and with entries and answers as published.
 
     Args:
         loop: the loop. Its optimizer is told to keep its learning rate on the device.
@@ -61,6 +61,8 @@ class WholeStep:
     def __init__(self, loop: TrainLoop):
         assert isinstance(loop.source, TeacherSource)
         self.loop, self.source = loop, loop.source
+        settings = loop.source.settings
+        assert (settings.advance_stride, settings.teacher_interval, settings.on_policy) == (1, 1, 0)
         device = dist_util.dev()
         self.index = th.empty(self.source.batch_size, dtype=th.int64, device=device)
         self.lr = th.zeros((), device=device)
