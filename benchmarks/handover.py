@@ -6,9 +6,9 @@ the student's errors below t do no harm; what is lost must be lost above. Prints
 the real images, and against the teacher's own samples of the same noise.
 
 --exact adds the denoiser that is exact for the real images themselves, the mean of q(x_0 | x_t) over them:
-chains that it begins, and how far each network's eps is from its own. It takes data and is no goal (below
-some t it knows the images by heart), but where all is noise it tells a network's error from what cannot be
-known.
+chains whose eps is its at first, and how far each network's eps is from its own. It takes data and is no goal
+(below some t it knows the images by heart), but where all is noise it tells a network's error from what
+cannot be known.
 """
 
 import argparse
@@ -27,7 +27,7 @@ from guided_diffusion import dist_util
 from guided_diffusion.config.command_line import input_file, positive
 from guided_diffusion.config.loading import find_config, load_distillation
 from guided_diffusion.errors import UserError
-from guided_diffusion.gaussian_diffusion import GaussianDiffusion, ModelVarType
+from guided_diffusion.gaussian_diffusion import GaussianDiffusion
 from guided_diffusion.io.files import NpzFile, atomic_path
 from guided_diffusion.io.image_sets import open_images
 from guided_diffusion.networks.base import DenoisingNetwork
@@ -80,28 +80,31 @@ class AsEps(nn.Module):
 
 
 class ExactDenoiser(nn.Module):
-    """eps of the mean of q(x_0 | x_t), x_0 being one of the given images; a learned variance is beta.
+    """eps of the mean of q(x_0 | x_t), x_0 one of the given images; a learned variance is a network's.
 
     Args:
         images: float32 [N, C, H, W] in [-1, 1].
-        process: not respaced.
+        network: whose variance it has.
     """
 
     num_classes = None
 
-    def __init__(self, images: th.Tensor, process: GaussianDiffusion):
+    def __init__(self, images: th.Tensor, network: AsEps):
         super().__init__()
-        self.images, self.process, self.shape = images.flatten(1), process, images.shape[1:]
-        self.learned = process.model_var_type is ModelVarType.LEARNED_RANGE
+        self.images, self.network, self.shape = images.flatten(1), network, images.shape[1:]
+
+    def eps(self, x: th.Tensor, t: th.Tensor) -> th.Tensor:
+        """The noise [B, C, H, W] in x [B, C, H, W] at steps t [B]."""
+        process = self.network.process
+        signal = process.at("sqrt_alphas_cumprod", t).flatten(1)
+        squares = (self.images**2).sum(1)
+        likelihood = (signal * (x.flatten(1) @ self.images.T) - signal**2 * squares / 2) / (1 - signal**2)
+        return process.predict_eps_from_xstart(x, t, (likelihood.softmax(1) @ self.images).view_as(x))
 
     def forward(self, x: th.Tensor, t: th.Tensor, y: th.Tensor | None = None) -> th.Tensor:
         """[B, C or 2C, H, W] of x [B, C, H, W] and a network's timesteps [B]."""
-        steps = steps_of(self.process, t)
-        signal = self.process.at("sqrt_alphas_cumprod", steps).flatten(1)
-        squares = (self.images**2).sum(1)
-        likelihood = (signal * (x.flatten(1) @ self.images.T) - signal**2 * squares / 2) / (1 - signal**2)
-        eps = self.process.predict_eps_from_xstart(x, steps, (likelihood.softmax(1) @ self.images).view_as(x))
-        return th.cat([eps, th.ones_like(eps)], 1) if self.learned else eps
+        variance = self.network(x, t)[:, x.shape[1] :]
+        return th.cat([self.eps(x, steps_of(self.network.process, t)), variance], 1)
 
 
 def steps_of(process: GaussianDiffusion, t: th.Tensor) -> th.Tensor:
@@ -113,17 +116,15 @@ def steps_of(process: GaussianDiffusion, t: th.Tensor) -> th.Tensor:
 def print_errors(exact: ExactDenoiser, networks: dict[str, AsEps], seed: int) -> None:
     """Mean squared distances from the exact eps, of 256 noisy images in each tenth of 0..T-1."""
     th.manual_seed(seed)
-    count, parts = 256, 10
-    process, last = exact.process, exact.process.num_timesteps
+    process = exact.network.process
+    count, parts, last = 256, 10, process.num_timesteps
     print(f"\n{'eps, from the exact one':28}" + "".join(f"{name:>16}" for name in networks))
     for part in range(parts):
         low, high = part * last // parts, (part + 1) * last // parts
         t = th.randint(low, high, (count,)).to(exact.images.device)
-        x = process.q_sample(
-            exact.images[th.randint(len(exact.images), (count,))].view(count, *exact.shape), t
-        )
-        timesteps = process.model_timesteps(t)
-        eps = exact(x, timesteps)[:, : x.shape[1]]
+        images = exact.images[th.randint(len(exact.images), (count,))].view(count, *exact.shape)
+        x = process.q_sample(images, t)
+        eps, timesteps = exact.eps(x, t), process.model_timesteps(t)
         errors = [
             float(((net(x, timesteps)[:, : x.shape[1]] - eps) ** 2).mean()) for net in networks.values()
         ]
@@ -168,16 +169,16 @@ def main() -> None:
     chains = {"teacher": Handover(teacher, teacher, 0)}
     chains |= {f"teacher, student below {t:g}": Handover(teacher, student, t) for t in args.steps}
     chains |= {"student": Handover(student, student, 0)}
-    space, exact = loaded.space, None
+    space, exact = loaded.space, {}
     if args.exact:
         images = open_images(NpzFile(args.reference), at_least=1, sizes=[teacher.shape[-1]])
-        real = th.from_numpy(np.concatenate(list(images.batches(1000))))
-        exact = ExactDenoiser(space.encode(real).to(dist_util.dev()), process)
-        chains |= {
-            f"exact, {name} below {t:g}": Handover(exact, net, t)
-            for name, net in networks.items()
-            for t in args.steps
-        }
+        real = space.encode(th.from_numpy(np.concatenate(list(images.batches(1000))))).to(dist_util.dev())
+        exact = {name: ExactDenoiser(real, net) for name, net in networks.items()}
+    chains |= {
+        f"exact, {name} below {t:g}": Handover(exact[name], networks[name], t)
+        for name in exact
+        for t in args.steps
+    }
     eps = dataclasses.replace(experiment.teacher.process, prediction_type="epsilon", predict_xstart=False)
     sampled = dataclasses.replace(experiment.teacher, process=eps)
     process = build_process(sampled, "--timestep_respacing", args.timestep_respacing)
@@ -201,8 +202,8 @@ def main() -> None:
             ]
             score, own = (next(v[key] for key in ("fd", "fid") if key in v) for v in found)
             print(f"{name:28}{score:8.3f}{own:16.3f}", flush=True)
-    if exact is not None:
-        print_errors(exact, networks, args.seed)
+    if exact:
+        print_errors(exact["teacher"], networks, args.seed)
 
 
 if __name__ == "__main__":

@@ -5,9 +5,9 @@ import runpy
 
 import pytest
 import torch as th
-from tiny import ROOT, script
+from tiny import ROOT, denoiser, network, script
 
-from guided_diffusion.script_util import create_gaussian_diffusion
+from guided_diffusion.script_util import build_network
 
 
 def test_the_table():
@@ -73,16 +73,16 @@ def test_a_teacher_that_hands_over_to_itself_loses_nothing(tmp_path):
 
 @th.no_grad()
 def test_the_exact_denoiser_is_the_mean_over_the_images():
-    process = create_gaussian_diffusion(learn_sigma=True, noise_schedule="cosine")
-    images = th.rand(5, 3, 4, 4).double() * 2 - 1
-    exact = runpy.run_path(str(ROOT / "benchmarks/handover.py"))["ExactDenoiser"](images.float(), process)
-    t = th.tensor([150, 400, 900])
-    x = process.q_sample(images[:3].float(), t, th.randn(3, 3, 4, 4))
+    handover = runpy.run_path(str(ROOT / "benchmarks/handover.py"))
+    inner, process = build_network(denoiser(**network(8)))
+    images = th.rand(5, *inner.shape).double() * 2 - 1
+    exact = handover["ExactDenoiser"](images.float(), handover["AsEps"](inner, process))
+    t = th.tensor([3, 8, 18])
+    x = process.q_sample(images[:3].float(), t, th.randn(3, *inner.shape))
     for row, step in enumerate(t):
         abar = float(process.alphas_cumprod[step])
         away = ((x[row].double() - abar**0.5 * images) ** 2).sum((1, 2, 3))
         weights = (-away / (2 * (1 - abar))).softmax(0)
         mean = (weights[:, None, None, None] * images).sum(0)
         eps = (x[row] - abar**0.5 * mean) / (1 - abar) ** 0.5
-        found = exact(x, process.model_timesteps(t))[row, :3]
-        assert th.allclose(found, eps.float(), atol=1e-4)
+        assert th.allclose(exact.eps(x, t)[row], eps.float(), atol=1e-4)
