@@ -359,7 +359,9 @@ def _plot_why(path: Path, rows: list[Row]) -> None:
     from matplotlib.figure import Figure
 
     recorded = any("step_kl" in r["scores"][-1] for row in rows for r in row.done.values())
-    figure = Figure(figsize=(13 if recorded else 8, 4.6), layout="constrained")
+    columns = 4 if recorded else 2
+    height = 4.6 + 0.2 * -(-len(rows) // columns)  # of the plots and of the names below them
+    figure = Figure(figsize=(13 if recorded else 8, height), layout="constrained")
     chains, *others = figure.subplots(1, 1 + recorded, squeeze=False)[0]
     for number, row in enumerate(rows):
         look = {"color": f"C{number % 10}", "marker": "osD^v"[number // 10 % 5]}
@@ -375,7 +377,8 @@ def _plot_why(path: Path, rows: list[Row]) -> None:
         axes.set(yscale="log", xlabel="t / T (0: clean, 1: noise)", ylabel="KL of the step, nats an image")
     for axes in (chains, *others):
         axes.grid(alpha=0.25, which="both")
-    figure.legend(*chains.get_legend_handles_labels(), loc="outside right upper", fontsize=8, frameon=False)
+    names = chains.get_legend_handles_labels()
+    figure.legend(*names, loc="outside lower center", ncols=columns, fontsize=8, frameon=False)
     with atomic_path(path) as temporary:
         figure.savefig(temporary, format="png", dpi=80)
 
