@@ -95,7 +95,7 @@ def test_the_cards_code_runs(tmp_path, name):
     card = (tmp_path / "out/README.md").read_text()
     assert "- FID 5.1" in card and "license: unknown" in card and "Configuration: student" in card
     code = re.search(r"```python\n(.*?)```", card, re.S)[1]
-    code = code.replace('"out"', repr(str(tmp_path / "out"))).replace("50", "5")
+    code = code.replace("50", "5").replace('"out"', repr(str(tmp_path / "out")))
     names: dict = {}
     exec(code, names)
     assert len(names["images"]) == 4 and names["images"][0].size == (8, 8)

@@ -94,7 +94,7 @@ def test_an_export_in_latents_loads_and_its_cards_code_runs(tmp_path, name):
     pipeline = diffusers.DiffusionPipeline.from_pretrained(tmp_path / "out")
     assert type(pipeline).__name__ == name.split()[0]
     code = re.search(r"```python\n(.*?)```", (tmp_path / "out/README.md").read_text(), re.S)[1]
-    code = code.replace('"out"', repr(str(tmp_path / "out"))).replace("50", "5")
+    code = code.replace("50", "5").replace('"out"', repr(str(tmp_path / "out")))
     names: dict = {}
     exec(code, names)
     assert len(names["images"]) == 4 and names["images"][0].size == (16, 16)
