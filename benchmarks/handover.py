@@ -148,7 +148,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--exact", action="store_true", help="the exact denoiser of the reference too")
     parser.add_argument("overrides", nargs="*", metavar="key=value")
-    args = parser.parse_args()
+    args = parser.parse_intermixed_args()
     dist_util.setup_dist()
     experiment = load_distillation(args.config, args.overrides)
     loaded = load_teacher(
