@@ -50,11 +50,14 @@ def save_comparison(path: str | os.PathLike, panels: dict[str, np.ndarray], colu
 
 
 def save_curves(path: str | os.PathLike, progress: Path, title: str) -> None:
-    """Draw the losses of a progress.csv over its iterations, on a logarithmic scale."""
+    """Draw the losses of a progress.csv over its iterations, on a logarithmic scale; none there, no picture."""
     from matplotlib.figure import Figure
 
     rows = read_progress(progress)
-    names = [n for n in dict.fromkeys(k for row in rows for k in row) if n.endswith(("mse", "vb", "align"))]
+    losses = ("mse", "vb", "align", "bottleneck")
+    names = [name for name in dict.fromkeys(key for row in rows for key in row) if name.endswith(losses)]
+    if not names:
+        return
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.subplots()
     for name in names:
