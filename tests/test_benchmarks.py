@@ -18,6 +18,7 @@ def test_the_table():
         assert re.search(rf"^{name} .* ms .* ms .*%$", out, re.MULTILINE), out
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not (ROOT / ".git").exists(), reason="a checkout without git's history")
 def test_a_comparison_with_a_revision():
     out = script("benchmarks/run.py", "--compare", "HEAD", "--quick").stdout
@@ -53,6 +54,7 @@ def test_latent_digits(tmp_path):
         assert re.search(rf"^{name} +\d+\.\d+ +\d\.\d+M +\d+ s$", out, re.MULTILINE), out
 
 
+@pytest.mark.slow
 def test_a_teacher_that_hands_over_to_itself_loses_nothing(tmp_path):
     script("datasets/digits.py", "--out", tmp_path)
     out = script(

@@ -1,6 +1,7 @@
 """The distance of the student's bottleneck from the teacher's: what is compared, what is refused."""
 
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch as th
@@ -97,26 +98,27 @@ def test_a_network_that_hands_none_out_is_told(monkeypatch):
         next(objective.passes(student, batch))
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("ranks", [0, pytest.param(2, marks=pytest.mark.slow)])
 def test_runs_match_it_and_go_on_exactly(tmp_path, ranks):
     """With answers used twice, so that a stopped run's file must hold the teacher's maps; by Muon."""
     more = {"distill__bottleneck_weight": 0.1, "distill__teacher_interval": 2, "student__num_channels": 16}
     config = distillation(tmp_path, SIZE, **more, student__microbatch=1, run__optimizer="muon")
     script_here("scripts/dynamic_prepare.py", "--config", config)
+    distil = partial(script, ranks=ranks) if ranks else script_here
     kd = ["scripts/image_kd.py", "--config", config, "student.save_interval=3", "student.log_interval=1"]
-    done = script(*kd, "--exp_dir", tmp_path / "whole", ranks=ranks)
+    done = distil(*kd, "--exp_dir", tmp_path / "whole")
     assert "bottleneck x 0.1" in done.stdout
     header, *rows = (tmp_path / "whole/progress.csv").read_text().splitlines()
     column = header.split(",").index("stage1_bottleneck")
     assert len(rows) == 6 and all(float(row.split(",")[column]) > 0 for row in rows)
     resume = ["--resume_checkpoint", tmp_path / "whole/model000003.pt", "--exp_dir", tmp_path / "again"]
-    script(*kd, *resume, ranks=ranks)
+    distil(*kd, *resume)
     one, two = (load_state_dict(tmp_path / run / "model000006.pt") for run in ("whole", "again"))
     assert all(th.equal(one[name], two[name]) for name in one)
     # What was kept of a run without it is not used in one with it, nor the other way round.
-    script(*kd, *resume[:2], "--exp_dir", tmp_path / "off", "distill.bottleneck_weight=0", ranks=ranks)
+    distil(*kd, *resume[:2], "--exp_dir", tmp_path / "off", "distill.bottleneck_weight=0")
     resume = ["--resume_checkpoint", tmp_path / "off/model000006.pt", "--exp_dir", tmp_path / "on"]
-    script(*kd, *resume, "run.iterations=8", ranks=ranks)
+    distil(*kd, *resume, "run.iterations=8")
 
 
 @pytest.mark.parametrize(

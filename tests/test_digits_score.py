@@ -156,6 +156,7 @@ def train(*arguments):
     return subprocess.run(command, capture_output=True, text=True, check=False)
 
 
+@pytest.mark.slow
 def test_training_learns_and_repeats_exactly(tmp_path):
     for name in ("a", "b"):
         done = train("--epochs", 3, "--seed", 5, "--out", tmp_path / f"{name}.pt")

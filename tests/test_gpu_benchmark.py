@@ -43,8 +43,13 @@ def benchmark(tmp_path, monkeypatch, capsys):
     return Benchmark(tmp_path / "out", monkeypatch, capsys)
 
 
-def test_everything_and_resuming(benchmark):
-    parts = [name for name in benchmark.module["parts_of"](True) if "compile" not in name]
+FEW = ["precision", "sampling", "ranks", "rates", "bf16-graph-4", "fp32-eager-4"]
+
+
+@pytest.mark.parametrize("few", [True, pytest.param(False, marks=pytest.mark.slow)])
+def test_parts_and_resuming(benchmark, few):
+    all_parts = [name for name in benchmark.module["parts_of"](True) if "compile" not in name]
+    parts = [name for name in all_parts if not few or name in FEW]
     chosen = ["--parts", ",".join(parts)]
     code, ran = benchmark(*chosen)
     assert (code, ran) == (0, parts), benchmark.text

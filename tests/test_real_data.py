@@ -5,6 +5,7 @@ import subprocess
 import sys
 
 import numpy as np
+import pytest
 import tiny
 import yaml
 from golden_data import GOLDEN, unpack_golden_graph
@@ -67,6 +68,7 @@ def miniature(folder):
     return path, load_distillation(config, own)
 
 
+@pytest.mark.slow
 def test_from_the_download_to_the_table(monkeypatch, tmp_path):
     fake_torchvision(monkeypatch, FakeCifar)
     call(monkeypatch, download, "--out", tmp_path)

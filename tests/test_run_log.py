@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from in_process import script_here
 from tensorboardX.proto.event_pb2 import Event
 from tiny import distillation, one_line_error, script
 
@@ -101,7 +102,7 @@ def told(folder):
 @needs_wandb
 def test_a_run_and_its_continuation_are_one(tmp_path):
     config, folder = distillation(tmp_path), tmp_path / "run"
-    script("scripts/dynamic_prepare.py", "--config", config)
+    script_here("scripts/dynamic_prepare.py", "--config", config)
     command = ["scripts/image_kd.py", "--config", config, "--exp_dir", folder, "--wandb", "student.lr=2e-3"]
     command += ["run.sample_interval=0", "run.sample_respacing=2", "run.num_samples=2"]
     command += ["student.log_interval=1", "run.eval_interval=2", "run.eval_samples=8"]
@@ -132,7 +133,7 @@ def test_a_run_and_its_continuation_are_one(tmp_path):
 @needs_wandb
 def test_a_refusal_is_told_in_one_line(tmp_path):
     config = distillation(tmp_path)
-    script("scripts/dynamic_prepare.py", "--config", config)
+    script_here("scripts/dynamic_prepare.py", "--config", config)
     command = ["scripts/image_kd.py", "--config", config, "--exp_dir", tmp_path / "run", "--wandb"]
     refused = script(*command, check=False, WANDB_MODE="offline", WANDB_PROJECT="a/b")
     assert one_line_error(refused).startswith("error: --wandb: ")

@@ -5,6 +5,7 @@ import csv
 import numpy as np
 import pytest
 import torch as th
+from in_process import script_here
 from tiny import T, distillation, network, one_line_error, script
 
 from guided_diffusion.distill.pool_file import read_pool
@@ -12,7 +13,7 @@ from guided_diffusion.logger import read_progress
 from guided_diffusion.runs.checkpoint import newest_checkpoint
 
 
-@pytest.mark.parametrize("ranks", [0, 1, 2])
+@pytest.mark.parametrize("ranks", [pytest.param(0, marks=pytest.mark.slow), 1, 2])
 def test_prepare_distil_sample(tmp_path, ranks):
     config = distillation(tmp_path)
     elsewhere = tmp_path / "elsewhere"
@@ -61,11 +62,11 @@ def test_prepare_distil_sample(tmp_path, ranks):
 def test_a_run_resumes_exactly(tmp_path):
     """Six iterations straight, and four, then two more by the same command: the same bits."""
     config = distillation(tmp_path, student__dropout=0.1, distill__role_vector=True)
-    script("scripts/dynamic_prepare.py", "--config", config)
+    script_here("scripts/dynamic_prepare.py", "--config", config)
     straight, halves = tmp_path / "straight", tmp_path / "halves"
-    script("scripts/image_kd.py", "--config", config, "--exp_dir", straight)
-    script("scripts/image_kd.py", "--config", config, "--exp_dir", halves, "run.iterations=4")
-    done = script("scripts/image_kd.py", "--config", config, "--exp_dir", halves)
+    script_here("scripts/image_kd.py", "--config", config, "--exp_dir", straight)
+    script_here("scripts/image_kd.py", "--config", config, "--exp_dir", halves, "run.iterations=4")
+    done = script_here("scripts/image_kd.py", "--config", config, "--exp_dir", halves)
     assert "resumed from step 4" in done.stdout
     for name in ("model", "ema_0.9_", "ema_0.99_", "opt", "head"):
         a, b = (th.load(run / f"{name}000006.pt", weights_only=True) for run in (straight, halves))
@@ -76,7 +77,7 @@ def test_a_run_resumes_exactly(tmp_path):
     for row in [*rows[0], *rows[1]]:
         del row["iterations_per_second"], row["seconds"]
     assert rows[0] == rows[1]
-    finished = script("scripts/image_kd.py", "--config", config, "--exp_dir", halves)
+    finished = script_here("scripts/image_kd.py", "--config", config, "--exp_dir", halves)
     assert "step 7" not in finished.stdout
     assert newest_checkpoint(halves).step == 6
 
@@ -105,7 +106,7 @@ def test_two_ranks_equal_one(tmp_path):
         distill__role_vector=True,
         student__weight_decay=0.01,
     )
-    script("scripts/dynamic_prepare.py", "--config", config)
+    script_here("scripts/dynamic_prepare.py", "--config", config)
     runs = []
     for ranks in (1, 2):
         runs.append(tmp_path / f"run{ranks}")
@@ -139,8 +140,8 @@ def test_sampling_continues_where_it_stopped(tmp_path):
     flags = ["--config", config, "--model_path", tmp_path / "teacher.pt", "--timestep_respacing", 4]
     flags += ["--num_samples", 9, "--batch_size", 2]
     whole, folder = tmp_path / "whole", tmp_path / "samples"
-    script("scripts/image_sample.py", *flags, "--log_dir", whole)
-    script("scripts/image_sample.py", *flags, "--log_dir", folder)
+    script_here("scripts/image_sample.py", *flags, "--log_dir", whole)
+    script_here("scripts/image_sample.py", *flags, "--log_dir", folder)
     final = folder / "samples_9x16x16x3.npz"
     images = np.load(final)["arr_0"]
     final.unlink()
@@ -150,10 +151,10 @@ def test_sampling_continues_where_it_stopped(tmp_path):
     for start, stop in ((2, 4), (6, 8)):
         with create_npz(folder / "shards" / f"{start}-{stop}.npz", stop - start) as writer:
             writer.append(images[start:stop])
-    done = script("scripts/image_sample.py", *flags, "--log_dir", folder)
+    done = script_here("scripts/image_sample.py", *flags, "--log_dir", folder)
     assert "continuing: 4 of 9 images are drawn already" in done.stdout
     assert final.read_bytes() == (whole / "samples_9x16x16x3.npz").read_bytes()
-    other = script("scripts/image_sample.py", *flags, "--log_dir", folder, "run.seed=1", check=False)
+    other = script_here("scripts/image_sample.py", *flags, "--log_dir", folder, "run.seed=1", check=False)
     assert "another seed" in one_line_error(other)
 
 
@@ -172,7 +173,9 @@ def test_training_on_images(tmp_path, ranks):
     script("scripts/image_train.py", *flags, ranks=ranks)
     assert newest_checkpoint(run).step == 3
     flags[3] = tmp_path / "nowhere"
-    assert "no such file or folder" in one_line_error(script("scripts/image_train.py", *flags, check=False))
+    assert "no such file or folder" in one_line_error(
+        script_here("scripts/image_train.py", *flags, check=False)
+    )
 
 
 def test_mistakes_get_one_line(tmp_path):
@@ -197,7 +200,7 @@ def test_mistakes_get_one_line(tmp_path):
         ],
     }
     for expected, command in told.items():
-        assert expected in one_line_error(script(*command, check=False)), expected
+        assert expected in one_line_error(script_here(*command, check=False)), expected
     odd = script(
         "scripts/dynamic_prepare.py", "--config", config, "student.batch_size=3", ranks=2, check=False
     )
@@ -206,16 +209,18 @@ def test_mistakes_get_one_line(tmp_path):
 
 def test_a_pool_of_something_else_is_refused(tmp_path):
     config = distillation(tmp_path)
-    script("scripts/dynamic_prepare.py", "--config", config)
+    script_here("scripts/dynamic_prepare.py", "--config", config)
     for override, told in {
         "teacher.BATCH=0.2": "was made for rho 0.4, this run has 0.2",
         "student.batch_size=8": "was made for batch_size 4",
         "distill.stride=5": "was made for stride 1",
     }.items():
-        done = script("scripts/image_kd.py", "--config", config, override, check=False)
+        done = script_here("scripts/image_kd.py", "--config", config, override, check=False)
         assert told in one_line_error(done)
     th.save({k: v + 1 for k, v in th.load(tmp_path / "teacher.pt").items()}, tmp_path / "teacher.pt")
-    assert "teacher_sha256" in one_line_error(script("scripts/image_kd.py", "--config", config, check=False))
+    assert "teacher_sha256" in one_line_error(
+        script_here("scripts/image_kd.py", "--config", config, check=False)
+    )
 
 
 def baseline(folder):

@@ -112,7 +112,10 @@ def assert_a_run_of_two_iterations(run):
 @pytest.mark.parametrize(
     "name, student, teacher, builder, ranks",
     [
-        ("cifar10_32", "CIFAR10-14M", "32x32_diffusion_cifar10.pt", "cifar_npz", 1),
+        pytest.param(
+            *("cifar10_32", "CIFAR10-14M", "32x32_diffusion_cifar10.pt", "cifar_npz", 1),
+            marks=pytest.mark.slow,
+        ),
         ("celeba_64", "CelebA64-57M", "DDPM_IP_celeba64.pt", "celeba64_npz", 2),
         ("imagenet_32", "ImageNet32-14M", "DDPM_IP_imageNet32.pt", "imagenet32_npz", 0),
     ],

@@ -2,8 +2,9 @@
 
 import pytest
 import torch as th
+from in_process import script_here
 from test_objectives import build, loop_for, make_batch
-from tiny import distillation, one_line_error, script
+from tiny import distillation, one_line_error
 
 from guided_diffusion.networks.precision import compute_dtype
 from guided_diffusion.runs.checkpoint import complete_checkpoints
@@ -106,10 +107,10 @@ def test_moments_of_another_memory_layout():
 
 def test_initial_weights_and_kept_pools(tmp_path):
     config = distillation(tmp_path, student__save_interval=1, student__lr=1e-12, student__weight_decay=0.0)
-    script("scripts/dynamic_prepare.py", "--config", config)
+    script_here("scripts/dynamic_prepare.py", "--config", config)
     flags = ["--config", config, f"student.model_path={tmp_path / 'teacher.pt'}", "run.iterations=6"]
     run = tmp_path / "run"
-    script("scripts/image_kd.py", *flags, "--exp_dir", run, "student.cache_save_interval=2")
+    script_here("scripts/image_kd.py", *flags, "--exp_dir", run, "student.cache_save_interval=2")
     start = th.load(tmp_path / "teacher.pt", weights_only=True)
     end = th.load(run / "model000006.pt", weights_only=True)
     for name in start:  # lr is next to nothing: the student is still the weights it was given
@@ -119,5 +120,5 @@ def test_initial_weights_and_kept_pools(tmp_path):
     assert len(complete_checkpoints(run)) == 6
     flags[2] = f"student.model_path={tmp_path / 'absent.pt'}"
     assert "student.model_path: no such file" in one_line_error(
-        script("scripts/image_kd.py", *flags, check=False)
+        script_here("scripts/image_kd.py", *flags, check=False)
     )

@@ -1,12 +1,14 @@
 """docs/tutorial.ipynb, executed as a reader does, in a small form."""
 
 import nbformat
+import pytest
 from nbclient import NotebookClient
 from tiny import ROOT
 
 PATH = ROOT / "docs/tutorial.ipynb"
 
 
+@pytest.mark.slow
 def test_it_runs_to_the_end(tmp_path, monkeypatch):
     small = {"ITERATIONS": 4, "SAMPLES": 40, "RHO": 0.005, "FOLDER": tmp_path}
     for name, value in small.items():

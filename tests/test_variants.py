@@ -153,7 +153,7 @@ OPTIONS = [
 @pytest.mark.parametrize(
     "options, told",
     [
-        (["distill.on_policy=0.7"], "on-policy 0.7"),
+        pytest.param(["distill.on_policy=0.7"], "on-policy 0.7", marks=pytest.mark.slow),
         (
             ["distill.on_policy=0.7", "distill.teacher_interval=2"],
             "the teacher every 2 iterations, on-policy 0.7",

@@ -34,8 +34,13 @@ from guided_diffusion.runs.checkpoint import newest_checkpoint
 MAKE = {"kd": distil, "train": train}
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
-@pytest.mark.parametrize("kind", ["kd", "train"])
+SLOW = pytest.mark.slow
+
+
+@pytest.mark.parametrize(
+    "kind, ranks",
+    [("kd", 2), ("train", 1), pytest.param("kd", 1, marks=SLOW), pytest.param("train", 2, marks=SLOW)],
+)
 def test_killed_in_a_step_and_started_again(tmp_path, kind, ranks):
     """The checkpoint (4) is neither where it dies (6, 9) nor at the end of a row of the log (3)."""
     keys = {"student__log_interval": 3} if kind == "kd" else {}
@@ -321,8 +326,15 @@ def test_a_run_says_what_it_was(tmp_path):
     assert rank.startswith("rank 0: host ") and "cpu" in rank
 
 
-@pytest.mark.parametrize("named", [True, False], ids=["exp_dir", "found"])
-@pytest.mark.parametrize("kind", ["kd", "train"])
+@pytest.mark.parametrize(
+    "kind, named",
+    [
+        ("kd", False),
+        ("train", True),
+        pytest.param("kd", True, marks=SLOW),
+        pytest.param("train", False, marks=SLOW),
+    ],
+)
 def test_a_run_of_version_0_1_0_goes_on(tmp_path, kind, named):
     """Killed at step 2 of 4, it continues to the weights that version reached, mirroring nothing."""
     with tarfile.open(GOLDEN / "run_written_by_0.1.0.tar.xz") as archive:
