@@ -50,7 +50,7 @@ def save_comparison(path: str | os.PathLike, panels: dict[str, np.ndarray], colu
 
 
 def save_curves(path: str | os.PathLike, progress: Path, title: str) -> None:
-    """Draw the losses of a progress.csv over its iterations, on a logarithmic scale; none there, no picture."""
+    """Draw the losses of a progress.csv over its iterations, on a logarithmic scale, if there are any."""
     from matplotlib.figure import Figure
 
     rows = read_progress(progress)
