@@ -14,7 +14,7 @@ from tiny import distillation, one_line_error, script
 from guided_diffusion.io.digits import load_digit_images
 from guided_diffusion.logger import RunLog, read_progress
 from guided_diffusion.runs.checkpoint import newest_checkpoint
-from guided_diffusion.runs.figures import save_grid
+from guided_diffusion.runs.figures import save_curves, save_grid
 
 needs_wandb = pytest.mark.skipif(
     not importlib.util.find_spec("wandb"), reason="wandb is not installed (pip install wandb)"
@@ -65,6 +65,19 @@ def test_values_of_one_step_are_one_row(tmp_path):
     resumed.row(4, {"eval_fd": 3.5})  # its score had not been computed
     expected[1]["eval_fd"] = 3.5
     assert read_progress(tmp_path / "progress.csv") == expected
+
+
+@pytest.mark.filterwarnings("error")
+def test_curves_are_of_losses_and_no_picture_of_none(tmp_path):
+    log = RunLog(tmp_path)
+    picture = tmp_path / "curves.png"
+    log.row(2, {"lr": 0.5, "stage1_mse_q0": 0.5})
+    save_curves(picture, tmp_path / "progress.csv", "a run")
+    assert not picture.exists()
+    log.row(4, {"lr": 0.5, "stage1_bottleneck": 0.25})
+    save_curves(picture, tmp_path / "progress.csv", "a run")
+    assert picture.exists()
+    log.close()
 
 
 def wandb_records(path):

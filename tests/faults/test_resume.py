@@ -32,8 +32,6 @@ from guided_diffusion.runs import run_directory
 from guided_diffusion.runs.checkpoint import newest_checkpoint
 
 MAKE = {"kd": distil, "train": train}
-
-
 SLOW = pytest.mark.slow
 
 
@@ -334,6 +332,7 @@ def test_a_run_says_what_it_was(tmp_path):
         pytest.param("kd", True, marks=SLOW),
         pytest.param("train", False, marks=SLOW),
     ],
+    ids=["kd-found", "train-exp_dir", "kd-exp_dir", "train-found"],
 )
 def test_a_run_of_version_0_1_0_goes_on(tmp_path, kind, named):
     """Killed at step 2 of 4, it continues to the weights that version reached, mirroring nothing."""
