@@ -31,6 +31,7 @@ if missing := [package for module, package in _PACKAGES.items() if importlib.uti
     sys.exit(f"error: this python lacks packages: pip install {' '.join(missing)}")
 sys.path[:0] = [str(ROOT / folder) for folder in ("", "benchmarks", "tests", "tests/faults")]
 os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"  # asking whether there is a GPU must not begin to use it
+os.environ["OMP_NUM_THREADS"] = "1"  # a process that has computed on several cannot fork one that computes
 os.environ["PYTHONPATH"] = os.pathsep.join(
     filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])
 )  # the scripts'

@@ -2,6 +2,7 @@
 
 import dataclasses
 import importlib.util
+import itertools
 import os
 import shutil
 import subprocess
@@ -19,13 +20,14 @@ from driver import Child, distil, kill_in_step
 from gpu_device import on_gpu, use_tf32
 from parts import loop_of
 from tiny import T, distillation, randomise
-from whole_step import WholeStep
 
 from guided_diffusion import dist_util
 from guided_diffusion.config.loading import load_distillation, load_experiment
 from guided_diffusion.config.settings import DistillationExperiment
 from guided_diffusion.distill.pool_file import read_pool
 from guided_diffusion.io.torch_file import read_torch_file
+from guided_diffusion.kernels.captured import Captured
+from guided_diffusion.nn import GroupNorm32
 from guided_diffusion.runs.checkpoint import load_network, newest_checkpoint
 from guided_diffusion.sampling.samplers import sample_images
 from guided_diffusion.script_util import build_network, build_space
@@ -34,6 +36,7 @@ from guided_diffusion.train_util import TrainLoop, reseed
 ROOT = Path(__file__).resolve().parent.parent
 PAPER = ROOT / "yaml/cifar10_32/exp/CIFAR10-14M-TCCD-0.4.yaml"
 _TIMEOUT = 120  # seconds for one command
+_AS_ROOT = {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}  # as in a container
 _LOSS_SCALE = 2.0**10  # of the float16 check: without one small gradients vanish
 # Relative errors (norm of the difference over the norm) that count as rounding: outputs, gradients.
 _ROUNDING = {"tf32": (0.01, 0.03), "fp16": (0.01, 0.03), "bf16": (0.05, 0.15)}
@@ -92,6 +95,59 @@ def golden(tiny: bool) -> list[Row]:
                 worst = max(shares, key=lambda what: shares[what])
                 what = f"{name} {case}, worst of {len(shares)} ({worst})"
                 rows.append(row(what, shares[worst], 1.0))
+    return rows
+
+
+def norm(tiny: bool) -> list[Row]:
+    """Group normalisation with all that is fused to it, and its gradients, against float64."""
+    dist_util.setup_dist()
+    device, rows = dist_util.dev(), []
+    cases = [  # sizes that fill tiles and blocks, and sizes that do not
+        (2, 64, 8, 32, True),
+        (2, 160, 12, 2, False),
+        (3, 192, 5, 32, True),
+        (1, 40, 3, 5, True),
+        (2, 20, 1, 4, True),
+        (4, 1024, 8, 32, True),
+    ]
+    layouts = (th.contiguous_format, th.channels_last)
+    for dtype, allowed in ((th.float32, 1e-6), (th.bfloat16, 0.01), (th.float16, 0.002)):
+        worst = 0.0
+        for (batch, channels, size, groups, scaled), layout in itertools.product(cases, layouts):
+            th.manual_seed(0)
+            module = GroupNorm32(groups, channels)
+            for parameter in module.parameters():
+                th.nn.init.normal_(parameter)
+            x = (2 * th.randn(batch, channels, size, size) + 5).to(dtype)
+            condition = th.randn(batch, 2 * channels).to(dtype)
+            ends = []
+            for place, kind in ((device, dtype), ("cpu", th.float64)):
+                one = module.to(place, th.float64 if kind == th.float64 else th.float32)
+                inputs = [part.to(place, kind).requires_grad_() for part in (x, condition)]
+                scale, shift = inputs[1].chunk(2, dim=1) if scaled else (None, None)
+                h = inputs[0].contiguous(memory_format=layout)
+                if kind == th.float64:
+                    out = th.nn.functional.group_norm(h, groups, one.weight, one.bias, one.eps)
+                    if scale is not None and shift is not None:
+                        out = out * (1 + scale[..., None, None]) + shift[..., None, None]
+                    out = th.nn.functional.silu(out)
+                else:
+                    out = one(h, scale, shift, silu=True)
+                wanted = [*inputs[: 1 + scaled], *one.parameters()]
+                gradients = th.autograd.grad(out, wanted, x.to(place, kind))
+                ends.append([part.detach().double().cpu() for part in (out, *gradients)])
+            worst = max(worst, *(relative_error(*pair) for pair in zip(*ends, strict=True)))
+        rows.append(row(f"{dtype}: largest relative error of outputs and gradients", worst, allowed))
+
+    x = th.randn(4, 64, 16, 16, device=device).to(memory_format=th.channels_last).requires_grad_()
+    one = GroupNorm32(32, 64).to(device)
+    dropped, whole = one(x, silu=True, dropout=0.3), one(x, silu=True)
+    kept = dropped != 0
+    rows.append(row("dropout of 0.3: share that is dropped, less 0.3", abs(0.7 - kept.float().mean()), 0.01))
+    expected = whole * kept / 0.7
+    rows.append(row("dropout: difference of what is kept", (dropped - expected).abs().max(), 1e-5))
+    pair = (th.autograd.grad(value, x, x.detach())[0] for value in (dropped, expected))
+    rows.append(row("dropout: relative error of the gradient", relative_error(*pair), 1e-6))
     return rows
 
 
@@ -173,35 +229,59 @@ def largest_difference(ours: Any, reference: Any) -> float:
     return 0.0 if ours == reference else float("inf")
 
 
+# Of the captured iteration: as published, and all that makes iterations differ from each other.
+_VARIANTS: dict[str, dict[str, Any]] = {
+    "as published": {},
+    "short-run's options": {
+        "distill__advance_stride": 3,
+        "distill__teacher_interval": 2,
+        "distill__stage2_fraction": 0.25,
+        "distill__stage2_time": "between",
+        "distill__bottleneck_weight": 0.1,
+        "distill__loss_weight": "v",
+        "run__optimizer": "muon",
+        "student__microbatch": 2,
+    },
+}
+
+
 def graph(tiny: bool) -> list[Row]:
-    """The captured iteration against the loop's own, from the same seeds, dropout and restarts included."""
+    """Iterations by CUDA graphs against the same kernel by kernel, dropout and restarts included."""
     dist_util.setup_dist()
     use_tf32(False)
     rows = []
-    # A learning rate that float32 holds exactly: a graph reads it as such, the loop's optimizer in float64.
-    with small_experiment(student__dropout=0.1, student__lr=2.0**-10) as experiment:
-        for name in ("bf16",) if tiny else ("fp32", "bf16", "fp16"):
-            run = dataclasses.replace(experiment.run, precision=name)
+    for (variant, keys), name in itertools.product(_VARIANTS.items(), ("fp32", "bf16", "fp16")):
+        if tiny and name != "bf16":
+            continue
+        with small_experiment(student__dropout=0.1, **keys) as experiment:
             ends = []
-            for captured in (False, False, True):
+            for graphs in (False, False, True):
+                run = dataclasses.replace(experiment.run, precision=name, cuda_graphs=graphs)
                 loop = loop_of(experiment, 4, run)
                 loop.network.train()
-                whole = WholeStep(loop) if captured else None
-                for step in range(8):
+                for step in range(12):
                     reseed(0, 0, step)
-                    if whole is not None:
-                        whole()
-                    else:
-                        loop.train_step(loop.source.next_batch(loop.step))
-                assert loop.step == 8
+                    loop.train_step(loop.source.next_batch(loop.step))
                 ends.append(tensors_of(loop))
+            if on_gpu():
+                assert isinstance(loop._gradients, Captured) and loop._gradients.recorded
             first, again, replayed = ends
-            repeated = largest_difference(again, first)
-            rows.append(row(f"{name}: 8 iterations, and the same again", repeated, None))
-            # Kernels that add up in any order differ from themselves, and Adam multiplies it.
-            found = largest_difference(replayed, first)
-            rows.append(row(f"{name}: 8 iterations, and 8 by a captured graph", found, 10 * repeated))
+        repeated = largest_difference(again, first)
+        rows.append(row(f"{variant}, {name}: 12 iterations, and the same again", repeated, None))
+        # Kernels that add up in any order differ from themselves, and Adam multiplies it.
+        found = largest_difference(replayed, first)
+        rows.append(row(f"{variant}, {name}: 12 iterations, and 12 by graphs", found, 10 * repeated))
+    rows.append(row("of six calls of what a graph cannot do, results that are wrong", wrong_of_six(), 0.0))
     return rows
+
+
+def wrong_of_six() -> int:
+    """How many calls of a function that waits for the device go wrong, once it has been found to wait."""
+    waiting = Captured(lambda x: x + float(x.sum()))
+    inputs = [th.full((3,), float(i), device=dist_util.dev()) for i in range(6)]
+    wrong = sum(not th.equal(waiting(x), 4 * x) for x in inputs)
+    assert not waiting.recorded and waiting.waits == on_gpu()
+    return wrong
 
 
 def sampling(tiny: bool) -> list[Row]:
@@ -314,7 +394,7 @@ def ranks(tiny: bool) -> list[Row]:
         together = [*start, ROOT / command[0], *command[1:], folder / "two"]
         done = subprocess.run(
             [str(part) for part in together],
-            env=os.environ | exact,
+            env=os.environ | exact | _AS_ROOT,
             capture_output=True,
             text=True,
             timeout=_TIMEOUT,
@@ -333,6 +413,7 @@ def ranks(tiny: bool) -> list[Row]:
 
 
 CHECKS: dict[str, Callable[[bool], list[Row]]] = {
+    "norm": norm,
     "golden": golden,
     "precision": precision,
     "graph": graph,

@@ -12,9 +12,8 @@ from gpu_checks import PAPER, small_experiment
 from gpu_device import busy, on_gpu, peak_gb, seconds_per_call, use_tf32
 from parts import flops_of, loop_of, machine_of, parts_of
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from whole_step import Captured, WholeStep
 
-from guided_diffusion import dist_util
+from guided_diffusion import dist_util, nn
 from guided_diffusion.config.loading import load_distillation
 from guided_diffusion.config.settings import DistillationExperiment
 from guided_diffusion.networks.precision import place
@@ -22,7 +21,7 @@ from guided_diffusion.script_util import build_network
 from guided_diffusion.train_util import TrainLoop
 
 _SCALE = 2.0**10  # the original-like loop's fixed loss scale
-_FIRST = 5  # iterations that the loss is told of; the fourth is a captured one's first replay
+_FIRST = 5  # iterations that the loss is told of; the fourth is a graph's first
 _COUNTED = 2  # samples that operations are counted on
 
 
@@ -32,8 +31,9 @@ class Way:
 
     Attributes:
         precision: "fp32", "tf32", "bf16" or "fp16".
-        mode: "original" (the stand-in for the originals' loop) or "eager", both with contiguous weights;
-            "channels-last"; "compile", "graph" or "compile-graph" in the layout that ships in this precision.
+        mode: "original" (the stand-in for the originals' loop); "shipped"; what ships but kernel by kernel
+            ("eager"), with torch's own normalisation ("torch-norm"), in the other layout ("other-layout"), or
+            compiled ("compile").
         batch_size: samples.
     """
 
@@ -49,18 +49,20 @@ class Way:
     @property
     def layout(self) -> th.memory_format | None:
         """The layout of the weights, if not the one that ships."""
-        if self.mode in ("eager", "original"):
+        if self.mode == "original":
             return th.contiguous_format
-        return th.channels_last if self.mode == "channels-last" else None
+        if self.mode == "other-layout":
+            return th.channels_last if self.precision in ("fp32", "tf32") else th.contiguous_format
+        return None
 
 
 def ways(tiny: bool) -> list[Way]:
     """All ways, the most telling first: a run that is cut short has those."""
     if tiny:
-        modes = ("original", "graph", "eager", "channels-last", "compile", "compile-graph")
-        return [Way("bf16", mode, 4) for mode in modes] + [Way("fp32", "eager", 4)]
+        modes = ("original", "shipped", "eager", "torch-norm", "other-layout", "compile")
+        return [Way("bf16", mode, 4) for mode in modes] + [Way("fp32", "shipped", 4)]
     found = [Way("fp16", "original", batch_size) for batch_size in (512, 128)]
-    for mode in ("channels-last", "graph", "eager", "compile", "compile-graph"):
+    for mode in ("shipped", "eager", "torch-norm", "other-layout", "compile"):
         for batch_size in (512, 128):
             found += [Way(name, mode, batch_size) for name in ("bf16", "fp16", "tf32", "fp32")]
     return found
@@ -119,8 +121,15 @@ def time_way(way: Way, tiny: bool) -> dict[str, Any]:
     use_tf32(way.precision == "tf32")
     experiment = load(tiny)
     precision = "fp32" if way.precision == "tf32" else way.precision
-    run = dataclasses.replace(experiment.run, precision=precision, compile=way.mode.startswith("compile"))
-    original, captured = way.mode == "original", way.mode.endswith("graph")
+    original = way.mode == "original"
+    run = dataclasses.replace(
+        experiment.run,
+        precision=precision,
+        compile=way.mode == "compile",
+        cuda_graphs=way.mode not in ("original", "eager"),
+    )
+    if way.mode in ("original", "torch-norm"):
+        nn.gpu_kernel = lambda: None  # type: ignore[assignment]
     with sdpa_kernel(SDPBackend.MATH) if original else nullcontext():
         loop = loop_of(experiment, way.batch_size, run, way.layout)
         loop.network.train()
@@ -139,13 +148,10 @@ def time_way(way: Way, tiny: bool) -> dict[str, Any]:
         def sample() -> None:
             process.p_sample(sampler, x, t)
 
-        def advance() -> None:
-            source.pool.advance(index, source.teacher)
-
         calls: dict[str, Callable[[], object]] = {
-            "iteration": WholeStep(loop) if captured else iteration,
-            "teacher": Captured(advance) if captured else lambda: source.next_batch(0),
-            "sampling": Captured(sample) if captured else sample,
+            "iteration": iteration,
+            "teacher": lambda: source.next_batch(0),
+            "sampling": sample,
         }
         if original:
             loop.network.use_dtype(loop.network.compute_dtype, frozen=True)  # its blocks' weights in 16 bits

@@ -1,5 +1,6 @@
 """Small pieces shared by the networks."""
 
+import functools
 import math
 from collections.abc import Callable
 from typing import TypeVar
@@ -12,6 +13,25 @@ from torch.utils.checkpoint import checkpoint
 from .kernels.norm_silu import keep_mask, norm_silu
 
 _M = TypeVar("_M", bound=nn.Module)
+
+
+@functools.cache
+def gpu_kernel() -> Callable[..., th.Tensor] | None:
+    """`kernels.norm_silu_gpu.norm_silu`, where Triton is there and works; it comes with torch for GPUs."""
+    try:
+        from .kernels import norm_silu_gpu
+
+        norm_silu_gpu.try_out()
+    except ImportError:
+        return None
+    except Exception as error:  # whatever is amiss with the machine's compilers
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        print(
+            f"WARNING: Triton does not work here ({reason}); normalising by torch's slower kernels",
+            flush=True,
+        )
+        return None
+    return norm_silu_gpu.norm_silu
 
 
 class GroupNorm32(nn.GroupNorm):
@@ -38,9 +58,15 @@ class GroupNorm32(nn.GroupNorm):
         Returns:
             [B, C, H, W] of the dtype of x.
         """
-        # Laid out otherwise, torch's kernels are the faster ones.
         channels_last = x.is_contiguous(memory_format=th.channels_last)
-        if x.device.type == "cpu" and channels_last and not th.compiler.is_compiling():
+        eager = not th.compiler.is_compiling()
+        dense = channels_last or x.is_contiguous()
+        kernel = gpu_kernel() if x.is_cuda and dense and eager and x.dtype != th.float64 else None
+        if kernel is not None:
+            affine = self.weight, self.bias, scale, shift
+            return kernel(x, *affine, self.num_groups, self.eps, silu, dropout)
+        # On the CPU torch's kernels are the faster ones in another layout.
+        if x.device.type == "cpu" and channels_last and eager:
             gain, bias = self.weight.expand(x.shape[:2]), self.bias.expand(x.shape[:2])
             if scale is not None and shift is not None:
                 scale = 1 + scale.float()
@@ -51,7 +77,7 @@ class GroupNorm32(nn.GroupNorm):
             scale, shift = (part[:, :, None, None].type(x.dtype) for part in (scale, shift))
             h = h * (1 + scale) + shift
         h = F.silu(h) if silu else h
-        if dropout and h.device.type == "cpu" and not th.compiler.is_compiling():
+        if dropout and h.device.type == "cpu" and eager:
             return h * keep_mask(h, dropout).to(h.dtype).mul_(1 / (1 - dropout))
         return F.dropout(h, dropout, dropout > 0)
 

@@ -18,6 +18,7 @@ from .gaussian_diffusion import GaussianDiffusion
 from .io.files import atomic_path
 from .io.progress import Progress
 from .io.torch_file import read_torch_file
+from .kernels.captured import Captured
 from .logger import RunLog
 from .networks.base import DenoisingNetwork
 from .processes.stopping import Stopped, StopSignals
@@ -119,6 +120,15 @@ class TrainLoop:
             log.drop_rows_after(-1)  # of a run that was killed before its first checkpoint
         dist_util.sync_params([*self.parameters, *(a for ema in self.emas.values() for a in ema.average)])
         self._set_lr()
+        self._gradients, self._update = self._all_gradients, self._new_weights
+        self._lr: th.Tensor | None = None
+        if dist_util.dev().type == "cuda":
+            # Where a graph reads it, and everything else, lest what is computed depend on there being graphs.
+            self._lr = th.zeros((), device=dist_util.dev())
+            for group in self.optimizer.param_groups:
+                group["capturable"] = True
+            if self._can_be_captured():
+                self._gradients, self._update = Captured(self._all_gradients), Captured(self._new_weights)
 
     def run(self) -> None:
         """Train until the last iteration, or until a signal asks to stop; then save.
@@ -180,28 +190,45 @@ class TrainLoop:
         contrastive term differs, since it sees no more than its own microbatch's negatives. Non-finite
         gradients leave the weights as they are.
         """
+        found = self._gradients(batch)
+        dist_util.average_gradients(self.parameters)
+        self.metrics.take(found | self._update(self._rate()))
+        self.step += 1
+        self._set_lr()
+
+    def _all_gradients(self, batch: Any) -> dict[str, th.Tensor]:
+        """Every pass's forward and backward; the sums for the log."""
         self.optimizer.zero_grad(set_to_none=True)
         size = self.training.microbatch if self.training.microbatch > 0 else len(batch)
+        metrics = Metrics()
         for micro in batch.split(size):
             total: th.Tensor | float = 0.0
             for out in self.objective.passes(self.network, micro):
                 self.scaler.scale(out.loss.mean() * (len(micro) / len(batch))).backward()
-                self.metrics.add_pass(out, self.process.num_timesteps)
+                metrics.add_pass(out, self.process.num_timesteps)
                 total = total + out.loss.detach().mean()
             assert isinstance(total, th.Tensor)
-            self.metrics.add("loss", total)
-        dist_util.average_gradients(self.parameters)
-        skipped = self._optimizer_step()
+            metrics.add("loss", total)
+        return metrics.sums
+
+    def _new_weights(self, rate: float | th.Tensor) -> dict[str, th.Tensor]:
+        """The optimizer's step at this learning rate, and the averages'; the sums for the log."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        skipped, norm = self._optimizer_step()
         for ema in self.emas.values():
             ema.update(skipped, self.step if self.run_settings.ema_warmup else None)
-        self.step += 1
-        self._set_lr()
+        metrics = Metrics()
+        metrics.add("grad_norm", th.where(skipped, 0.0, norm))
+        metrics.add("skipped", skipped)
+        return metrics.sums
 
-    def _optimizer_step(self) -> th.Tensor:
+    def _optimizer_step(self) -> tuple[th.Tensor, th.Tensor]:
         """Clip, and step unless a gradient is not finite.
 
         Returns:
-            bool [], whether the step was skipped; decided on the device, without waiting for it.
+            bool [], whether the step was skipped, decided on the device without waiting for it; and the
+            gradients' norm, [].
         """
         self.scaler.unscale_(self.optimizer)
         gradients = [p.grad for p in self.parameters if p.grad is not None]
@@ -218,10 +245,8 @@ class TrainLoop:
             self.scaler.update()
             # A floor of 1: below it the gradients themselves are at fault.
             self.scaler.update(self.scaler.scale(th.ones_like(norm)).clamp(min=1.0))
-        self.bad_steps = (self.bad_steps + 1) * bad
-        self.metrics.add("grad_norm", th.where(bad > 0, 0.0, norm))
-        self.metrics.add("skipped", bad)
-        return skipped
+        self.bad_steps.add_(1).mul_(bad)
+        return skipped, norm
 
     def _give_up_if_hopeless(self, batch: Any) -> None:
         """End the run when the last iterations were all skipped; checkpoints before them stay as they are."""
@@ -333,6 +358,16 @@ class TrainLoop:
             factor *= min(1.0, (self.step + 1) / self.run_settings.warmup_steps)
         for group in self.optimizer.param_groups:
             group["lr"] = self.training.lr * factor
+
+    def _can_be_captured(self) -> bool:
+        """Whether iterations may be launched as CUDA graphs, which do the same every time."""
+        asked = self.run_settings.cuda_graphs and not self.run_settings.ema_warmup
+        return asked and self.network.capturable and self.objective.capturable
+
+    def _rate(self) -> float | th.Tensor:
+        """The present learning rate, on a GPU as float32 [] in its place there."""
+        rate = self.optimizer.param_groups[0]["lr"]
+        return rate if self._lr is None else self._lr.fill_(rate)
 
     def _log(self, rate: float, seconds: float) -> None:
         values = self.metrics.read()

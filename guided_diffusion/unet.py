@@ -84,6 +84,7 @@ class UNetModel(DenoisingNetwork):
         self.out_channels = out_channels
         self.num_classes, self.class_dropout_prob = num_classes, class_dropout_prob
         self.shape = (in_channels, image_size, image_size)
+        self.capturable = type(self) is UNetModel and not use_checkpoint
 
         self.num_res_blocks, self.resblock_updown = num_res_blocks, resblock_updown
         self.use_scale_shift_norm, self.dropout = use_scale_shift_norm, dropout

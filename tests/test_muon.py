@@ -95,7 +95,7 @@ def test_vectors_and_embedding_tables_are_adamws():
 
 
 def test_the_learning_rate_may_lie_on_the_device():
-    """As a captured iteration keeps it, `benchmarks/whole_step.py`."""
+    """As on a GPU, where graphs read it."""
     ours, theirs = small_network(), small_network()
     steps_of(ours, muon(ours), 2)
     optimizer = muon(theirs)

@@ -409,6 +409,9 @@ class Run:
         "lay float32 networks out channels last, as 16-bit ones are: faster on CPUs, rounds a little more",
     )
     compile: bool = key(False, "torch.compile the networks' blocks: minutes at the start, for GPUs")
+    cuda_graphs: bool = key(
+        True, "launch an iteration's kernels, and those of a network that is only evaluated, at once on a GPU"
+    )
     grad_clip: float = key(0.0, "clip the gradient's norm to this (0: do not)")
     max_bad_steps: int = key(50, "give up after so many skipped iterations in a row (non-finite gradients)")
     ema_warmup: bool = key(False, "average with min(rate, (1 + step) / (10 + step))")

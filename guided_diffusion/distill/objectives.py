@@ -111,6 +111,12 @@ class Distillation(Objective):
         """Which maps of the teacher's batches must carry, by their names in `DistillationBatch`."""
         return {"features": self.needs_teacher_features, "bottleneck": self.needs_teacher_bottleneck}
 
+    @property
+    def capturable(self) -> bool:
+        """Unless the pool follows the student, or ranks exchange what they compute."""
+        among_ranks = self.settings.gather_negatives and dist_util.world_size() > 1
+        return type(self) is Distillation and self.follow is None and not among_ranks
+
     def passes(self, student: DenoisingNetwork, batch: DistillationBatch) -> Iterator[PassLoss]:
         """Stage 1 (or DKDM's only pass), then stage 2. Each yields terms "mse", "vb" and "align".
 
@@ -190,7 +196,7 @@ class Distillation(Objective):
     def between(self, batch: DistillationBatch) -> tuple[th.Tensor, th.Tensor]:
         """Random steps s int64 [B] in {t..T-1}, and the states x_s [B, C, H, W] of noise eps_T there."""
         process, t = self.process, batch.t
-        later = (th.rand(len(t)).to(t.device) * (process.num_timesteps - t)).long()
+        later = (th.rand(len(t), device=t.device) * (process.num_timesteps - t)).long()
         s = (t + later).clamp(max=process.num_timesteps - 1)
         return s, process.q_sample(process.clipped_xstart(batch.x_t, t, batch.eps), s, batch.eps)
 

@@ -1,6 +1,7 @@
 """Where the batches of a distillation come from."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +62,8 @@ class TeacherSource:
         self.probability = self.settings.on_policy * min(1.0, step / self.ramp if self.ramp else 1.0)
         stride = self.settings.advance_stride
         batch = self.pool.next_batch(self.batch_size, self.teacher, self.prob, stride=stride, **self.maps)
+        if not self.settings.on_policy:
+            batch = replace(batch, index=None, s=None)  # nobody follows, and they may lie elsewhere
         if interval > 1:
             self.pool.remember(batch, self.settings.replay_batches * self.batch_size)
         return batch

@@ -1,1 +1,1 @@
-"""Operations that torch has in pieces, or has slower, on the CPU."""
+"""Operations that torch has in pieces or has slower, and the launching of many at once."""

@@ -10,6 +10,7 @@ from torch import nn
 
 from ..config.settings import Architecture
 from ..errors import UserError
+from ..kernels.captured import Captured
 from .weight_selection import UNet2DWeights
 
 
@@ -65,6 +66,8 @@ class DenoisingNetwork(nn.Module, ABC):
         emb_dim: size D of its timestep embedding.
         feature_shape: (C', H', W') of the feature map that a training-time head may read.
         compute_dtype: dtype of the heavy arithmetic; parameters stay float32 unless frozen.
+        capturable: whether `evaluate` does the same at every call but for what tensors hold, and never waits
+            for the device, so that it can be a CUDA graph. A subclass says so for itself.
     """
 
     Settings: ClassVar[type[Architecture]]
@@ -75,6 +78,7 @@ class DenoisingNetwork(nn.Module, ABC):
     emb_dim: int
     feature_shape: tuple[int, int, int]
     compute_dtype: th.dtype = th.float32
+    capturable: bool = False
 
     @classmethod
     @abstractmethod
@@ -169,6 +173,21 @@ class DenoisingNetwork(nn.Module, ABC):
             ValueError: it is none.
         """
         raise ValueError(f"{type(self).__name__} is no U-Net of ADM's or diffusers' kind")
+
+    def capture(self) -> None:
+        """Have evaluations on a GPU launch all their kernels at once, where gradients are not asked for.
+
+        The weights must keep their place from here on. It changes nothing where `capturable` is false.
+        """
+        if not self.capturable:
+            return
+        evaluate = self.evaluate
+        captured = Captured(evaluate)
+
+        def either(*args: Any, **kwargs: Any) -> Evaluation:
+            return (evaluate if th.is_grad_enabled() else captured)(*args, **kwargs)
+
+        self.evaluate = either  # type: ignore[method-assign]
 
     def compile_blocks(self, backend: str = "inductor") -> None:
         """Have torch.compile fuse what lies between the heavy operations of each block, at its first call.

@@ -34,6 +34,7 @@ class DiffusersUNet2D(DenoisingNetwork):
         super().__init__()
         adopt(self, UNet2DModel, config)
         self.config = config
+        self.capturable = type(self) is DiffusersUNet2D
         size, widths = config["sample_size"], config["block_out_channels"]
         labels, self.class_dropout_prob = config["num_class_embeds"], class_dropout_prob
         self.num_classes = None if labels is None else labels - null_class

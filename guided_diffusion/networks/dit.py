@@ -36,6 +36,7 @@ class DiT(DenoisingNetwork):
         super().__init__()
         adopt(self, DiTTransformer2DModel, config)
         self.config, self.class_dropout_prob = config, class_dropout_prob
+        self.capturable = type(self) is DiT
         size, self.patch_size = config["sample_size"], config["patch_size"]
         self.num_classes = config["num_embeds_ada_norm"] if conditional else None
         self.shape = (config["in_channels"], size, size)

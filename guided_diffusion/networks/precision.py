@@ -22,6 +22,8 @@ def place(network: DenoisingNetwork, use_fp16: bool, run: Run, *, frozen: bool =
     network.use_dtype(dtype, frozen=frozen, channels_last=run.channels_last)
     if run.compile:
         network.compile_blocks()
+    if frozen and run.cuda_graphs:
+        network.capture()
 
 
 def compute_dtype(precision: str, use_fp16: bool, device: th.device) -> th.dtype:

@@ -10,6 +10,8 @@ from ..gaussian_diffusion import GaussianDiffusion
 from ..networks.base import DenoisingNetwork
 from ..spaces import SampleSpace
 
+_CALLS_AHEAD = 8
+
 
 @dataclass(frozen=True)
 class Sampler:
@@ -43,7 +45,8 @@ class SeededNoise:
     """
 
     def __init__(self, seed: int, indices: Sequence[int], device: th.device | str):
-        self.generators = []
+        self.generators: list[th.Generator] = []
+        self._ahead: list[th.Tensor] = []
         for index in indices:
             state = np.random.SeedSequence([seed, index]).generate_state(2, np.uint32)
             generator = th.Generator(device)
@@ -52,11 +55,15 @@ class SeededNoise:
 
     def __call__(self, x: th.Tensor) -> th.Tensor:
         """Noise of x's shape; every call continues each row's stream."""
-        rows = [
-            th.randn(x.shape[1:], generator=generator, device=generator.device, dtype=x.dtype)
-            for generator in self.generators
-        ]
-        return th.stack(rows).to(x.device)
+        if not self._ahead:
+            # On a GPU each row is a launch, which costs as much for several calls as for one.
+            calls = _CALLS_AHEAD if self.generators[0].device.type == "cuda" else 1
+            rows = [
+                th.randn((calls, *x.shape[1:]), generator=generator, device=generator.device, dtype=x.dtype)
+                for generator in self.generators
+            ]
+            self._ahead = list(th.stack(rows, dim=1))
+        return self._ahead.pop(0).to(x.device)
 
     def labels(self, num_classes: int) -> th.Tensor:
         """A random class for each row, int64 [B]."""

@@ -32,6 +32,14 @@ class Metrics:
                 key = f"{name}_q{q}"
                 self.sums[key] = self.sums[key] + pairs[q] if key in self.sums else pairs[q]
 
+    def take(self, sums: Mapping[str, th.Tensor]) -> None:
+        """Take in another's sums, gathered elsewhere."""
+        if self.sums.keys() == sums.keys():
+            th._foreach_add_(list(self.sums.values()), [sums[name] for name in self.sums])
+        else:
+            both = {name: self.sums[name] + pair for name, pair in sums.items() if name in self.sums}
+            self.sums = {**self.sums, **sums, **both}
+
     def read(self) -> dict[str, float]:
         """The means over all ranks, and start anew. Collective; waits for the device."""
         totals = self.totals()

@@ -37,6 +37,13 @@ class Objective(nn.Module, ABC):
     built.
     """
 
+    @property
+    def capturable(self) -> bool:
+        """Whether `passes` does the same at every call but for what tensors hold, and never waits for the
+        device, so that an iteration can be a CUDA graph. A subclass must say so for itself.
+        """
+        return False
+
     @abstractmethod
     def passes(self, network: DenoisingNetwork, batch: Any) -> Iterator[PassLoss]:
         """Yield the losses of a (micro)batch, one forward pass at a time."""
