@@ -49,7 +49,7 @@ def norm_silu(
 def try_out() -> None:
     """Compile and run a kernel; raises whatever Triton does where it cannot, as without a C compiler."""
     x, affine = th.zeros(1, 4, 2, 2, device="cuda"), th.zeros(4, device="cuda")
-    norm_silu(x, affine, affine, None, None, 1, 1e-5, True, 0.0)
+    norm_silu(x, affine, affine, affine[None], affine[None], 1, 1e-5, True, 0.5)
 
 
 class _NormSilu(th.autograd.Function):
@@ -160,23 +160,10 @@ def _draws(seed, base, p, c, positions, channels, CHANNELS_LAST: tl.constexpr, D
 
 
 @triton.jit
-def _kept(draw, threshold):
-    """What dropout keeps, by 31 random bits."""
+def _kept(part: tl.constexpr, d0, d1, d2, d3, threshold):
+    """What dropout keeps of one of four tiles, by 31 random bits."""
+    draw = d0 if part == 0 else (d1 if part == 1 else (d2 if part == 2 else d3))
     return (draw & 0x7FFFFFFF) >= threshold
-
-
-@triton.jit
-def _forward_tile(
-    x, out, p, c, inside, gain, offset, draw, positions, channels, threshold, growth,
-    CHANNELS_LAST: tl.constexpr, SILU: tl.constexpr, DROPOUT: tl.constexpr,
-):  # fmt: skip
-    where, there = _tile(p, c, inside, positions, channels, CHANNELS_LAST)
-    h = tl.load(x + where, mask=there, other=0.0).to(tl.float32) * gain[None, :] + offset[None, :]
-    if SILU:
-        h = h * tl.sigmoid(h)
-    if DROPOUT:
-        h = tl.where(_kept(draw, threshold), h * growth, 0.0)
-    tl.store(out + where, h.to(out.dtype.element_ty), mask=there)
 
 
 @triton.jit
@@ -224,67 +211,31 @@ def _forward(
     for start in range(0, positions, 4 * TILE):
         p = start + tl.arange(0, TILE)
         d0, d1, d2, d3 = _draws(seed, base, p, c, positions, channels, CHANNELS_LAST, DROPOUT)
-        _forward_tile(
-            x, out, p, c, inside, gain, offset, d0, positions, channels, threshold, growth,
-            CHANNELS_LAST, SILU, DROPOUT,
-        )  # fmt: skip
-        _forward_tile(
-            x, out, p + TILE, c, inside, gain, offset, d1, positions, channels, threshold, growth,
-            CHANNELS_LAST, SILU, DROPOUT,
-        )  # fmt: skip
-        _forward_tile(
-            x, out, p + 2 * TILE, c, inside, gain, offset, d2, positions, channels, threshold, growth,
-            CHANNELS_LAST, SILU, DROPOUT,
-        )  # fmt: skip
-        _forward_tile(
-            x, out, p + 3 * TILE, c, inside, gain, offset, d3, positions, channels, threshold, growth,
-            CHANNELS_LAST, SILU, DROPOUT,
-        )  # fmt: skip
+        for part in tl.static_range(4):
+            where, there = _tile(p + part * TILE, c, inside, positions, channels, CHANNELS_LAST)
+            h = tl.load(x + where, mask=there, other=0.0).to(tl.float32) * gain[None, :] + offset[None, :]
+            if SILU:
+                h = h * tl.sigmoid(h)
+            if DROPOUT:
+                h = tl.where(_kept(part, d0, d1, d2, d3, threshold), h * growth, 0.0)
+            tl.store(out + where, h.to(out.dtype.element_ty), mask=there)
 
 
 @triton.jit
 def _gradient(
-    x, g, where, there, centre, rstd, gain, offset, draw, threshold, growth,
+    x, g, where, there, centre, rstd, gain, offset, part: tl.constexpr, d0, d1, d2, d3, threshold, growth,
     SILU: tl.constexpr, DROPOUT: tl.constexpr,
 ):  # fmt: skip
     """A tile's gradient before SiLU, and its normalised x."""
     normed = (tl.load(x + where, mask=there, other=0.0).to(tl.float32) - centre[None, :]) * rstd[None, :]
     gradient = tl.load(g + where, mask=there, other=0.0).to(tl.float32)
     if DROPOUT:
-        gradient = tl.where(_kept(draw, threshold), gradient * growth, 0.0)
+        gradient = tl.where(_kept(part, d0, d1, d2, d3, threshold), gradient * growth, 0.0)
     if SILU:
         h = normed * gain[None, :] + offset[None, :]
         s = tl.sigmoid(h)
         gradient = gradient * s * (1.0 + h * (1.0 - s))
     return gradient, tl.where(there, normed, 0.0)
-
-
-@triton.jit
-def _added_tile(
-    ones, along, x, g, p, c, inside, centre, rstd, gain, offset, draw, positions, channels, threshold, growth,
-    CHANNELS_LAST: tl.constexpr, SILU: tl.constexpr, DROPOUT: tl.constexpr,
-):  # fmt: skip
-    """Sums of the gradient and of its product with x, a tile's added position by position."""
-    where, there = _tile(p, c, inside, positions, channels, CHANNELS_LAST)
-    gradient, normed = _gradient(
-        x, g, where, there, centre, rstd, gain, offset, draw, threshold, growth, SILU, DROPOUT
-    )
-    return ones + gradient, along + gradient * normed
-
-
-@triton.jit
-def _backward_tile(
-    x, g, g_x, p, c, inside, centre, rstd, gain, offset, along_ones, along_x, draw,
-    positions, channels, threshold, growth,
-    CHANNELS_LAST: tl.constexpr, SILU: tl.constexpr, DROPOUT: tl.constexpr,
-):  # fmt: skip
-    where, there = _tile(p, c, inside, positions, channels, CHANNELS_LAST)
-    gradient, normed = _gradient(
-        x, g, where, there, centre, rstd, gain, offset, draw, threshold, growth, SILU, DROPOUT
-    )
-    # What the mean and the variance take away.
-    own = (gradient * gain[None, :] - along_ones[None, :] - normed * along_x[None, :]) * rstd[None, :]
-    tl.store(g_x + where, own.to(g_x.dtype.element_ty), mask=there)
 
 
 @triton.jit
@@ -311,22 +262,14 @@ def _backward(
     for start in range(0, positions, 4 * TILE):
         p = start + tl.arange(0, TILE)
         d0, d1, d2, d3 = _draws(seed, base, p, c, positions, channels, CHANNELS_LAST, DROPOUT)
-        ones, along = _added_tile(
-            ones, along, x, g, p, c, inside, centre, rstd, gain, offset, d0,
-            positions, channels, threshold, growth, CHANNELS_LAST, SILU, DROPOUT,
-        )  # fmt: skip
-        ones, along = _added_tile(
-            ones, along, x, g, p + TILE, c, inside, centre, rstd, gain, offset, d1,
-            positions, channels, threshold, growth, CHANNELS_LAST, SILU, DROPOUT,
-        )  # fmt: skip
-        ones, along = _added_tile(
-            ones, along, x, g, p + 2 * TILE, c, inside, centre, rstd, gain, offset, d2,
-            positions, channels, threshold, growth, CHANNELS_LAST, SILU, DROPOUT,
-        )  # fmt: skip
-        ones, along = _added_tile(
-            ones, along, x, g, p + 3 * TILE, c, inside, centre, rstd, gain, offset, d3,
-            positions, channels, threshold, growth, CHANNELS_LAST, SILU, DROPOUT,
-        )  # fmt: skip
+        for part in tl.static_range(4):
+            where, there = _tile(p + part * TILE, c, inside, positions, channels, CHANNELS_LAST)
+            gradient, normed = _gradient(
+                x, g, where, there, centre, rstd, gain, offset, part, d0, d1, d2, d3, threshold, growth,
+                SILU, DROPOUT,
+            )  # fmt: skip
+            ones += gradient
+            along += gradient * normed
     along_ones, along_x = tl.sum(ones, axis=0), tl.sum(along, axis=0)
 
     tl.store(sums + b * channels + c, factor * along_x, mask=inside)
@@ -341,19 +284,12 @@ def _backward(
     for start in range(0, positions, 4 * TILE):
         p = start + tl.arange(0, TILE)
         d0, d1, d2, d3 = _draws(seed, base, p, c, positions, channels, CHANNELS_LAST, DROPOUT)
-        _backward_tile(
-            x, g, g_x, p, c, inside, centre, rstd, gain, offset, along_ones, along_x, d0,
-            positions, channels, threshold, growth, CHANNELS_LAST, SILU, DROPOUT,
-        )  # fmt: skip
-        _backward_tile(
-            x, g, g_x, p + TILE, c, inside, centre, rstd, gain, offset, along_ones, along_x, d1,
-            positions, channels, threshold, growth, CHANNELS_LAST, SILU, DROPOUT,
-        )  # fmt: skip
-        _backward_tile(
-            x, g, g_x, p + 2 * TILE, c, inside, centre, rstd, gain, offset, along_ones, along_x, d2,
-            positions, channels, threshold, growth, CHANNELS_LAST, SILU, DROPOUT,
-        )  # fmt: skip
-        _backward_tile(
-            x, g, g_x, p + 3 * TILE, c, inside, centre, rstd, gain, offset, along_ones, along_x, d3,
-            positions, channels, threshold, growth, CHANNELS_LAST, SILU, DROPOUT,
-        )  # fmt: skip
+        for part in tl.static_range(4):
+            where, there = _tile(p + part * TILE, c, inside, positions, channels, CHANNELS_LAST)
+            gradient, normed = _gradient(
+                x, g, where, there, centre, rstd, gain, offset, part, d0, d1, d2, d3, threshold, growth,
+                SILU, DROPOUT,
+            )  # fmt: skip
+            # What the mean and the variance take away.
+            own = (gradient * gain[None, :] - along_ones[None, :] - normed * along_x[None, :]) * rstd[None, :]
+            tl.store(g_x + where, own.to(g_x.dtype.element_ty), mask=there)
