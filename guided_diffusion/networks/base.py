@@ -1,7 +1,7 @@
 """The contract of a denoising network: what the process, the method and the training loop may ask of it."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -182,12 +182,12 @@ class DenoisingNetwork(nn.Module, ABC):
         if not self.capturable:
             return
         evaluate = self.evaluate
-        captured = Captured(evaluate)
 
-        def either(*args: Any, **kwargs: Any) -> Evaluation:
-            return (evaluate if th.is_grad_enabled() else captured)(*args, **kwargs)
+        def output(*args: Any, **kwargs: Any) -> th.Tensor:
+            return evaluate(*args, **kwargs).output
 
-        self.evaluate = either  # type: ignore[method-assign]
+        for name, function in (("evaluate", evaluate), ("forward", output)):
+            setattr(self, name, _captured_without_gradients(function))
 
     def compile_blocks(self, backend: str = "inductor") -> None:
         """Have torch.compile fuse what lies between the heavy operations of each block, at its first call.
@@ -208,3 +208,12 @@ class DenoisingNetwork(nn.Module, ABC):
         limits.accumulated_recompile_limit = max(limits.accumulated_recompile_limit, 2048)
         for block in blocks:
             block.compile(backend=backend)
+
+
+def _captured_without_gradients(function: Callable[..., Any]) -> Callable[..., Any]:
+    captured = Captured(function)
+
+    def either(*args: Any, **kwargs: Any) -> Any:
+        return (function if th.is_grad_enabled() else captured)(*args, **kwargs)
+
+    return either

@@ -22,7 +22,7 @@ def place(network: DenoisingNetwork, use_fp16: bool, run: Run, *, frozen: bool =
     network.use_dtype(dtype, frozen=frozen, channels_last=run.channels_last)
     if run.compile:
         network.compile_blocks()
-    if frozen and run.cuda_graphs:
+    if frozen and run.cuda_graphs and device.type == "cuda":
         network.capture()
 
 
