@@ -111,7 +111,7 @@ def norm(tiny: bool) -> list[Row]:
         (4, 1024, 8, 32, True),
     ]
     layouts = (th.contiguous_format, th.channels_last)
-    for dtype, allowed in ((th.float32, 1e-6), (th.bfloat16, 0.01), (th.float16, 0.002)):
+    for dtype, allowed in ((th.float32, 1e-6), (th.bfloat16, 0.015), (th.float16, 0.003)):
         worst = 0.0
         for (batch, channels, size, groups, scaled), layout in itertools.product(cases, layouts):
             th.manual_seed(0)
@@ -119,21 +119,22 @@ def norm(tiny: bool) -> list[Row]:
             for parameter in module.parameters():
                 th.nn.init.normal_(parameter)
             x = (2 * th.randn(batch, channels, size, size) + 5).to(dtype)
-            condition = th.randn(batch, 2 * channels).to(dtype)
+            condition, more = th.randn(batch, 2 * channels).to(dtype), th.randn(channels).to(dtype)
             ends = []
             for place, kind in ((device, dtype), ("cpu", th.float64)):
                 one = module.to(place, th.float64 if kind == th.float64 else th.float32)
-                inputs = [part.to(place, kind).requires_grad_() for part in (x, condition)]
-                scale, shift = inputs[1].chunk(2, dim=1) if scaled else (None, None)
-                h = inputs[0].contiguous(memory_format=layout)
+                inputs = [part.to(place, kind).requires_grad_() for part in (x, more, condition)]
+                scale, shift = inputs[2].chunk(2, dim=1) if scaled else (None, None)
+                h, before = inputs[0].contiguous(memory_format=layout), inputs[1]
                 if kind == th.float64:
+                    h = h + before[:, None, None]
                     out = th.nn.functional.group_norm(h, groups, one.weight, one.bias, one.eps)
                     if scale is not None and shift is not None:
                         out = out * (1 + scale[..., None, None]) + shift[..., None, None]
                     out = th.nn.functional.silu(out)
                 else:
-                    out = one(h, scale, shift, silu=True)
-                wanted = [*inputs[: 1 + scaled], *one.parameters()]
+                    out = one(h, scale, shift, before=before, silu=True)
+                wanted = [*inputs[: 2 + scaled], *one.parameters()]
                 gradients = th.autograd.grad(out, wanted, x.to(place, kind))
                 ends.append([part.detach().double().cpu() for part in (out, *gradients)])
             worst = max(worst, *(relative_error(*pair) for pair in zip(*ends, strict=True)))

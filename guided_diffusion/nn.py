@@ -34,6 +34,11 @@ def gpu_kernel() -> Callable[..., th.Tensor] | None:
     return norm_silu_gpu.norm_silu
 
 
+def fused(x: th.Tensor) -> Callable[..., th.Tensor] | None:
+    """`gpu_kernel` where it is for x: on a GPU, not in float64, and not where torch.compile does the same."""
+    return gpu_kernel() if x.is_cuda and x.dtype != th.float64 and not th.compiler.is_compiling() else None
+
+
 class GroupNorm32(nn.GroupNorm):
     """Group normalisation computed in float32 whatever the input's dtype; the output has the input's."""
 
@@ -43,15 +48,17 @@ class GroupNorm32(nn.GroupNorm):
         scale: th.Tensor | None = None,
         shift: th.Tensor | None = None,
         *,
+        before: th.Tensor | None = None,
         silu: bool = False,
         dropout: float = 0.0,
     ) -> th.Tensor:
-        """dropout(silu(norm(x) (1 + scale) + shift)), or as much of it as is asked for.
+        """dropout(silu(norm(x + before) (1 + scale) + shift)), or as much of it as is asked for.
 
         Args:
             x: [B, C, H, W].
             scale: [B, C], or None.
             shift: [B, C], or None where scale is.
+            before: [B, C] or [C], or None.
             silu: whether to apply SiLU.
             dropout: probability, in [0, 1).
 
@@ -59,12 +66,13 @@ class GroupNorm32(nn.GroupNorm):
             [B, C, H, W] of the dtype of x.
         """
         channels_last = x.is_contiguous(memory_format=th.channels_last)
-        eager = not th.compiler.is_compiling()
-        dense = channels_last or x.is_contiguous()
-        kernel = gpu_kernel() if x.is_cuda and dense and eager and x.dtype != th.float64 else None
+        kernel = fused(x) if channels_last or x.is_contiguous() else None
         if kernel is not None:
-            affine = self.weight, self.bias, scale, shift
-            return kernel(x, *affine, self.num_groups, self.eps, silu, dropout)
+            rows = self.weight, self.bias, scale, shift, before
+            return kernel(x, *rows, self.num_groups, self.eps, silu, dropout)
+        if before is not None:
+            x = x + before.expand(x.shape[:2])[:, :, None, None].type(x.dtype)
+        eager = not th.compiler.is_compiling()
         # On the CPU torch's kernels are the faster ones in another layout.
         if x.device.type == "cpu" and channels_last and eager:
             gain, bias = self.weight.expand(x.shape[:2]), self.bias.expand(x.shape[:2])
@@ -80,6 +88,29 @@ class GroupNorm32(nn.GroupNorm):
         if dropout and h.device.type == "cpu" and eager:
             return h * keep_mask(h, dropout).to(h.dtype).mul_(1 / (1 - dropout))
         return F.dropout(h, dropout, dropout > 0)
+
+
+def convolved(conv: nn.Module, x: th.Tensor) -> tuple[th.Tensor, th.Tensor | None]:
+    """A convolution of x, and what is still to be added to it.
+
+    On a GPU that is its bias, [C], which torch adds by a kernel of its own: what comes next adds it on its
+    way. Elsewhere it is None.
+    """
+    assert isinstance(conv, nn.Conv2d)
+    if fused(x) is None:
+        return conv(x), None
+    return F.conv2d(x, conv.weight, None, conv.stride, conv.padding), conv.bias
+
+
+def residual(x: th.Tensor, h: th.Tensor, bias: th.Tensor | None) -> th.Tensor:
+    """x + h + bias: [B, C, H, W] twice, and [C] or None."""
+    if bias is None:
+        return x + h
+    if x.dtype != h.dtype:
+        return x + (h + bias[:, None, None])
+    from .kernels.residual_gpu import residual as kernel
+
+    return kernel(x, h, bias)
 
 
 def zero_module(module: _M) -> _M:

@@ -4,42 +4,51 @@ import itertools
 
 import pytest
 import torch as th
+from tiny import denoiser, network, randomise
 from torch.nn import functional as F
 
+from guided_diffusion import nn
 from guided_diffusion.kernels.norm_silu_gpu import norm_silu
+from guided_diffusion.kernels.residual_gpu import residual
+from guided_diffusion.script_util import build_network
 
 SIZES = [  # batch, channels, height and width, groups: that fill tiles and blocks, and that do not
-    (2, 64, 8, 32),
-    (3, 192, 5, 32),
-    (2, 160, 12, 2),
-    (1, 40, 3, 5),
+    (2, 64, 4, 32),
+    (1, 192, 5, 32),
+    (1, 160, 6, 2),
     (2, 20, 1, 4),
 ]
 
 
 @pytest.mark.parametrize("layout", [th.channels_last, th.contiguous_format])
 @pytest.mark.parametrize("scaled", [False, True])
+@pytest.mark.parametrize("before", [None, "channels", "samples"])
 @pytest.mark.parametrize("silu", [False, True])
-def test_the_kernel_equals_the_single_operations(silu, scaled, layout):
-    for (batch, channels, size, groups), dtype in itertools.product(SIZES, (th.float32, th.bfloat16)):
+def test_the_kernel_equals_the_single_operations(silu, before, scaled, layout):
+    dtypes = (th.float32, th.bfloat16) if silu and scaled else (th.float32,)
+    for (batch, channels, size, groups), dtype in itertools.product(SIZES, dtypes):
         th.manual_seed(0)
         x = (2 * th.randn(batch, channels, size, size) + 5).to(dtype).contiguous(memory_format=layout)
         inputs = [x, th.randn(channels), th.randn(channels), th.randn(batch, 2 * channels).to(dtype)]
+        inputs.append(3 * th.randn(channels) if before == "channels" else 3 * th.randn(batch, channels))
         weights = th.randn_like(x)
         ends = []
         for wide in (False, True):
             ours = [value.double() if wide else value.clone() for value in inputs]
-            x, weight, bias, condition = (value.requires_grad_() for value in ours)
+            x, weight, bias, condition, added = (value.requires_grad_() for value in ours)
             scale, shift = condition.chunk(2, dim=1) if scaled else (None, None)
             if wide:
-                out = F.group_norm(x, groups, weight, bias, 1e-5)
+                h = x if before is None else x + added.expand(batch, -1)[..., None, None]
+                out = F.group_norm(h, groups, weight, bias, 1e-5)
                 if scaled:
                     out = out * (1 + scale[..., None, None]) + shift[..., None, None]
                 out = F.silu(out) if silu else out
             else:
-                out = norm_silu(x, weight, bias, scale, shift, groups, 1e-5, silu, 0.0)
+                more = None if before is None else added
+                out = norm_silu(x, weight, bias, scale, shift, more, groups, 1e-5, silu, 0.0)
                 assert out.dtype == dtype and out.stride() == x.stride()
-            gradients = th.autograd.grad(out, ours[: 3 + scaled], weights.to(out))
+            asked = [*ours[: 3 + scaled], *(ours[4:] if before else [])]
+            gradients = th.autograd.grad(out, asked, weights.to(out))
             ends.append([out.detach(), *gradients])
         for mine, exact in zip(*ends, strict=True):
             assert float((mine - exact).norm() / exact.norm()) < (1e-6 if dtype == th.float32 else 6e-3)
@@ -47,7 +56,7 @@ def test_the_kernel_equals_the_single_operations(silu, scaled, layout):
 
 def test_what_the_kernel_drops():
     x = th.randn(2, 64, 16, 16).contiguous(memory_format=th.channels_last).requires_grad_()
-    affine = th.ones(64), th.zeros(64), None, None
+    affine = th.ones(64), th.zeros(64), None, None, None
     dropped, whole = (norm_silu(x, *affine, 32, 1e-5, True, p) for p in (0.3, 0.0))
     kept = dropped != 0
     assert float(kept.float().mean()) == pytest.approx(0.7, abs=5 * (0.21 / kept.numel()) ** 0.5)
@@ -58,3 +67,37 @@ def test_what_the_kernel_drops():
     weights = th.randn_like(x)
     ours, exact = (th.autograd.grad(out, x, weights)[0] for out in (dropped, whole * kept / 0.7))
     th.testing.assert_close(ours, exact)
+
+
+@pytest.mark.parametrize("layout", [th.channels_last, th.contiguous_format])
+@pytest.mark.parametrize("shape", [(3, 40, 5, 5), (2, 300, 4, 4), (1, 8, 1, 1)])
+def test_the_kernel_of_the_sum(shape, layout):
+    x, h = (th.randn(shape).contiguous(memory_format=layout).requires_grad_() for _ in range(2))
+    bias = th.randn(shape[1], requires_grad=True)
+    for first in (x, x.detach().clone(memory_format=th.contiguous_format).requires_grad_()):
+        out = residual(first, h, bias)
+        assert out.stride() == h.stride()
+        exact = first + h + bias[:, None, None]
+        th.testing.assert_close(out, exact)
+        weights = th.randn_like(out)
+        pair = (th.autograd.grad(value, (first, h, bias), weights) for value in (out, exact))
+        for mine, theirs in zip(*pair, strict=True):
+            th.testing.assert_close(mine, theirs)
+
+
+@pytest.mark.parametrize("dtype, rough", [(th.float32, 1e-5), (th.bfloat16, 0.08)])
+@pytest.mark.parametrize("film", [False, True])
+def test_a_network_by_the_kernels(film, dtype, rough, monkeypatch):
+    settings = denoiser(**network(8, 32, use_scale_shift_norm=film, attention_resolutions="4"))
+    model, _ = build_network(settings)
+    randomise(model)
+    x, t = th.randn(2, 3, 8, 8), th.tensor([3, 17])
+    ends = []
+    for wide, kernel in ((dtype, lambda _: norm_silu), (th.float32, lambda _: None)):
+        monkeypatch.setattr(nn, "fused", kernel)
+        model.use_dtype(wide)
+        out = model(x, t)
+        ends.append([out.detach(), *th.autograd.grad(out.square().sum(), list(model.parameters()))])
+    norms = [float(theirs.norm()) for theirs in ends[1]]
+    for mine, theirs, norm in zip(*ends, norms, strict=True):
+        assert float((mine - theirs).norm()) < rough * (norm + 0.01 * max(norms[1:]))

@@ -21,17 +21,19 @@ def norm_silu(
     bias: th.Tensor,
     scale: th.Tensor | None,
     shift: th.Tensor | None,
+    before: th.Tensor | None,
     groups: int,
     eps: float,
     silu: bool,
     dropout: float,
 ) -> th.Tensor:
-    """dropout(silu((weight norm(x) + bias) (1 + scale) + shift)), computed in float32.
+    """dropout(silu((weight norm(x + before) + bias) (1 + scale) + shift)), computed in float32.
 
     Args:
         x: [B, C, H, W] on a GPU, contiguous or channels last, of 16 or 32 bits.
         weight, bias: [C].
         scale, shift: [B, C], or both None.
+        before: [B, C] or [C], or None.
         groups: number of groups of channels.
         eps: added to the variance.
         silu: whether to apply SiLU.
@@ -41,15 +43,17 @@ def norm_silu(
         [B, C, H, W] of the dtype and layout of x.
     """
     seed = th.randint(2**31 - 1, (1,), device=x.device) if dropout else None
-    if scale is not None and shift is not None:
-        scale, shift = (part if part.stride(1) == 1 else part.contiguous() for part in (scale, shift))
-    return _NormSilu.apply(x, weight, bias, scale, shift, seed, groups, eps, silu, dropout)
+    before = None if before is None else before.expand(x.shape[:2])
+    scale, shift, before = (
+        part if part is None or part.stride(1) == 1 else part.contiguous() for part in (scale, shift, before)
+    )
+    return _NormSilu.apply(x, weight, bias, scale, shift, before, seed, groups, eps, silu, dropout)
 
 
 def try_out() -> None:
     """Compile and run a kernel; raises whatever Triton does where it cannot, as without a C compiler."""
     x, affine = th.zeros(1, 4, 2, 2, device="cuda"), th.zeros(4, device="cuda")
-    norm_silu(x, affine, affine, affine[None], affine[None], 1, 1e-5, True, 0.5)
+    norm_silu(x, affine, affine, affine[None], affine[None], affine[None], 1, 1e-5, True, 0.5)
 
 
 class _NormSilu(th.autograd.Function):
@@ -57,37 +61,45 @@ class _NormSilu(th.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: th.Tensor, *arguments: Any) -> th.Tensor:
-        weight, bias, scale, shift, seed, groups, eps, silu, dropout = arguments
+        *inputs, groups, eps, silu, dropout = arguments
         out = th.empty_like(x)
         statistics = x.new_empty((2, len(x), groups), dtype=th.float32)
-        grid, common = _launch(x, scale, groups, silu, dropout)
-        _forward[grid](x, out, weight, bias, scale, shift, seed, statistics, eps=eps, **common)
-        ctx.save_for_backward(x, weight, bias, scale, shift, seed, statistics)
+        grid, common = _launch(x, inputs[2], inputs[3], inputs[4], groups, silu, dropout)
+        _forward[grid](x, out, *inputs, statistics, eps=eps, **common)
+        ctx.save_for_backward(x, *inputs, statistics)
         ctx.options = groups, silu, dropout
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *gradients: th.Tensor) -> tuple[th.Tensor | None, ...]:
-        x, weight, bias, scale, shift, seed, statistics = ctx.saved_tensors
-        grid, common = _launch(x, scale, *ctx.options)
+        x, *inputs, statistics = ctx.saved_tensors
+        weight, _, scale, shift, before, _ = inputs
+        grid, common = _launch(x, scale, shift, before, *ctx.options)
         gradient = gradients[0]
         if gradient.stride() != x.stride():
             gradient = th.empty_like(x).copy_(gradient)
         g_x = th.empty_like(x)
-        sums = x.new_empty((2, *x.shape[:2]), dtype=th.float32)  # of weight and bias, of each sample
-        g_scale, g_shift = (None if part is None else th.empty_like(part) for part in (scale, shift))
-        _backward[grid](
-            *(x, gradient, g_x, weight, bias, scale, shift, seed, statistics, sums, g_scale, g_shift),
-            g_stride=0 if g_scale is None else g_scale.stride(0),
-            **common,
+        kinds = 2 if before is None else 3  # of weight, bias and `before`
+        sums = x.new_empty((kinds, *x.shape[:2]), dtype=th.float32)
+        g_scale, g_shift = (
+            None if part is None else th.empty(part.shape, dtype=part.dtype, device=part.device)
+            for part in (scale, shift)
         )
-        g_weight, g_bias = sums.sum(1).to(weight.dtype)
-        return g_x, g_weight, g_bias, g_scale, g_shift, None, None, None, None, None
+        _backward[grid](x, gradient, g_x, *inputs, statistics, sums, g_scale, g_shift, **common)
+        g_weight, g_bias = sums[:2].sum(1).to(weight.dtype)
+        g_before = None if before is None else sums[2].to(before.dtype)
+        return g_x, g_weight, g_bias, g_scale, g_shift, g_before, None, None, None, None, None
 
 
 def _launch(
-    x: th.Tensor, scale: th.Tensor | None, groups: int, silu: bool, dropout: float
+    x: th.Tensor,
+    scale: th.Tensor | None,
+    shift: th.Tensor | None,
+    before: th.Tensor | None,
+    groups: int,
+    silu: bool,
+    dropout: float,
 ) -> tuple[tuple[int, int], dict[str, Any]]:
     """The programs of a kernel, and the arguments that both kernels have."""
     batch, channels, positions = len(x), x.shape[1], x[0, 0].numel()
@@ -100,7 +112,9 @@ def _launch(
         "positions": positions,
         "channels": channels,
         "groups": groups,
-        "s_stride": 0 if scale is None else scale.stride(0),
+        "scale_row": 0 if scale is None else scale.stride(0),
+        "shift_row": 0 if shift is None else shift.stride(0),
+        "before_row": 0 if before is None else before.stride(0),
         "threshold": min(round(dropout * 2**31), 2**31 - 1),
         "growth": 1 / (1 - dropout),
         "WIDTH": width,
@@ -111,6 +125,7 @@ def _launch(
         "SILU": silu,
         "DROPOUT": dropout > 0,
         "SCALED": scale is not None,
+        "BEFORE": before is not None,
         "num_warps": max(1, min(8, block * tile // 128)),  # four elements of a tile for each thread
     }
 
@@ -123,21 +138,26 @@ def _over_group(values, group, inside):
 
 
 @triton.jit
-def _affine(weight, bias, c, inside):
-    """Each channel's weight and bias."""
-    w = tl.load(weight + c, mask=inside, other=0.0).to(tl.float32)
-    return w, tl.load(bias + c, mask=inside, other=0.0).to(tl.float32)
+def _row(values, b, row, c, inside):
+    """A sample's values, float32 for each channel."""
+    return tl.load(values + b * row + c, mask=inside, other=0.0).to(tl.float32)
 
 
 @triton.jit
-def _scaled(w, o, scale, shift, c, inside, b, s_stride, SCALED: tl.constexpr):
+def _affine(weight, bias, c, inside):
+    """Each channel's weight and bias."""
+    return _row(weight, 0, 0, c, inside), _row(bias, 0, 0, c, inside)
+
+
+@triton.jit
+def _scaled(w, o, scale, shift, c, inside, b, scale_row, shift_row, SCALED: tl.constexpr):
     """(1 + scale), and each channel's gain and offset after the norm."""
     factor = tl.full(w.shape, 1.0, tl.float32)
     gain, offset = w, o
     if SCALED:
-        factor += tl.load(scale + b * s_stride + c, mask=inside, other=0.0).to(tl.float32)
+        factor += _row(scale, b, scale_row, c, inside)
         gain = w * factor
-        offset = o * factor + tl.load(shift + b * s_stride + c, mask=inside, other=0.0).to(tl.float32)
+        offset = o * factor + _row(shift, b, shift_row, c, inside)
     return factor, gain, offset
 
 
@@ -168,10 +188,11 @@ def _kept(part: tl.constexpr, d0, d1, d2, d3, threshold):
 
 @triton.jit
 def _forward(
-    x, out, weight, bias, scale, shift, seed, statistics,
-    positions, channels, groups, s_stride, threshold, growth, eps,
+    x, out, weight, bias, scale, shift, before, seed, statistics,
+    positions, channels, groups, scale_row, shift_row, before_row, threshold, growth, eps,
     WIDTH: tl.constexpr, TAKEN: tl.constexpr, BLOCK: tl.constexpr, TILE: tl.constexpr,
     CHANNELS_LAST: tl.constexpr, SILU: tl.constexpr, DROPOUT: tl.constexpr, SCALED: tl.constexpr,
+    BEFORE: tl.constexpr,
 ):  # fmt: skip
     b, first = tl.program_id(0).to(tl.int64), tl.program_id(1) * TAKEN
     local = tl.arange(0, BLOCK)
@@ -195,6 +216,8 @@ def _forward(
     mean = tl.sum(total, axis=0) / positions
     m2 = tl.sum(squares, axis=0) - mean * mean * positions
     mean += near
+    if BEFORE:
+        mean += _row(before, b, before_row, c, inside)
     centre = _over_group(mean, group, inside) / WIDTH
     away = mean - centre
     variance = _over_group(m2 / positions + away * away, group, inside) / WIDTH
@@ -205,7 +228,9 @@ def _forward(
     tl.store(statistics + tl.num_programs(0) * groups + row, rstd, mask=one)
 
     w, o = _affine(weight, bias, c, inside)
-    _, gain, offset = _scaled(w, o, scale, shift, c, inside, b, s_stride, SCALED)
+    _, gain, offset = _scaled(w, o, scale, shift, c, inside, b, scale_row, shift_row, SCALED)
+    if BEFORE:
+        centre -= _row(before, b, before_row, c, inside)  # that of x itself
     gain *= rstd
     offset -= gain * centre
     for start in range(0, positions, 4 * TILE):
@@ -240,10 +265,11 @@ def _gradient(
 
 @triton.jit
 def _backward(
-    x, g, g_x, weight, bias, scale, shift, seed, statistics, sums, g_scale, g_shift,
-    positions, channels, groups, s_stride, threshold, growth, g_stride,
+    x, g, g_x, weight, bias, scale, shift, before, seed, statistics, sums, g_scale, g_shift,
+    positions, channels, groups, scale_row, shift_row, before_row, threshold, growth,
     WIDTH: tl.constexpr, TAKEN: tl.constexpr, BLOCK: tl.constexpr, TILE: tl.constexpr,
     CHANNELS_LAST: tl.constexpr, SILU: tl.constexpr, DROPOUT: tl.constexpr, SCALED: tl.constexpr,
+    BEFORE: tl.constexpr,
 ):  # fmt: skip
     b, first = tl.program_id(0).to(tl.int64), tl.program_id(1) * TAKEN
     batch = tl.num_programs(0)
@@ -254,9 +280,11 @@ def _backward(
     x, g, g_x = x + base, g + base, g_x + base
     row = b * groups + first + group
     centre = tl.load(statistics + row, mask=inside, other=0.0)
+    if BEFORE:
+        centre -= _row(before, b, before_row, c, inside)
     rstd = tl.load(statistics + batch * groups + row, mask=inside, other=0.0)
     w, o = _affine(weight, bias, c, inside)
-    factor, gain, offset = _scaled(w, o, scale, shift, c, inside, b, s_stride, SCALED)
+    factor, gain, offset = _scaled(w, o, scale, shift, c, inside, b, scale_row, shift_row, SCALED)
 
     ones, along = tl.zeros((TILE, BLOCK), tl.float32), tl.zeros((TILE, BLOCK), tl.float32)
     for start in range(0, positions, 4 * TILE):
@@ -276,11 +304,12 @@ def _backward(
     tl.store(sums + (batch + b) * channels + c, factor * along_ones, mask=inside)
     if SCALED:
         g_s = w * along_x + o * along_ones
-        tl.store(g_scale + b * g_stride + c, g_s.to(g_scale.dtype.element_ty), mask=inside)
-        tl.store(g_shift + b * g_stride + c, along_ones.to(g_shift.dtype.element_ty), mask=inside)
+        tl.store(g_scale + b * channels + c, g_s.to(g_scale.dtype.element_ty), mask=inside)
+        tl.store(g_shift + b * channels + c, along_ones.to(g_shift.dtype.element_ty), mask=inside)
     size = positions * WIDTH
     along_ones = _over_group(along_ones * gain, group, inside) / size
     along_x = _over_group(along_x * gain, group, inside) / size
+    ones = tl.zeros((TILE, BLOCK), tl.float32)
     for start in range(0, positions, 4 * TILE):
         p = start + tl.arange(0, TILE)
         d0, d1, d2, d3 = _draws(seed, base, p, c, positions, channels, CHANNELS_LAST, DROPOUT)
@@ -293,3 +322,6 @@ def _backward(
             # What the mean and the variance take away.
             own = (gradient * gain[None, :] - along_ones[None, :] - normed * along_x[None, :]) * rstd[None, :]
             tl.store(g_x + where, own.to(g_x.dtype.element_ty), mask=there)
+            ones += tl.where(there, own, 0.0)
+    if BEFORE:
+        tl.store(sums + (2 * batch + b) * channels + c, tl.sum(ones, axis=0), mask=inside)

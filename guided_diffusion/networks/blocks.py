@@ -5,7 +5,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from ..kernels.attention import attention
-from ..nn import GroupNorm32, checkpointed, zero_module
+from ..nn import GroupNorm32, checkpointed, convolved, residual, zero_module
 
 
 class Upsample(nn.Module):
@@ -79,17 +79,17 @@ class ResBlock(nn.Module):
         h = norm_in(x, silu=True)
         if self.resample is not None:
             h, x = self.resample(h), self.resample(x)
-        h = conv_in(h)
+        h, before = convolved(conv_in, h)
         condition = self.emb_layers(emb)
         norm_out, _, dropout, conv_out = self.out_layers
         p = dropout.p if dropout.training else 0.0
+        scale = shift = None
         if self.use_scale_shift_norm:
             scale, shift = condition.chunk(2, dim=1)
-            h = norm_out(h, scale, shift, silu=True, dropout=p)
         else:
-            h = norm_out(h + condition[:, :, None, None].type(h.dtype), silu=True, dropout=p)
-        h = conv_out(h)
-        return self.skip_connection(x) + h
+            before = condition if before is None else before + condition
+        h = norm_out(h, scale, shift, before=before, silu=True, dropout=p)
+        return residual(self.skip_connection(x), *convolved(conv_out, h))
 
 
 class AttentionBlock(nn.Module):
