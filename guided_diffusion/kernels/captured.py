@@ -15,6 +15,7 @@ import torch as th
 _WARM_UPS = 3  # calls that fill caches, lazily made states and the allocator, as torch asks for
 _MOST = 2  # recordings of a function
 _WAITED = "called a synchronizing CUDA operation"  # as torch warns of it
+_PROTOTYPE = "Synchronization debug mode is a prototype"  # as it says of warning of that
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,7 +91,7 @@ class Captured:
         for warning in caught:
             if _WAITED in str(warning.message):
                 self.waits = True
-            else:
+            elif _PROTOTYPE not in str(warning.message):
                 warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
         return _copied(result)
 
