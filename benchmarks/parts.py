@@ -109,9 +109,9 @@ def make_plain(loop: TrainLoop) -> None:
     """Give a loop an optimizer and averages that go through the parameters one by one."""
     loop.optimizer = th.optim.AdamW(loop.parameters, lr=loop.training.lr, foreach=False)
 
-    def step() -> th.Tensor:
+    def step() -> tuple[th.Tensor, th.Tensor]:
         loop.optimizer.step()
-        return th.tensor(False)
+        return th.tensor(False), th.zeros(())
 
     @th.no_grad()
     def update(ema: Ema) -> None:
