@@ -262,9 +262,7 @@ def graph(tiny: bool) -> list[Row]:
                 loop.network.train()
                 th.manual_seed(1)
                 for module in (loop.source.teacher.network, loop.network):
-                    randomise(
-                        module
-                    )  # a gradient of 0 is rounding alone, which Adam makes as large as others
+                    randomise(module)  # gradients of 0 are rounding, which Adam makes as large as any
                 for step in range(12):
                     reseed(0, 0, step)
                     loop.train_step(loop.source.next_batch(loop.step))

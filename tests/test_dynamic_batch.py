@@ -222,6 +222,7 @@ def test_the_teachers_answers_serve_so_many_batches_before_they_are_forgotten(te
         step = teacher.step(batch.x_t, batch.t)
         for name in ("eps", "mean", "log_variance"):
             th.testing.assert_close(getattr(batch, name), getattr(step, name))
+    assert all(batch.index is None and batch.s is None for batch in batches)  # no entry follows the student
     seen = [{x.numpy().tobytes() for x in batch.x_t} for batch in batches]
     assert seen[0] == seen[1] == seen[2]  # all there is
     assert seen[3] != seen[4] and len(set.union(*seen)) == 16

@@ -28,8 +28,8 @@ class DistillationBatch:
         log_variance: the same.
         y: int64 [B] class labels, or None.
         features, bottleneck: the teacher's maps, float32 [B, C', H', W'], or None where nobody asked.
-        index: int64 [B], the pool's entries that these were, or None for samples of no pool and for
-            answers that are used again.
+        index: int64 [B], the pool's entries that these were, or None for samples of no pool, for
+            answers that are used again, and where no entry follows the student.
         s: int64 [B], the steps at which those are now (-1: clean), or None.
     """
 

@@ -10,7 +10,7 @@ from ..gaussian_diffusion import GaussianDiffusion
 from ..networks.base import DenoisingNetwork
 from ..spaces import SampleSpace
 
-_CALLS_AHEAD = 8
+_AHEAD = 1 << 15  # numbers that a row's generator draws at once on a GPU
 
 
 @dataclass(frozen=True)
@@ -56,8 +56,10 @@ class SeededNoise:
     def __call__(self, x: th.Tensor) -> th.Tensor:
         """Noise of x's shape; every call continues each row's stream."""
         if not self._ahead:
-            # On a GPU each row is a launch, which costs as much for several calls as for one.
-            calls = _CALLS_AHEAD if self.generators[0].device.type == "cuda" else 1
+            # On a GPU each row is a launch, which costs a small one as much for several calls as for one. How
+            # many must not depend on the batch, lest the images do.
+            on_gpu = self.generators[0].device.type == "cuda"
+            calls = max(1, _AHEAD // x[0].numel()) if on_gpu else 1
             rows = [
                 th.randn((calls, *x.shape[1:]), generator=generator, device=generator.device, dtype=x.dtype)
                 for generator in self.generators
