@@ -22,7 +22,7 @@ import torch.distributed as dist
 from .errors import UserError
 from .io import files
 from .io.remote import fetch, is_url
-from .processes.cores import since_start
+from .processes.cores import since_start, usable_cores
 from .processes.launch import Launch, OtherRanks, detect_launch, meet
 from .processes.rendezvous import TIMEOUT, exchange, rendezvous
 from .processes.stopping import ranks_have_met
@@ -56,7 +56,7 @@ def setup_dist() -> Launch:
     ranks = exchange(store, launch, "rank", (socket.gethostname(), _gpu()))
     # Ranks share the host's cores; without this each would start a thread on every one.
     ranks_here = sum(host == socket.gethostname() for host, _ in ranks)
-    use_threads(max(1, (os.cpu_count() or 1) // ranks_here))
+    use_threads(max(1, min(usable_cores(), (os.cpu_count() or 1) // ranks_here)))
     gpus = {gpu for _, gpu in ranks if gpu is not None}
     dist.init_process_group(
         "nccl" if len(gpus) == len(ranks) else "gloo",  # nccl refuses two ranks on one GPU
@@ -182,6 +182,21 @@ def all_gather(tensor: th.Tensor) -> th.Tensor:
     return th.cat(parts)
 
 
+def gather(tensor: th.Tensor) -> th.Tensor:
+    """A copy on rank 0's CPU of every rank's tensor (same shape on all), joined along the first dimension in
+    rank order; on the other ranks no rows. Collective.
+    """
+    own = tensor.detach().to("cpu", copy=True)
+    if not dist.is_initialized():
+        return own
+    if rank() != 0:
+        dist.gather(own, group=_cpu_group())
+        return own[:0]
+    joined = own.new_empty(world_size() * len(own), *own.shape[1:])
+    dist.gather(own, list(joined.chunk(world_size())), group=_cpu_group())
+    return joined
+
+
 def all_reduce_sum(tensor: th.Tensor) -> th.Tensor:
     """The sum of every rank's tensor."""
     if dist.is_initialized():
@@ -269,7 +284,7 @@ def from_rank_zero(function: Callable[[], _T]) -> _T:
         try:
             answer = function(), ""
         except (UserError, OSError) as error:
-            answer = None, str(error)
+            answer = None, str(error) or type(error).__name__  # some have no text
     _wait_for_rank_zero()
     result, mistake = broadcast_object(answer)
     if mistake:

@@ -1,5 +1,6 @@
 """How the timesteps of plain training are drawn (Improved DDPM, section 3.3)."""
 
+import math
 from abc import ABC, abstractmethod
 
 import torch as th
@@ -75,11 +76,13 @@ class LossSecondMomentResampler(ScheduleSampler):
         return (1 - self.uniform_share) * p / p.sum() + self.uniform_share * uniform
 
     def update_with_losses(self, t: th.Tensor, losses: th.Tensor) -> None:
-        """Put every rank's losses into the history, the newest last."""
+        """Put every rank's losses into the history, the newest last, and leave out what is not finite."""
         all_t = dist_util.all_gather(t.to(self.losses.device)).tolist()
         all_losses = dist_util.all_gather(losses.detach().double().to(self.losses.device)).tolist()
         length = self.losses.shape[1]
         for step, loss in zip(all_t, all_losses, strict=True):
+            if not math.isfinite(loss):
+                continue  # the step is skipped too
             row = self.losses[step]
             if self.counts[step] == length:
                 row[:-1] = row[1:].clone()

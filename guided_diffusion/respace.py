@@ -23,8 +23,8 @@ def space_timesteps(num_timesteps: int, section_counts: str | Sequence[int]) -> 
         Steps of the original process, each in {0..T-1}.
 
     Raises:
-        ValueError: no integer stride gives N steps, N is not within 1..T, or a section is shorter than
-            its count.
+        ValueError: no integer stride gives N steps, N is not within 1..T, a section is shorter than its
+            count, or none is kept.
     """
     if isinstance(section_counts, str):
         if section_counts.startswith("ddim"):
@@ -45,7 +45,7 @@ def space_timesteps(num_timesteps: int, section_counts: str | Sequence[int]) -> 
     begin = 0
     for i, count in enumerate(section_counts):
         size = shortest + (i < longer)
-        if size < count:
+        if not 0 <= count <= size:
             raise ValueError(f"cannot keep {count} steps of a section of {size}")
         stride = 1.0 if count <= 1 else (size - 1) / (count - 1)
         offset = 0.0  # summed, not multiplied: halves then round as in the published processes
@@ -53,6 +53,8 @@ def space_timesteps(num_timesteps: int, section_counts: str | Sequence[int]) -> 
             kept.add(begin + round(offset))
             offset += stride
         begin += size
+    if not kept:
+        raise ValueError("no step would be kept")
     return kept
 
 

@@ -168,12 +168,13 @@ class TrainLoop:
                     progress.show(self._shown)
                 # A run whose last iteration is done has finished, whatever signal came.
                 stop = self.step != self.iterations and dist_util.any_rank(bool(signals.received))
-                last = stop or self.step == self.iterations
                 scored = self._score_due() and not stop
-                if last or scored or self.step % self.training.save_interval == 0:
+                at_the_end = stop or self.step == self.iterations
+                saved = at_the_end or scored or self.step % self.training.save_interval == 0
+                if saved:
                     self.save()
                 before = time.monotonic()
-                if self.grids is not None and self._samples_due(last) and not stop:
+                if self.grids is not None and self._samples_due(saved) and not stop:
                     self.grids.save(self.step, self.network, self._last_ema, self.log)
                 if scored:
                     stop = self._score(signals) and self.step != self.iterations
@@ -198,7 +199,8 @@ class TrainLoop:
 
     def _all_gradients(self, batch: Any) -> dict[str, th.Tensor]:
         """Every pass's forward and backward; the sums for the log."""
-        self.optimizer.zero_grad(set_to_none=True)
+        # On a GPU gradients keep their place: that is where a graph of the optimizer's step reads them.
+        self.optimizer.zero_grad(set_to_none=dist_util.dev().type != "cuda")
         size = self.training.microbatch if self.training.microbatch > 0 else len(batch)
         metrics = Metrics()
         for micro in batch.split(size):
@@ -208,7 +210,7 @@ class TrainLoop:
                 metrics.add_pass(out, self.process.num_timesteps)
                 total = total + out.loss.detach().mean()
             assert isinstance(total, th.Tensor)
-            metrics.add("loss", total)
+            metrics.add("loss", total.expand(len(micro)))
         return metrics.sums
 
     def _new_weights(self, rate: float | th.Tensor) -> dict[str, th.Tensor]:
@@ -219,7 +221,7 @@ class TrainLoop:
         for ema in self.emas.values():
             ema.update(skipped, self.step if self.run_settings.ema_warmup else None)
         metrics = Metrics()
-        metrics.add("grad_norm", th.where(skipped, 0.0, norm))
+        metrics.sums["grad_norm"] = th.stack([th.where(skipped, 0.0, norm), (~skipped).float()])
         metrics.add("skipped", skipped)
         return metrics.sums
 
@@ -341,10 +343,9 @@ class TrainLoop:
         if record := self.source.pool_record():
             self.log.pool(self.step, record)
 
-    def _samples_due(self, last: bool) -> bool:
-        if self.run_settings.sample_interval == 0:
-            return last or self.step % self.training.save_interval == 0
-        return self.run_settings.sample_interval > 0 and self.step % self.run_settings.sample_interval == 0
+    def _samples_due(self, saved: bool) -> bool:
+        interval = self.run_settings.sample_interval
+        return saved if interval == 0 else interval > 0 and self.step % interval == 0
 
     def _set_lr(self) -> None:
         """The next iteration's learning rate: linear warm-up times ADM's linear annealing.
@@ -424,6 +425,7 @@ class TrainLoop:
             if "optimizer" in state:
                 if state["scaler"] or not self.scaler.is_enabled():
                     self.scaler.load_state_dict(state["scaler"])
+                    self.scaler.set_growth_factor(2.0**self.training.fp16_scale_growth)
                 else:
                     self.log.info("the run had no loss scale so far; it starts anew")
                 before, now = state["world_size"], dist_util.world_size()

@@ -184,7 +184,8 @@ class UNetModel(DenoisingNetwork):
             used = image_size >> level in sizes or level == len(levels) - 1
             for name in names:
                 value = getattr(settings, name)
-                if used and value != -1 and (value <= 0 or width % value):
+                asked = value != -1 or name == "num_heads"  # -1: as many as on the way down
+                if used and asked and (value <= 0 or width % value):
                     raise ValueError(f"{name} {value} does not divide the attention width {width}")
         return cls(
             image_size=image_size,

@@ -290,6 +290,16 @@ def test_an_entry_that_follows_the_student_lies_where_the_students_jump_leads(te
     assert 0.2 < share < 0.8
 
 
+def test_an_entry_stays_where_the_teacher_led_it_if_the_students_prediction_is_not_finite(teacher):
+    pool = noise_pool(40, teacher.process)
+    batch = pool.advance(th.arange(40), teacher, stride=6)
+    teachers, students = pool.x.clone(), th.randn_like(batch.eps)
+    students[3, 0, 1, 2], students[5] = th.nan, th.inf
+    pool.follow(batch, students, teacher.process, 1.0)
+    stayed = (pool.x == teachers).flatten(1).all(dim=1)
+    assert stayed[3] and not stayed.all() and pool.x.isfinite().all()
+
+
 def test_without_bounds_a_student_throws_an_entry_no_farther_than_the_teachers_images_reach(teacher):
     process = copy.copy(teacher.process)
     process.bounds = None  # as in a latent space

@@ -42,6 +42,12 @@ def test_schedule(name):
         np.testing.assert_allclose(ours, value.numpy(), rtol=1e-12, atol=0, err_msg=key)
 
 
+@pytest.mark.parametrize("counts", ["0", "-5", "0,0", "10,-1"])
+def test_impossible_counts_of_steps_are_refused(counts):
+    with pytest.raises(ValueError, match=r"cannot keep|no step"):
+        space_timesteps(100, counts)
+
+
 @pytest.mark.parametrize("key, expected", manifest("g3_space_timesteps.json")["cases"].items())
 def test_space_timesteps(key, expected):
     steps, counts = key.split("|")

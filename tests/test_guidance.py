@@ -27,6 +27,7 @@ from guided_diffusion.distill.teacher import Teacher
 from guided_diffusion.io.safetensors_file import read_safetensors
 from guided_diffusion.networks.guidance import guided
 from guided_diffusion.runs.checkpoint import load_state_dict
+from guided_diffusion.sampling.samplers import sample_images
 from guided_diffusion.script_util import build_network, build_process, build_space
 from guided_diffusion.setups.distillation import load_teacher
 from guided_diffusion.spaces import PixelSpace
@@ -143,6 +144,14 @@ def test_a_guided_teacher_is_distilled_to_samples(tmp_path):
         done = script_here("scripts/image_kd.py", "--config", config, f"teacher.guidance_scale={scale}",
                            "--exp_dir", tmp_path / f"other{scale}", check=False)  # fmt: skip
         assert f"guidance_scale {theirs}" in one_line_error(done)
+
+
+def test_sampling_leaves_a_guided_teacher_as_it_was():
+    """Not in training mode, in which it would drop activations and labels."""
+    model, process = made("adm")
+    teacher = guided(model, 2.0)
+    sample_images(teacher, process, PixelSpace(8), range(1))
+    assert not any(module.training for module in teacher.modules())
 
 
 def test_a_pool_of_before_is_one_without_guidance(tmp_path):

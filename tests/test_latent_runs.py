@@ -1,13 +1,15 @@
 """Whole runs in a latent space: pool, teacher and student live in latents, what people see is decoded."""
 
 import json
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 import torch as th
 import yaml
 from in_process import script_here
-from tiny import T, distillation, make_vae, network, one_line_error
+from tiny import ROOT, T, distillation, make_vae, network, one_line_error
 
 from guided_diffusion.config.loading import load_distillation, load_experiment
 from guided_diffusion.distill.pool_file import read_pool, read_pool_header
@@ -247,6 +249,27 @@ def test_images_are_encoded_once(baseline, monkeypatch):
     np.savez(baseline / "images.npz", np.load(baseline / "images.npz")["arr_0"][:8])
     train(baseline, "e")
     assert calls == [9] * 5 + [8, 8] and len(encoded(baseline)) == 4
+
+
+def test_two_runs_do_not_encode_the_same_images_at_once(baseline, monkeypatch):
+    from guided_diffusion.io import files
+
+    train(baseline, "a")
+    (path,) = encoded(baseline)
+    path.unlink()
+    monkeypatch.setattr(files, "_PATIENCE", 0.2)
+    holder = (
+        "import sys; from pathlib import Path; from guided_diffusion.io.files import held\n"
+        "with held(Path(sys.argv[1])): print('held', flush=True); sys.stdin.read()"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", holder, path], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as other:
+        assert other.stdout.readline() == b"held\n"
+        assert "another process is writing there" in one_line_error(train(baseline, "b", check=False))
+        other.stdin.close()
+    train(baseline, "c")
+    assert encoded(baseline) == [path]
 
 
 def test_what_is_trained_on_is_what_encoding_the_batch_gives(baseline):

@@ -77,6 +77,7 @@ def test_labels_are_given_if_and_only_if_wanted():
     [
         ({"num_head_channels": 24}, "num_head_channels 24 does not divide"),
         ({"num_heads": 3}, "num_heads 3 does not divide"),
+        ({"num_heads": -1}, "num_heads -1 does not divide"),
         ({"channel_mult": ""}, "image_size 16 has no default channel_mult"),
         ({"channel_mult": "1,2,2,2,2,2"}, "cannot be halved 5 times"),
         ({"timestep_respacing": "ddim8"}, "no integer stride"),

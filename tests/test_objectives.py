@@ -142,6 +142,23 @@ class TestStages:
         assert terms["mse"].abs().max() == 0
         assert terms["vb"].abs().max() < 1e-6
 
+    @pytest.mark.parametrize("kind", ["epsilon", "sample", "v_prediction"])
+    def test_in_stage_2_too_the_mean_is_that_of_the_noise_that_the_student_predicts(self, kind):
+        """Whatever it predicts: applied to eps_T, x_0 or v stand for another noise than they would at x_t."""
+        _, teachers = build_network(denoiser(**network()))
+        th.manual_seed(0)
+        model, diffusion = build_network(denoiser(**network(), prediction_type=kind))
+        objective = Distillation(model, diffusion, Distill(stage1_weight=0))
+        x, eps, values = th.rand(3, 4, 3, 16, 16) * 2 - 1
+        t = th.tensor([0, 5, 10, 19])
+        out = teachers.p_distribution(th.cat([eps, values], dim=1), x, t, clip_denoised=False)
+        batch = DistillationBatch(x, t, eps, out["mean"], out["log_variance"])
+        start = diffusion.predict_xstart_from_eps(eps, t, eps)  # of a student that says eps at (eps, t)
+        scale = [diffusion.at(f"sqrt_{name}alphas_cumprod", t) for name in ("", "one_minus_")]
+        said = {"epsilon": eps, "sample": start, "v_prediction": scale[0] * eps - scale[1] * start}[kind]
+        terms = objective.distillation_terms(th.cat([said, values], dim=1), batch, x_in=eps, x_t=x)
+        assert terms["mse"].max() < 1e-6 and terms["vb"].max() < 1e-4
+
     def test_clip_last_tames_the_first_step(self):
         model, diffusion, wild = build(DKDM)
         _, _, tame = build(DKDM, clip_last=True)
@@ -344,6 +361,12 @@ def test_second_moment_sampling_follows_the_losses():
     drawn, weights = sampler.sample(20000, "cpu")
     values = th.tensor([1.0, 2.0, 3.0, 4.0])
     assert float((values[drawn] * weights).mean()) == pytest.approx(2.5, rel=0.05)  # unbiased
+
+
+def test_second_moment_sampling_forgets_what_is_not_finite():
+    sampler = LossSecondMomentResampler(2, history=1)
+    sampler.update_with_losses(th.tensor([0, 1, 0, 1]), th.tensor([1.0, 3.0, th.nan, th.inf]))
+    th.testing.assert_close(sampler.probabilities()[1], th.tensor(0.75, dtype=th.float64), atol=1e-3, rtol=0)
 
 
 @pytest.mark.parametrize("sampler", [UniformSampler, LossSecondMomentResampler])

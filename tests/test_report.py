@@ -188,7 +188,7 @@ def test_words_and_numbers(run):
         csv.writer(file).writerows([columns, *rows])
     log = RunLog(run)
     (run / "pool.jsonl").unlink()
-    for step, restarts in ((0, 0), (4, 10), (8, 30)):
+    for step, restarts in ((0, 7), (4, 10), (8, 30)):  # 7 before this run took the pool up
         log.pool(step, {"T": 100, "levels": [10] * 20, "clean": 0, "mean_level": 25.0, "restarts": restarts})
     (run / "best.json").write_text('{"step": 8, "metric": "digits-FD", "value": 7.5}')
     (run / "run.json").write_text('{"name": "x", "ended": "not yet", "resumed": ["2026-01-02T03:04:05"]}')

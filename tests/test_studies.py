@@ -1,5 +1,6 @@
 """Studies: what a result is known by, what is counted and measured, and that nothing is done twice."""
 
+import math
 import os
 import re
 import shutil
@@ -9,6 +10,7 @@ import sys
 import threading
 import time
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -367,6 +369,25 @@ class TestCell:
         )
         assert scripts == [prepare, distil, sample, sample]
 
+    def test_a_run_that_is_renamed_after_its_training_is_sampled_by_its_new_name(self, cell_run):
+        configs = []
+
+        def do(script, *words):
+            if "image_sample" in script:
+                configs.append(Path(words[words.index("--config") + 1]))
+                raise CommandFailed("stopped")
+
+        def renamed():
+            run = cell_run(do)
+            run.cell = replace(run.cell, run=replace(run.cell.run, name="renamed"))
+            return run
+
+        for again in (lambda: cell_run(do), renamed):
+            with pytest.raises(CommandFailed, match="stopped"):
+                again().run()
+        assert [path.name for path in configs] == ["plain.yaml", "renamed.yaml"]
+        assert all(path.is_file() for path in configs)
+
     def test_a_budget_of_operations_pays_for_the_preparation_first(self, cell_run):
         unit = cell_run()
         ledger = ledger_of(unit.experiment, None, 0)
@@ -525,6 +546,12 @@ class TestReport:
             results.append(record)
         write_report(found, results, tmp_path, tmp_path / "report.md", "studies.md")
         assert "| fast | 2 | 2 / - / 2 |" in (tmp_path / "report.md").read_text()
+
+    def test_a_study_whose_every_score_is_not_finite_has_a_page_too(self, tmp_path):
+        text = page_of(
+            load_study(study(tmp_path)), tmp_path, dict.fromkeys(("plain", "fast"), [math.nan] * 3)
+        )
+        assert "| fast | - | - / - / - |" in text
 
     def test_a_study_without_results_has_a_page_too(self, tmp_path):
         write_report(load_study(study(tmp_path)), Results(tmp_path / "no"), tmp_path, tmp_path / "r.md", "x")

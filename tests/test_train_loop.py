@@ -3,13 +3,15 @@
 import pytest
 import torch as th
 from in_process import script_here
-from test_objectives import build, loop_for, make_batch
-from tiny import distillation, one_line_error
+from test_objectives import DKDM, build, loop_for, make_batch
+from tiny import denoiser, distillation, network, one_line_error
 
+from guided_diffusion.config.settings import Run
 from guided_diffusion.networks.precision import compute_dtype
 from guided_diffusion.runs.checkpoint import complete_checkpoints
 from guided_diffusion.train_util import reseed
 from guided_diffusion.training.ema import Ema
+from guided_diffusion.training.grids import sampling_process
 from guided_diffusion.training.metrics import Metrics
 from guided_diffusion.training.objective import PassLoss
 from guided_diffusion.training.optimizer import load_optimizer_state
@@ -58,6 +60,54 @@ def test_averages():
     th.nn.init.ones_(fresh.module.weight)
     fresh.update(th.tensor(False), warmup_step=0)  # rate 1/10 instead of 0.9
     assert float(fresh.state_dict()["weight"]) == pytest.approx(0.9)
+
+
+def test_a_weight_used_in_two_places_is_averaged_under_both_names():
+    module = th.nn.Sequential(th.nn.Linear(2, 2, bias=False), th.nn.Linear(2, 2, bias=False))
+    module[1].weight = module[0].weight
+    ema = Ema(module, 0.9)
+    th.nn.init.zeros_(module[0].weight)
+    ema.update(th.tensor(False))
+    state = ema.state_dict()
+    assert state["0.weight"].any() and th.equal(state["0.weight"], state["1.weight"])
+    again = Ema(module, 0.9)
+    again.load_state_dict(state)
+    assert th.equal(again.average[0], ema.average[0])
+
+
+def test_what_is_logged_counts_samples_and_leaves_out_skipped_steps(tmp_path):
+    model, diffusion, objective = build(DKDM)
+    batch = make_batch(diffusion, 5)
+    loop = loop_for(model, diffusion, objective, tmp_path, microbatch=4, lr=1e-9)
+    loop.train_step(batch)
+    whole = objective.stage1(model, batch).loss.mean()
+    values = loop.metrics.read()
+    assert values["loss"] == pytest.approx(whole.item(), rel=1e-4)
+    loop.train_step(batch)
+    batch.x_t[0] = th.nan
+    loop.train_step(batch)
+    after = loop.metrics.read()
+    assert after["skipped"] == 0.5 and after["grad_norm"] == pytest.approx(values["grad_norm"], rel=1e-3)
+
+
+def test_the_growth_of_the_loss_scale_is_the_configured_one_after_resuming(tmp_path):
+    model, diffusion, objective = build(DKDM)
+    model.use_dtype(th.float16)
+    before, after = (
+        loop_for(model, diffusion, objective, tmp_path, fp16_scale_growth=growth) for growth in (0.001, 0.1)
+    )
+    th.save({"optimizer": before.optimizer.state_dict(), "scaler": before.scaler.state_dict(),
+             "world_size": 1}, tmp_path / "opt.pt")  # fmt: skip
+    after._load_optimizer(tmp_path / "opt.pt")
+    assert after.scaler.get_growth_factor() == pytest.approx(2**0.1)
+
+
+def test_a_network_of_a_respaced_process_is_sampled_in_its_own_steps():
+    for respacing, expected in (("", [0, 5, 10, 14, 19]), ("4", [0, 6, 13, 19])):
+        process = sampling_process(
+            denoiser(**network(), timestep_respacing=respacing), Run(sample_respacing="5")
+        )
+        assert list(process.timestep_map) == expected, respacing
 
 
 def test_arithmetic():

@@ -283,7 +283,9 @@ class Training:
         "keep the pool of every so many iterations (-1: of the newest two checkpoints only)",
         idle_in=("",),
     )
-    clip_last: bool = key(False, "clip the student's predicted x_0 inside the KL at t = T-1")
+    clip_last: bool = key(
+        False, "clip the student's predicted x_0 inside the KL at t = T-1, if clip_denoised"
+    )
 
     def check(self, where: str) -> None:
         """Raise `UserError` for values that cannot be right."""
@@ -420,7 +422,9 @@ class Run:
     weights_format: str = key("pt", "files of the networks: pt, safetensors (for other programs too) or both")
     sample_interval: int = key(0, "iterations between grids of samples (0: with every checkpoint; -1: never)")
     num_samples: int = key(16, "samples in such a grid")
-    sample_respacing: str = key("50", "timestep_respacing of such a grid, and of what is scored")
+    sample_respacing: str = key(
+        "50", "timestep_respacing of such a grid, and of what is scored, unless the process is respaced"
+    )
     eval_interval: int = key(
         0, "iterations between scores of the averaged weights, whose checkpoints are kept (0: never)"
     )

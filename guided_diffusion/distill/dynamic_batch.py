@@ -186,7 +186,8 @@ class DynamicBatch:
 
         Their x_s moves by what the two predicted x_0 differ, each clipped to the process's bounds and the
         student's also to the least and greatest values of the teacher's (a latent space has no bounds); the
-        noise and its variance stay the teacher's. So an untrained student cannot throw them far.
+        noise and its variance stay the teacher's. So an untrained student cannot throw them far. Where its
+        prediction is not finite they stay where the teacher led them.
 
         Args:
             batch: what `advance` returned, or a piece of it.
@@ -199,8 +200,9 @@ class DynamicBatch:
         teachers, students = (process.clipped_xstart(batch.x_t, batch.t, e) for e in (batch.eps, eps))
         students = students.clamp(teachers.amin(), teachers.amax())
         shift = process.jump(batch.t, batch.s)[0] * (students - teachers)
+        chosen &= shift.isfinite().flatten(1).all(dim=1)
         x_s, level, _ = self.take(batch.index)
-        self.put(batch.index, x_s + chosen.reshape(-1, 1, 1, 1) * shift, level)
+        self.put(batch.index, th.where(chosen.reshape(-1, 1, 1, 1), x_s + shift, x_s), level)
 
     def remember(self, batch: DistillationBatch, capacity: int) -> None:
         """Keep what the teacher answered; the oldest of more than `capacity` samples are forgotten."""

@@ -267,7 +267,15 @@ class Distillation(Objective):
         if values is not None:
             frozen = th.cat([prediction.detach(), values], dim=1)
             clip = batch.t == self.process.num_timesteps - 1 if self.clip_last else False
-            student = self.process.p_distribution(frozen, x_t, batch.t, clip_denoised=clip)
+            of_eps = self.process.predict_xstart_from_eps
+            student = self.process.p_distribution(
+                frozen,
+                x_t,
+                batch.t,
+                clip_denoised=clip,
+                # Made at x_in, a prediction of x_0 or v would be of another eps at x_t.
+                denoised_fn=None if x_in is x_t else lambda _: of_eps(x_t, batch.t, eps.detach()),
+            )
             kl = normal_kl(batch.mean, batch.log_variance, student["mean"], student["log_variance"])
             terms["vb"] = self.process.vb_weight * mean_flat(kl) / math.log(2.0)
         return terms

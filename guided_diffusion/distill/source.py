@@ -9,7 +9,6 @@ import torch as th
 
 from .. import dist_util
 from ..config.settings import Distill
-from ..runs.checkpoint_writer import to_cpu
 from .dynamic_batch import DistillationBatch, DynamicBatch
 from .pool_file import write_pool
 from .teacher import Teacher
@@ -73,15 +72,16 @@ class TeacherSource:
         self.pool.follow(batch, eps, self.teacher.process, self.probability)
 
     def writer(self) -> Callable[[Path], None]:
-        """The pools of all ranks, one after the other."""
-        pool = self.pool
-        x, levels = dist_util.all_gather(pool.x), dist_util.all_gather(pool.levels)
-        y = None if pool.y is None else dist_util.all_gather(pool.y)
+        """For rank 0, of all ranks' pools, one after the other: copies, for training goes on meanwhile."""
+        pool, gather = self.pool, dist_util.gather
         answers = pool.answers if self.settings.teacher_interval > 1 else None
-        if answers is not None:
-            answers = answers.each(dist_util.all_gather).each(to_cpu)
-        x, levels, y = to_cpu([x, levels, y])  # copies, as those: training goes on while they are written
-        whole = DynamicBatch(x, levels, pool.num_timesteps, y, answers=answers)
+        whole = DynamicBatch(
+            gather(pool.x),
+            gather(pool.levels),
+            pool.num_timesteps,
+            None if pool.y is None else gather(pool.y),
+            answers=None if answers is None else answers.each(gather),
+        )
         return lambda path: write_pool(path, [whole], {"T": pool.num_timesteps})
 
     def pool_record(self) -> dict[str, Any]:

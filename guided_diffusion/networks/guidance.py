@@ -31,6 +31,7 @@ class GuidedNetwork(DenoisingNetwork):
         self.num_classes, self.shape = network.num_classes, network.shape
         self.emb_dim, self.feature_shape = network.emb_dim, network.feature_shape
         self.compute_dtype = network.compute_dtype
+        self.train(network.training)  # else whoever puts it back as it was sets the network to training
 
     @classmethod
     def from_settings(cls, settings: Any, shape: tuple[int, int, int], out_channels: int) -> DenoisingNetwork:

@@ -27,12 +27,17 @@ class Watch:
 
         All those that this process may use where the system keeps no such counts.
         """
-        usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        usable = usable_cores()
         seconds = time.monotonic() - self.started
         if self.idle < 0 or seconds <= 0:
             return usable
         spent = _idle_seconds() - self.idle + time.process_time() - self.own
         return min(usable, spent / seconds)
+
+
+def usable_cores() -> int:
+    """Cores that this process may use: the machine's, or those it is bound to (taskset, srun, mpiexec)."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _idle_seconds() -> float:

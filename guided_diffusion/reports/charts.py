@@ -60,6 +60,11 @@ class Line:
     errors: Sequence[tuple[float, float]] | None = None
 
 
+def _style_of(run: int) -> Any:
+    """A run's dashes; runs of one colour differ in them."""
+    return _DASHES[(run + run // COLOURS) % len(_DASHES)]
+
+
 def colour(run: int) -> str:
     """The stand-in of a run's colour."""
     return f"#0a0c{run % COLOURS:02x}"
@@ -67,7 +72,7 @@ def colour(run: int) -> str:
 
 def dashes(run: int) -> str:
     """A run's dashes as SVG has them, for the legend."""
-    style = _DASHES[run % len(_DASHES)]
+    style = _style_of(run)
     return "" if isinstance(style, str) else " ".join(str(1.6 * length) for length in style[1])
 
 
@@ -103,7 +108,7 @@ class Canvas:
         for line in lines:
             if line.errors is None:
                 xs, ys = _thinned(line.xs, line.ys)
-                style: dict[str, Any] = {"linestyle": _DASHES[line.run % len(_DASHES)]}
+                style: dict[str, Any] = {"linestyle": _style_of(line.run)}
                 if len(xs) == 1:
                     style = {"linestyle": "none", "marker": "o", "markersize": 4}
                 axes.plot(xs / scale, ys, color=colour(line.run), **style)

@@ -102,7 +102,7 @@ def pools(material: Material) -> Table:
         if run.pool:
             now = run.pool[-1]
             entries = sum(now["levels"]) + now["clean"]
-            restarts = sum(record["restarts"] for record in run.pool)
+            restarts = sum(record["restarts"] for record in run.pool[1:])  # each those since the one before
             iterations = now["step"] - run.pool[0]["step"]
             life = entries * iterations / restarts if restarts else None
             age = now["T"] - now["mean_level"]

@@ -238,11 +238,11 @@ def distillation_loop(
     objective = build_objective(experiment, teacher, network, process)
     if resume is not None:
         require_agreement(student, resume.path("model"), "student.")
-    if initial is not None:
+    elif initial is not None:
         require_agreement(student, initial, "student.")
         if head := load_network(network, initial):
             objective.load_foreign_head(head, initial)
-    elif resume is None and experiment.distill.initial_weights == "teacher":
+    elif experiment.distill.initial_weights == "teacher":
         select_weights(network, experiment, weights)
         log.info("the student's first weights are selected from the teacher's")
     place(network, student.architecture.use_fp16, run)

@@ -11,7 +11,7 @@ from numpy.lib.format import open_memmap
 from .. import dist_util
 from ..errors import UserError
 from ..image_datasets import ImageDataset
-from ..io.files import atomic_path, remove_leftovers
+from ..io.files import atomic_path, held, remove_leftovers
 from ..io.progress import Progress
 from ..spaces import LatentSpace
 
@@ -79,9 +79,11 @@ def encode_dataset(
     cache.mkdir(parents=True, exist_ok=True)
     with dist_util.rank_zero_first() as first:
         if first and not path.is_file():
-            remove_leftovers(cache, path.name)
-            with atomic_path(path) as temporary:
-                _write(temporary, dataset, space, 2 if random_flip else 1)
+            with held(path):
+                if not path.is_file():  # by now another process may have written it
+                    remove_leftovers(cache, path.name)
+                    with atomic_path(path) as temporary:
+                        _write(temporary, dataset, space, 2 if random_flip else 1)
     return EncodedDataset(path, dataset)
 
 

@@ -75,7 +75,7 @@ def training_loop(
     network, process = build_network(student)
     if resume is not None:
         require_agreement(student, resume.path("model"))
-    if initial is not None:
+    elif initial is not None:
         require_agreement(student, initial)
         load_network(network, initial)
     place(network, architecture.use_fp16, run)

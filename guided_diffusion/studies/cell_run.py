@@ -133,8 +133,7 @@ class CellRun:
     def extended(self, record: Mapping[str, Any]) -> dict[str, Any]:
         """A record with these distances, which the study did not ask for when it was made."""
         extended = copy.deepcopy(dict(record))
-        if not self._own_config.is_file():  # of a run that had another name
-            self._config(self._own_config, Path(), record["iterations"])
+        self._require_config(record["iterations"])
         for scores in filter(self._extensible, extended["scores"]):
             step = scores["step"]
             for number, own in enumerate(scores["sets"]):
@@ -262,6 +261,7 @@ class CellRun:
 
     def _train(self, iterations: int, data: Prepared) -> None:
         if "trained" in self.steps.done:
+            self._require_config(iterations)
             return
         config = self._config(self._own_config, data.path, iterations)
         with self.steps.timed("train"):
@@ -279,6 +279,11 @@ class CellRun:
     @property
     def _own_config(self) -> Path:
         return self.folder / f"{self.cell.run.name}.yaml"
+
+    def _require_config(self, iterations: int) -> None:
+        """Write what this cell's networks are sampled by, if the run had another name when it was trained."""
+        if not self._own_config.is_file():
+            self._config(self._own_config, Path(), iterations)
 
     def _config(self, path: Path, tempfile: Path, iterations: int = 0, log_interval: int = 0) -> Path:
         """Write the configuration of a command, resolved, with everything that the study decides in it."""

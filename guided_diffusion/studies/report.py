@@ -74,7 +74,8 @@ def write_report(study: Study, results: Results, out: Path, path: Path, how: str
         path: the page, Markdown.
         how: a link to what explains the counting.
     """
-    rows = _rows(study, results)
+    known = results.read()
+    rows = _rows(study, known)
     teacher = _teacher(rows)
     pictures = path.with_suffix("")
     title = f"# Study: {study.name}\n\n{study.about[:1].upper()}{study.about[1:]}\n" if study.about else ""
@@ -105,7 +106,7 @@ def write_report(study: Study, results: Results, out: Path, path: Path, how: str
             if any(row.final("held_out.all") for row in shown):
                 parts.append("Errors by quarters of the chain, from the cleanest states to the noisiest:\n")
                 parts.append(_quarters_table(shown))
-            if any(row.done for row in shown):
+            if any(row.final("primary") for row in shown):  # not if all scores are null
                 image = pictures / f"{study.name}-{budget.name}-{number}.png"
                 _plot(image, shown)
                 parts.append(f"![Scores over cost]({pictures.name}/{image.name})\n")
@@ -117,7 +118,7 @@ def write_report(study: Study, results: Results, out: Path, path: Path, how: str
         if missing := [row.run.name for row in of_budget if not row.records]:
             parts.append(f"Not run yet with this budget: {', '.join(missing)}.\n")
     parts.append(_description(study, rows))
-    if others := _others(rows, results):
+    if others := _others(rows, known):
         parts.append(f"Results of cells that the study does not declare (any more): {others}.\n")
     path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_path(path) as temporary:
@@ -149,7 +150,7 @@ def _overview(study: Study, rows: list[Row], teacher: Row | None) -> str:
 
 def _why(study: Study, rows: list[Row], pictures: Path) -> list[str]:
     """Two pictures of all that distilled: chains seen against the score, and where a student's chain errs."""
-    shown = [row for row in rows if row.done and row.chains]
+    shown = [row for row in rows if row.chains and row.final("primary")]
     if len(shown) < 2:
         return []
     image = pictures / f"{study.name}-{rows[0].budget.name}-why.png"
@@ -161,8 +162,7 @@ def _why(study: Study, rows: list[Row], pictures: Path) -> list[str]:
     ]
 
 
-def _rows(study: Study, results: Results) -> list[Row]:
-    known = results.read()
+def _rows(study: Study, known: Mapping[str, dict[str, Any]]) -> list[Row]:
     found: dict[tuple[str, str], dict[int, dict[str, Any]]] = {}
     for cell in cells_of(study):
         records = found.setdefault((cell.run.name, cell.budget.name), {})
@@ -293,10 +293,10 @@ def _description(study: Study, rows: list[Row]) -> str:
     return "\n".join(parts + (["Diverged:\n", *failed, ""] if failed else []))
 
 
-def _others(rows: list[Row], results: Results) -> str:
+def _others(rows: list[Row], known: Mapping[str, dict[str, Any]]) -> str:
     """Results that stand in no table, lest they be passed over."""
     shown = {record["id"] for row in rows for record in row.records.values()}
-    found = [record for key, record in results.read().items() if key not in shown and record["scores"]]
+    found = [record for key, record in known.items() if key not in shown and record["scores"]]
     return "; ".join(
         f"{record['run']}/{record['budget']}/{record['seed']} {_number(record['scores'][-1]['primary'])}"
         for record in found

@@ -39,14 +39,19 @@ class Ema:
 
     def state_dict(self) -> dict[str, th.Tensor]:
         """The module's state dict with the averaged weights in place of its own."""
-        names = [name for name, _ in self.module.named_parameters()]
-        return self.module.state_dict() | dict(zip(names, self.average, strict=True))
+        return self.module.state_dict() | self._named()
 
     @th.no_grad()
     def load_state_dict(self, state: Mapping[str, th.Tensor]) -> None:
         """Take the average from a state dict of the module."""
-        for (name, _), average in zip(self.module.named_parameters(), self.average, strict=True):
+        for name, average in self._named().items():
             average.copy_(state[name])
+
+    def _named(self) -> dict[str, th.Tensor]:
+        """The averages by all names of their weights; one that is used in two places has two."""
+        averages = dict(zip(self.module.parameters(), self.average, strict=True))
+        names = self.module.named_parameters(remove_duplicate=False)
+        return {name: averages[parameter] for name, parameter in names}
 
     @contextmanager
     def swapped(self) -> Iterator[None]:

@@ -19,9 +19,14 @@ TEACHER_GRID = "samples_teacher.png"
 def sampling_process(denoiser: Denoiser, run: Run) -> GaussianDiffusion:
     """The process respaced by `run.sample_respacing`, which grids and scores are sampled from.
 
+    One that is respaced already keeps its steps: the network knows no others.
+
     Raises:
         UserError: impossible respacing.
     """
+    own = build_process(denoiser, "timestep_respacing")
+    if own.num_timesteps < denoiser.process.diffusion_steps:
+        return own
     respacing = run.sample_respacing
     if respacing.isdigit():
         respacing = str(min(denoiser.process.diffusion_steps, int(respacing)))
