@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from guided_diffusion.errors import UserError
+from guided_diffusion.errors import UserError, first_line
 from guided_diffusion.io.digits import CLASSES, SIZE
 from guided_diffusion.io.files import sha256_of
 from guided_diffusion.io.shipped import SHIPPED
@@ -74,7 +74,7 @@ def load_classifier(path: Path = DEFAULT_WEIGHTS) -> DigitsClassifier:
     try:
         model.load_state_dict(state)
     except (RuntimeError, TypeError, AttributeError) as error:
-        reason = str(error).strip().splitlines()[0]
+        reason = first_line(error)
         raise UserError(f"{path}: not the weights of the digits classifier ({reason})") from None
     return model.eval()
 

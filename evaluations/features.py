@@ -6,7 +6,7 @@ from typing import Protocol
 import numpy as np
 import torch
 
-from guided_diffusion.errors import UserError
+from guided_diffusion.errors import UserError, first_line
 from guided_diffusion.io.image_sets import Images
 from guided_diffusion.io.progress import Progress
 
@@ -107,5 +107,5 @@ def choose_device(wanted: str | None) -> torch.device:
         device = torch.device(wanted or ("cuda" if torch.cuda.is_available() else "cpu"))
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
-        raise UserError(f"device '{wanted}' cannot be used: {str(error).splitlines()[0]}") from None
+        raise UserError(f"device '{wanted}' cannot be used: {first_line(error)}") from None
     return device

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 from scipy.special import softmax
 
-from guided_diffusion.errors import UserError
+from guided_diffusion.errors import UserError, first_line
 
 from .weight_files import download_once
 
@@ -67,7 +67,7 @@ class TensorflowExtractor:
                 )
                 weights = logits.inputs[1]
             except (ValueError, IndexError) as error:
-                reason = str(error).strip().splitlines()[0]
+                reason = first_line(error)
                 raise UserError(f"{path}: TensorFlow cannot use this graph ({reason})") from None
             shapes = {name: tensor.shape for name, tensor in (("pool_3", pool), ("softmax weights", weights))}
             if pool.shape.rank != 4 or pool.shape[3] != FEATURES or weights.shape[0] != FEATURES:

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from scipy.special import softmax
 
-from guided_diffusion.errors import UserError
+from guided_diffusion.errors import UserError, first_line
 from guided_diffusion.io.files import sha256_of
 from guided_diffusion.io.torch_file import read_torch_file
 
@@ -67,7 +67,7 @@ class TorchExtractor:
                 "inception-v3-compat", ["2048"], feature_extractor_weights_path=copy
             )
         except (RuntimeError, pickle.UnpicklingError, EOFError, TypeError, AttributeError) as error:
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            reason = first_line(error)
             raise UserError(f"{path}: not the weights of torch-fidelity's Inception ({reason})") from None
         self._network = network.to(self._device)
         self._spatial = torch.empty(0)

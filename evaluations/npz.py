@@ -62,6 +62,8 @@ def build(description: str | None, default_out: str, open_images: Callable[[Path
         "--out", type=local_path, default=Path(default_out), help=f"npz to write (default {default_out})"
     )
     args = parser.parse_args()
+    if args.out.is_dir():
+        raise UserError(f"--out {args.out}: is a folder; name a file, such as {args.out / default_out}")
     images = open_images(args.source)
     classes = write_npz(images, args.out)
     print(f"wrote {args.out}: {images.count} images, {f'{classes} classes' if classes else 'no labels'}")

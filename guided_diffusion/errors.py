@@ -3,3 +3,8 @@
 
 class UserError(Exception):
     """A mistake the user can mend: shown as one clear line, without a traceback, exit status 1."""
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of what an error says; its kind where it says nothing."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -4,6 +4,7 @@ What the global batch of step k holds is a function of (seed, k): ranks take con
 any number of ranks sees the same data, and a run resumes exactly from the number of its step alone.
 """
 
+import os
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -62,7 +63,8 @@ def open_dataset(data_dir: str | Path, image_size: int, class_cond: bool) -> Ima
         return ArrayDataset([path], image_size, class_cond)
     if not path.is_dir():
         raise UserError(f"no such dataset: {path}")
-    if shards := sorted(path.glob("*.npz")):
+    # The evaluator's statistics lie beside what they are of.
+    if shards := sorted(p for p in path.glob("*.npz") if not p.name.endswith(".ref-stats.npz")):
         return ArrayDataset(shards, image_size, class_cond)
     return FolderDataset(path, image_size, class_cond)
 
@@ -143,12 +145,18 @@ def _mirrored(images: np.ndarray, mirrored: np.ndarray | None) -> np.ndarray:
 
 
 def list_images(root: Path) -> list[Path]:
-    """All image files below a folder, in sorted order.
+    """All image files below a folder, in sorted order; links to folders are followed, each folder once.
 
     Raises:
         UserError: there are none.
     """
-    paths = sorted(p for p in root.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES and p.is_file())
+    paths, seen = [], {os.path.realpath(root)}
+    for folder, inner, names in os.walk(root, followlinks=True):
+        inner[:] = [name for name in inner if os.path.realpath(Path(folder, name)) not in seen]
+        seen.update(os.path.realpath(Path(folder, name)) for name in inner)
+        files = (Path(folder, name) for name in names)
+        paths += [path for path in files if path.suffix.lower() in IMAGE_SUFFIXES and path.is_file()]
+    paths.sort()
     if not paths:
         raise UserError(f"{root}: holds neither .npz files nor images ({', '.join(IMAGE_SUFFIXES)})")
     return paths

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from .config.loading import mapping_text
-from .errors import UserError
+from .errors import UserError, first_line
 from .io.files import atomic_path
 from .io.progress import say
 
@@ -71,7 +71,7 @@ class RunLog:
                     config=self._config,
                 )
             except wandb_module.Error as error:
-                raise UserError(f"--wandb: {str(error).strip().splitlines()[0]}") from None
+                raise UserError(f"--wandb: {first_line(error)}") from None
             with atomic_path(kept) as temporary:
                 temporary.write_text(self._wandb.id)
 
@@ -81,7 +81,10 @@ class RunLog:
             return
         say(message)
         now = datetime.datetime.now().isoformat(sep=" ", timespec="seconds")
-        with self.tolerant(), open(self.directory / "log.txt", "a") as file:
+        with (
+            self.tolerant(),
+            open(self.directory / "log.txt", "a", encoding="utf-8", errors="backslashreplace") as file,
+        ):
             file.write(f"{now}  {message}\n")
 
     def row(self, step: int, values: Mapping[str, float]) -> None:

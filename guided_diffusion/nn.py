@@ -10,6 +10,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from .errors import first_line
 from .kernels.norm_silu import keep_mask, norm_silu
 
 _M = TypeVar("_M", bound=nn.Module)
@@ -25,7 +26,7 @@ def gpu_kernel() -> Callable[..., th.Tensor] | None:
     except ImportError:
         return None
     except Exception as error:  # whatever is amiss with the machine's compilers
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        reason = first_line(error)
         print(
             f"WARNING: Triton does not work here ({reason}); normalising by torch's slower kernels",
             flush=True,

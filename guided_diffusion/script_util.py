@@ -10,7 +10,7 @@ import torch as th
 
 from .config.registry import ARCHITECTURES, look_up
 from .config.settings import AdmArchitecture, Denoiser, Process, flat
-from .errors import UserError
+from .errors import UserError, first_line
 from .gaussian_diffusion import LossType, ModelMeanType, ModelVarType, get_named_beta_schedule
 from .networks.base import DenoisingNetwork
 from .respace import SpacedDiffusion, space_timesteps
@@ -207,7 +207,7 @@ def build_network(denoiser: Denoiser, where: str = "") -> tuple[DenoisingNetwork
             settings, shape, output_channels(shape, denoiser.process.learn_sigma)
         )
     except (ValueError, RuntimeError) as error:  # the latter of sizes that no memory holds
-        told = str(error).splitlines()[0]
+        told = first_line(error)
         raise UserError(f"{where.rstrip('.') or 'configuration'}: {told}") from None
     return network, build_process(denoiser, f"{where}timestep_respacing")
 

@@ -50,6 +50,8 @@ def main() -> None:
     if args.num_samples < 100:
         raise UserError("--num_samples must be at least 100: fewer images give no meaningful score")
     experiment = load_distillation(args.config, args.overrides)
+    if experiment.teacher.architecture.image_size != 16:
+        raise UserError(f"--config {args.config}: the demo is of the digits, which are 16x16")
     teacher = Path(
         command_line.input_file(experiment.teacher.model_path, args.config, "teacher.model_path")
     ).resolve()

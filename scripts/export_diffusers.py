@@ -1,6 +1,7 @@
 """Export a trained network as a folder of diffusers': DiffusionPipeline.from_pretrained(DIR) loads it."""
 
 from guided_diffusion.config import command_line
+from guided_diffusion.io.remote import local_path
 from guided_diffusion.processes.launch import run_script
 
 
@@ -8,7 +9,7 @@ def main() -> None:
     """Parse, build, run."""
     parser = command_line.make_parser(__doc__, ["student"])
     parser.add_argument("--model_path", required=True, help="the checkpoint: model*.pt or ema_*.pt")
-    parser.add_argument("--out", required=True, help="the folder to write")
+    parser.add_argument("--out", type=local_path, required=True, help="the folder to write")
     parser.add_argument("--push", metavar="OWNER/NAME", help="upload the folder to the Hub under this name")
     parser.add_argument("--overwrite", action="store_true", help="replace an export that is there")
     parser.add_argument(

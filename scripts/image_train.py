@@ -19,7 +19,12 @@ def main() -> None:
     parser.add_argument(
         "--exp_dir", help="the run's directory, a path or a URL (default: a new one in experiments/train)"
     )
-    parser.add_argument("--num_workers", type=int, default=0, help="processes that load images (default 0)")
+    parser.add_argument(
+        "--num_workers",
+        type=command_line.not_negative,
+        default=0,
+        help="processes that load images (default 0)",
+    )
     parser.add_argument("--wandb", action="store_true", help="also record to Weights & Biases")
     args, experiment = command_line.parse(parser)
     from guided_diffusion.config.settings import DistillationExperiment

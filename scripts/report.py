@@ -7,6 +7,7 @@ from pathlib import Path
 
 from guided_diffusion.config import command_line
 from guided_diffusion.errors import UserError
+from guided_diffusion.io.remote import local_path
 from guided_diffusion.processes.launch import run_script
 
 
@@ -21,7 +22,7 @@ def main() -> None:
         help="a run's directory; also a folder of samples, or a record that the evaluator wrote (--output)",
     )
     parser.add_argument(
-        "--out", type=Path, default=Path("report.html"), help="the page (default: report.html)"
+        "--out", type=local_path, default=Path("report.html"), help="the page (default: report.html)"
     )
     args = parser.parse_args()
     if args.out.is_dir():

@@ -11,6 +11,7 @@ from pathlib import Path
 from guided_diffusion.config.command_line import output_path, positive
 from guided_diffusion.config.loading import find_config, project_root
 from guided_diffusion.errors import UserError
+from guided_diffusion.io.remote import local_path
 from guided_diffusion.processes.launch import run_script
 from guided_diffusion.studies.cells import reference_path
 from guided_diffusion.studies.study_file import load_study
@@ -22,7 +23,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     parser.add_argument("study", type=find_config, help="the study's YAML file")
-    parser.add_argument("--out", type=Path, help="where it is run (default: experiments/study/NAME)")
+    parser.add_argument("--out", type=local_path, help="where it is run (default: experiments/study/NAME)")
     parser.add_argument(
         "--jobs", type=positive, default=1, help="runs at a time, of one thread each if several"
     )

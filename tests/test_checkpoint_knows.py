@@ -1,6 +1,8 @@
 """Checkpoints, samples and pools know what they are of: contradictions are refused, wrong scores traced."""
 
 import json
+import re
+import subprocess
 
 import numpy as np
 import pytest
@@ -12,8 +14,10 @@ from tiny import ROOT, distillation, network, one_line_error
 from guided_diffusion.config.loading import load_distillation, load_experiment
 from guided_diffusion.distill.dynamic_batch import DynamicBatch
 from guided_diffusion.distill.pool_file import read_pool_header, write_pool
+from guided_diffusion.errors import UserError
 from guided_diffusion.io.torch_file import StateDict
 from guided_diffusion.runs.checkpoint import described, read_description
+from guided_diffusion.runs.provenance import described_experiment, git_revision
 from guided_diffusion.script_util import build_network
 
 
@@ -83,6 +87,13 @@ def test_what_may_differ_between_training_and_use(trained, tmp_path):
     sample(trained, tmp_path, *free)
 
 
+def test_samples_of_another_process_are_no_samples_of_this_one(trained, tmp_path):
+    sample(trained, tmp_path)
+    line = one_line_error(sample(trained, tmp_path, "clip_denoised=false", check=False))
+    assert "holds samples drawn with another clip_denoised" in line
+    sample(trained, tmp_path, "dropout=0.5")  # which is none of the samples' business
+
+
 def test_samples_carry_where_they_come_from(trained, tmp_path):
     sample(trained, tmp_path, "--timestep_respacing", "5", "--sampler", "ddim", "run.seed=3")
     with np.load(tmp_path / "samples_3x8x8x3.npz") as archive:
@@ -93,6 +104,18 @@ def test_samples_carry_where_they_come_from(trained, tmp_path):
     assert provenance["checkpoint"]["step"] == 2 and provenance["checkpoint"]["config"] == "net"
     assert provenance["checkpoint"]["space"] == {"kind": "pixels", "shape": [3, 8, 8]}
     assert {"revision", "model_sha256", "clip_denoised", "dtype"} <= set(provenance)
+
+
+def test_looking_for_the_revision_runs_nothing_of_the_folder(tmp_path):
+    subprocess.run(["git", "init", "-q", tmp_path], check=True)
+    hook = tmp_path / "hook"
+    hook.write_text(f"#!/bin/sh\ntouch {tmp_path / 'trapped'}\n")
+    hook.chmod(0o755)
+    author = ["-c", "user.name=a", "-c", "user.email=a@b"]
+    subprocess.run(["git", "-C", tmp_path, *author, "commit", "-q", "--allow-empty", "-m", "x"], check=True)
+    subprocess.run(["git", "-C", tmp_path, "config", "core.fsmonitor", str(hook)], check=True)
+    assert re.fullmatch(r"[0-9a-f]{40}", git_revision(tmp_path))
+    assert not (tmp_path / "trapped").exists()
 
 
 def test_for_other_programs_a_checkpoint_is_a_plain_state_dict(trained):
@@ -119,6 +142,31 @@ def test_a_description_of_absurd_size_is_refused_before_it_is_built(trained, tmp
     flags = ["--model_path", tmp_path / "huge.pt", "--log_dir", tmp_path / "out"]
     line = one_line_error(script_here("scripts/image_sample.py", *flags, check=False))
     assert key in line and str(value) in line
+
+
+@pytest.mark.parametrize(
+    "part, value, told",
+    [
+        ("process", {"model_path": "someone/tracker"}, "damaged (model_path)"),
+        ("process", {"model": "/etc/hostname"}, "damaged (model)"),
+        ("process", {"noise_schedule": "${oc.env:HOME}"}, "damaged (noise_schedule)"),
+        ("run", {"seed": 3}, ""),
+        ("config", "../../escaped", ""),
+        ("config", "a\0b", ""),
+    ],
+)
+def test_a_description_names_no_other_files(trained, tmp_path, monkeypatch, part, value, told):
+    path = trained / "run/model000002.pt"
+    description = read_description(path)
+    description[part] = {**description.get(part, {}), **value} if isinstance(value, dict) else value
+    th.save(described(th.load(path, weights_only=True), description), tmp_path / "odd.pt")
+    if told:
+        with pytest.raises(UserError, match=re.escape(told)):
+            described_experiment(tmp_path / "odd.pt")
+    else:
+        experiment = described_experiment(tmp_path / "odd.pt")
+        assert experiment.run.seed == 0
+        assert experiment.name == ("unnamed" if part == "config" else "net")
 
 
 def test_a_damaged_description_is_told(trained, tmp_path):

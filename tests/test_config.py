@@ -51,6 +51,11 @@ def test_overrides_win(config):
         ("student", "'student' is no override"),
         ("student.model=nowhere.yaml", "'nowhere.yaml' is to be found neither"),
         ("student.model=/nowhere/x.yaml", "no such file: /nowhere/x.yaml"),
+        ("student.lr=", "student.lr: Value ''"),  # a shell's variable that is not set
+        ("student.image_size=???", "'student.image_size=???' gives no value"),
+        ("teacher.BATCH=.inf", "BATCH must be positive"),
+        ("student.lr=\udcff", "student.lr"),
+        ("student.lr=${nope}", "Interpolation key 'nope' not found"),
     ],
 )
 def test_mistakes_are_told(config, override, told):
@@ -58,6 +63,33 @@ def test_mistakes_are_told(config, override, told):
         load_experiment(config, override.split(" "))
     assert told in str(error.value)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "text, told",
+    [
+        ("lr: ???", "lr has no value"),
+        ("base: true", "'base' must name a file"),
+        ("base: [3]", "'base' must name a file"),
+        ("base: ${nope}", "Interpolation key 'nope' not found"),
+        ("model: part.yaml", "Interpolation key 'width' not found"),
+        ("student: {}\n1: 2", "unknown key '1'"),
+    ],
+)
+def test_odd_values_in_a_file_are_told(tmp_path, text, told):
+    (tmp_path / "part.yaml").write_text("num_channels: ${width}")
+    (tmp_path / "odd.yaml").write_text(text)
+    with pytest.raises(UserError, match=re.escape(told)):
+        load_experiment(tmp_path / "odd.yaml")
+
+
+def test_a_baselines_keys_may_be_given_as_a_students(tmp_path):
+    """As --help has them."""
+    (tmp_path / "net.yaml").write_text(yaml.safe_dump(network()))
+    training = load_experiment(
+        tmp_path / "net.yaml", ["student.lr=0.5", "random_flip=false"]
+    ).student.training
+    assert training.lr == 0.5 and not training.random_flip
 
 
 def test_the_resolved_configuration_loads_again(config, tmp_path):

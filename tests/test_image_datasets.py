@@ -140,6 +140,22 @@ def test_a_folder_per_class(tmp_path):
     assert dataset.num_classes == 3
 
 
+def test_links_to_folders_are_followed_and_circles_are_not(tmp_path):
+    for folder in ("tree/a", "elsewhere/b"):
+        (tmp_path / folder).mkdir(parents=True)
+        Image.new("RGB", (8, 8)).save(tmp_path / folder / "0.png")
+    (tmp_path / "tree/b").symlink_to("../elsewhere/b")
+    (tmp_path / "tree/a/up").symlink_to("../../tree")
+    dataset = open_dataset(str(tmp_path / "tree"), 8, True)
+    assert len(dataset) == 2 and dataset.num_classes == 2
+
+
+def test_the_evaluators_statistics_are_no_images(tmp_path):
+    np.savez(tmp_path / "images.npz", np.zeros((2, 8, 8, 3), np.uint8))
+    np.savez(tmp_path / "images.digits.ref-stats.npz", mu=np.zeros(3))
+    assert len(open_dataset(str(tmp_path), 8, False)) == 2
+
+
 def test_a_class_before_the_underscore(tmp_path):
     write_images(tmp_path, ["ship_00001.png", "cat_00000.png", "cat_00002.png"])
     dataset = open_dataset(tmp_path, 4, class_cond=True)

@@ -194,6 +194,12 @@ def test_mistakes_get_one_line(tmp_path):
         "'x' is neither True nor False": [
             *("scripts/image_sample.py", "--config", config, "--model_path", "m", "--use_ddim", "x"),
         ],
+        "'-1' is no whole number": [
+            *("scripts/image_train.py", "--config", config, "--data_dir", "x", "--num_workers", "-1"),
+        ],
+        "run.eval_reference: no such file": [*kd, "run.eval_interval=1", "run.eval_reference=a/absent.npz"],
+        "gs://a/b: a URL cannot be used here": ["scripts/report.py", tmp_path, "--out", "gs://a/b"],
+        "the demo is of the digits": ["scripts/demo.py", "--config", "digits_32/exp/digits32-TCCD.yaml"],
         "timestep_respacing '30'": [
             *("scripts/image_sample.py", "--config", config, "--model_path", tmp_path / "teacher.pt"),
             *("--timestep_respacing", "30"),

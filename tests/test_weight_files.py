@@ -117,6 +117,12 @@ def test_a_compvis_checkpoint_gives_its_averaged_unet(ldm, tmp_path, capsys):
     assert same(load_state_dict(tmp_path / "model.safetensors"), average)
 
 
+def test_torchs_old_format_is_told(tmp_path):
+    th.save({"a": th.zeros(1)}, tmp_path / "old.pt", _use_new_zipfile_serialization=False)
+    with pytest.raises(UserError, match=r"the format of torch before 1\.6"):
+        load_state_dict(tmp_path / "old.pt")
+
+
 def test_averages_of_some_weights_only_are_refused(ldm, tmp_path):
     *_, state = ldm
     del state["model_ema.diffusion_modelout2bias"]

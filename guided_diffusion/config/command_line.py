@@ -88,6 +88,13 @@ def boolean(text: str) -> bool:
     raise argparse.ArgumentTypeError(f"'{text}' is neither True nor False")
 
 
+def not_negative(text: str) -> int:
+    """A whole number, 0 or more, on the command line."""
+    if not text.isdigit():
+        raise argparse.ArgumentTypeError(f"'{text}' is no whole number of 0 or more")
+    return int(text)
+
+
 def positive(text: str) -> int:
     """A whole number above 0 on the command line."""
     if not text.isdigit() or int(text) == 0:

@@ -152,6 +152,8 @@ def _image_size(config: _Config, given: Mapping[str, Any]) -> int:
         size = given.get("image_size")
         if size is None:
             raise UserError(f"{config.where}says no sample_size: give image_size")
+        if not str(size).isdigit():
+            raise UserError(f"image_size {size!r:.60} is no whole number")
         return int(size)
     if not isinstance(size, int) or isinstance(size, bool) or not 0 < size < 1 << 16:
         raise UserError(f"{config.where}sample_size {size!r:.60} is not the side of a square")

@@ -27,7 +27,7 @@ from yaml import (  # type: ignore[attr-defined]
 )
 from yaml import parse as parse_yaml  # type: ignore[attr-defined]
 
-from ..errors import UserError
+from ..errors import UserError, first_line
 from ..io.model_folder import read_model_folder
 from ..io.shipped import IS_INSTALLED, SHIPPED
 from .foreign import find_folder, folder_keys
@@ -93,19 +93,25 @@ def override_values(overrides: Sequence[str]) -> dict[str, Any]:
     for override in overrides:
         if "=" not in override or override.startswith("-"):
             raise UserError(f"'{override}' is no override: write key=value, such as student.lr=1e-3")
+        if override.endswith("=???"):  # which OmegaConf takes for one that is left out
+            raise UserError(f"'{override}' gives no value")
+    # "key=" is an empty text, which is no number; YAML would take it for null, the default.
+    quoted = [override + "''" if override.endswith("=") else override for override in overrides]
     try:
-        return OmegaConf.to_container(OmegaConf.from_dotlist(list(overrides)))  # type: ignore[return-value]
-    except (OmegaConfBaseException, YAMLError) as error:
-        raise UserError(f"{' '.join(overrides)}: {_first_line(error)}") from None
+        return OmegaConf.to_container(OmegaConf.from_dotlist(quoted))  # type: ignore[return-value]
+    except (OmegaConfBaseException, YAMLError, UnicodeError) as error:
+        raise UserError(f"{' '.join(overrides)}: {first_line(error)}") from None
 
 
 def _experiment(tree: DictConfig, path: Path, overrides: Sequence[str]) -> Experiment:
+    named = {override.partition(".")[0] for override in overrides} - {"student"}
+    if not {"teacher", "student"} & {*tree, *named}:
+        overrides = [override.removeprefix("student.") for override in overrides]  # a baseline's keys
     given = override_values(overrides)
     try:
-        merged = OmegaConf.merge(tree, given)
-        content: Any = OmegaConf.to_container(merged, resolve=True)
+        content = _plain(OmegaConf.merge(tree, given), path)
     except (OmegaConfBaseException, YAMLError) as error:
-        raise UserError(f"{path}: {_first_line(error)}") from None
+        raise UserError(f"{path}: {first_line(error)}") from None
     sections = {name: content.pop(name) for name in SECTIONS if name in content}
     for name, section in sections.items():
         if not isinstance(section, dict):
@@ -161,7 +167,7 @@ def read_mapping(path: Path) -> dict[str, Any]:
     Raises:
         UserError: it is not readable, or holds something else.
     """
-    return OmegaConf.to_container(_read(path), resolve=True)  # type: ignore[return-value]
+    return _plain(_read(path), path)
 
 
 def read_plain(path: Path) -> dict[str, Any]:
@@ -258,7 +264,7 @@ def _load(path: Path) -> DictConfig:
         _require_modest(path)
         tree = OmegaConf.load(path)
     except _DAMAGE as error:
-        raise UserError(f"{path}: not readable as YAML: {_first_line(error)}") from None
+        raise UserError(f"{path}: not readable as YAML: {first_line(error)}") from None
     if not isinstance(tree, DictConfig):
         raise UserError(f"{path}: must hold keys and values")
     return tree
@@ -268,15 +274,25 @@ def _read(path: Path, depth: int = 0) -> DictConfig:
     if depth > 8:
         raise UserError(f"{path}: 'base' files nest too deeply (in a circle?)")
     tree = _load(path)
-    bases = tree.pop("base", None)
-    if bases is None:
+    if "base" not in tree:
         return tree
-    layers = [
-        _read(resolve_path(str(b), path), depth + 1) for b in ([bases] if isinstance(bases, str) else bases)
-    ]
+    bases: Any = _plain(OmegaConf.masked_copy(tree, "base"), path)["base"]
+    del tree["base"]
+    bases = [bases] if isinstance(bases, str) else bases
+    if not (isinstance(bases, list) and all(isinstance(base, str) for base in bases)):
+        raise UserError(f"{path}: 'base' must name a file or list files, not {bases!r:.80}")
+    layers = [_read(resolve_path(base, path), depth + 1) for base in bases]
     merged = OmegaConf.merge(*layers, tree)
     assert isinstance(merged, DictConfig)
     return merged
+
+
+def _plain(tree: Any, path: Path) -> dict[str, Any]:
+    """A file's keys and values, with what they refer to filled in."""
+    try:
+        return OmegaConf.to_container(tree, resolve=True)  # type: ignore[return-value]
+    except _DAMAGE as error:
+        raise UserError(f"{path}: {first_line(error)}") from None
 
 
 def _require_modest(path: Path) -> None:
@@ -320,8 +336,7 @@ def _include(section: dict[str, Any], path: Path, depth: int = 0) -> dict[str, A
         included = section.get(name)
         if isinstance(included, str):
             file = _find_include(included, path)
-            content: Any = OmegaConf.to_container(_read(file), resolve=True)
-            merged |= _include(content, file, depth + 1)
+            merged |= _include(_plain(_read(file), file), file, depth + 1)
         elif isinstance(included, dict):
             merged |= _include(included, path, depth + 1)
         elif included is not None:
@@ -413,13 +428,15 @@ def _build(section: type[_T], values: dict[str, Any], path: Path, where: str) ->
             raise _unknown_key(path, where + str(name), [where + key for key in parts])
         if value is None:
             continue
+        if value == "???":  # as above
+            raise UserError(f"{path}: {where}{name} has no value")
         plain = ",".join(map(str, value)) if isinstance(value, list) else value
         (nested.setdefault(parts[name], {}) if parts[name] else nested)[name] = plain
     try:
         built = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(given), nested))
     except OmegaConfBaseException as error:
         name = str(getattr(error, "key", None) or "")
-        raise UserError(f"{path}: {where}{name}: {_first_line(error)}") from None
+        raise UserError(f"{path}: {where}{name}: {first_line(error)}") from None
     assert isinstance(built, section)
     return built
 
@@ -428,12 +445,9 @@ def _keys(section: type) -> list[str]:
     return [key.name for _, key in keys_of(section)]
 
 
-def _unknown_key(path: Path, name: str, known: list[str]) -> UserError:
+def _unknown_key(path: Path, name: Any, known: list[str]) -> UserError:
+    name = str(name)
     same = [key for key in known if key.rpartition(".")[2] == name]  # right, but of a section
     nearest = same or difflib.get_close_matches(name, known, n=1, cutoff=0.4)
     hint = f"; did you mean '{nearest[0]}'?" if nearest else f"; known are {', '.join(known)}"
     return UserError(f"{path}: unknown key '{name}'{hint}")
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

@@ -247,7 +247,7 @@ class Teacher(Denoiser):
         super().check(where)
         self.architecture.require_guidable(self.guidance_scale, f"{where}guidance_scale", where)
         _require(0 < self.prob <= 1, f"{where}prob must be in (0, 1], not {self.prob}")
-        _require(self.BATCH > 0, f"{where}BATCH must be positive, not {self.BATCH}")
+        _require(0 < self.BATCH < math.inf, f"{where}BATCH must be positive, not {self.BATCH}")
         _require(self.input_perturb >= 0, f"{where}input_perturb must not be negative")
         _require(self.batch_size > 0, f"{where}batch_size must be positive, not {self.batch_size}")
         choices = [
@@ -515,15 +515,19 @@ SHARED_KEYS = (
 SECTIONS: dict[str, type] = {"teacher": Teacher, "student": Student, "distill": Distill, "run": Run}
 
 
+# Keys that say nothing of a trained network's samples that `prediction_type`, its arithmetic and the steps
+# that are kept do not say.
+IDLE_IN_SAMPLING = (
+    *("dropout", "class_dropout_prob", "use_checkpoint", "use_fp16"),
+    *("use_kl", "rescale_learned_sigmas", "predict_xstart", "timestep_respacing"),
+)
+
+
 def free_to_differ(name: str, part: Any) -> bool:
     """Whether a key may have another value when a trained network is used than when it was trained."""
     if name in ("num_classes", "null_class"):
         return not part.class_cond
-    return name in (
-        *("dropout", "class_dropout_prob", "use_checkpoint", "use_fp16"),
-        *("timestep_respacing", "clip_denoised", "sigma_small"),
-        *("use_kl", "rescale_learned_sigmas", "predict_xstart"),  # prediction_type says the last one
-    )
+    return name in (*IDLE_IN_SAMPLING, "clip_denoised", "sigma_small")
 
 
 def keys_of(section: Any) -> Iterator[tuple[str, dataclasses.Field]]:

@@ -8,6 +8,7 @@ import lzma
 import math
 import os
 import re
+import secrets
 import socket
 import struct
 import time
@@ -22,7 +23,7 @@ from typing import Any
 import numpy as np
 from numpy.lib import format as npy_format
 
-from ..errors import UserError
+from ..errors import UserError, first_line
 
 # What the zip and npy readers raise on damaged or foreign contents.
 _DAMAGE = (
@@ -44,7 +45,7 @@ def atomic_path(path: str | os.PathLike) -> Iterator[Path]:
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = temporary_path(path)
     try:
         yield temporary
         with open(temporary, "rb+") as file:
@@ -57,6 +58,11 @@ def atomic_path(path: str | os.PathLike) -> Iterator[Path]:
             os.close(directory)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def temporary_path(path: Path) -> Path:
+    """A name beside `path` that no other process takes, in another container either."""
+    return path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
 
 
 def read_object(path: str | os.PathLike, most_bytes: int = 1 << 20) -> dict[str, Any]:
@@ -151,7 +157,7 @@ def remove_leftovers(directory: Path, name: str = "") -> None:
         directory: where to look.
         name: only of files whose name begins like this.
     """
-    pattern = re.compile(rf"\.{re.escape(name)}.*\.\d+\.tmp")
+    pattern = re.compile(rf"\.{re.escape(name)}.*\.\d+(-[0-9a-f]+)?\.tmp")
     for path in directory.glob(".*.tmp"):
         if pattern.fullmatch(path.name):
             path.unlink(missing_ok=True)
@@ -200,7 +206,7 @@ class NpzFile:
                         raise ValueError(f"entry {member.filename} is no array of {shape}")
                     self.headers[member.filename.removesuffix(".npy")] = (shape, dtype)
         except _DAMAGE as error:
-            raise UserError(f"{self.path}: not a readable npz archive ({_one_line(error)})") from None
+            raise UserError(f"{self.path}: not a readable npz archive ({first_line(error)})") from None
 
     def require(self, name: str) -> tuple[tuple[int, ...], np.dtype]:
         """Shape and dtype of an array that must be there."""
@@ -220,7 +226,7 @@ class NpzFile:
                     data += chunk
                 return np.frombuffer(data, dtype, math.prod(shape)).reshape(shape)
         except _DAMAGE as error:
-            raise UserError(f"{self.path}: damaged archive ({_one_line(error)})") from None
+            raise UserError(f"{self.path}: damaged archive ({first_line(error)})") from None
 
     def load_json(self, name: str) -> dict[str, Any]:
         """The JSON object that an array [] of one string holds.
@@ -239,7 +245,7 @@ class NpzFile:
             if not isinstance(found, dict):
                 raise ValueError(f"it is a {type(found).__name__}")
         except (ValueError, RecursionError) as error:
-            raise UserError(f"{self.path}: '{name}' holds no JSON object ({_one_line(error)})") from None
+            raise UserError(f"{self.path}: '{name}' holds no JSON object ({first_line(error)})") from None
         return found
 
     def stream(self, name: str, rows: int) -> Iterator[np.ndarray]:
@@ -260,11 +266,7 @@ class NpzFile:
                     yield np.frombuffer(data, dtype).reshape(count, *row_shape).copy()
                 stream.read(1)  # at the end zipfile compares the checksum
         except _DAMAGE as error:
-            raise UserError(f"{self.path}: damaged archive ({_one_line(error)})") from None
-
-
-def _one_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+            raise UserError(f"{self.path}: damaged archive ({first_line(error)})") from None
 
 
 def _read_header(stream) -> tuple[tuple[int, ...], np.dtype]:

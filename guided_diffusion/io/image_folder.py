@@ -1,6 +1,5 @@
 """Write a folder of PNGs in the form that `image_datasets` reads, whole or not at all."""
 
-import os
 import shutil
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -8,6 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from ..errors import UserError
+from .files import temporary_path
 from .progress import Progress
 
 
@@ -46,7 +46,7 @@ def write_image_folder(
     require_absent(folder)
     digits = max(5, len(str(count - 1)))
     folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
+    temporary = temporary_path(folder)
     temporary.mkdir()
     number = 0
     try:

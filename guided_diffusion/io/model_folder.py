@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..errors import UserError
+from ..errors import UserError, first_line
 from .files import read_object, sha256_of
 
 # Which of a pipeline's parts denoises, and which decodes what is denoised.
@@ -27,7 +27,7 @@ _NETWORKS = ("unet", "transformer")
 _WEIGHTS = "diffusion_pytorch_model"
 _JSON_BYTES, _HEADER_BYTES = 16 << 20, 64 << 20  # larger ones are no model's
 _HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*", re.ASCII)
-_FILE = (".pt", ".pth", ".ckpt", ".bin", ".safetensors")
+_FILE = (".pt", ".pth", ".ckpt", ".bin", ".safetensors", ".npz", ".json", ".yaml", ".cache")
 
 
 @dataclass(frozen=True)
@@ -121,7 +121,7 @@ def fetch_from_hub(name: str) -> Path:
     try:
         return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors"]))
     except Exception as error:  # it raises its own, its HTTP library's and the system's
-        told = (str(error).strip() or type(error).__name__).splitlines()[0]
+        told = first_line(error)
         raise UserError(
             f"{name}: no such file or folder here, and the Hub does not give a model of that name "
             f"({told:.200}); name a folder, or connect to the network"

@@ -20,7 +20,7 @@ from typing import Any, BinaryIO, ClassVar
 
 import numpy as np
 
-from ..errors import UserError
+from ..errors import UserError, first_line
 
 _DTYPE_CODE = re.compile(r"[iu][1248]|f[248]")
 _USUAL = pickle._Unpickler.dispatch
@@ -70,7 +70,7 @@ def telling(name: Any, damaged: str) -> Iterator[None]:
     except MemoryError:
         raise  # of this machine's; no file's claims lead to it
     except Exception as error:  # the interpreter checks nothing: there is no list of what it raises
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        reason = first_line(error)
         raise UserError(f"{name}: {damaged} ({reason:.200})") from None
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch as th
 from safetensors import SafetensorError, safe_open
 
-from ..errors import UserError
+from ..errors import UserError, first_line
 
 
 @contextmanager
@@ -29,7 +29,7 @@ def open_safetensors(path: str | os.PathLike, what: str) -> Iterator[Any]:
         with safe_open(path, framework="pt") as file:
             yield file
     except (SafetensorError, ValueError, OSError, RecursionError, TypeError, LookupError) as error:
-        told = (str(error).strip() or type(error).__name__).splitlines()[0]
+        told = first_line(error)
         raise UserError(f"{path}: not a readable {what} ({told})") from None
 
 

@@ -34,6 +34,9 @@ _STORAGES = {
     "BoolStorage": th.bool,
 }
 
+# A pickle of the number that began a file of torch.save's before 1.6.
+_OLD_FORMAT = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."
+
 
 class StateDict(dict[Any, Any]):
     """An OrderedDict as it was saved.
@@ -60,6 +63,9 @@ def read_torch_file(path: str | os.PathLike) -> Any:
     path = Path(path)
     if not path.is_file():
         raise UserError(f"no such checkpoint: {path}")
+    with open(path, "rb") as file:
+        if file.read(len(_OLD_FORMAT)) == _OLD_FORMAT:
+            raise UserError(f"{path}: is in the format of torch before 1.6; load and save it again there")
     with telling(path, "damaged, or not a file of torch.save's"), zipfile.ZipFile(path) as archive:
         kind = _LightningUnpickler if path.suffix == ".ckpt" else _TensorUnpickler
         return kind(archive, path.stat().st_size).load()

@@ -109,6 +109,9 @@ def run_script(main: Callable[[], None]) -> None:
             _others.leave_together(EXIT_STOPPED)
         sys.exit(EXIT_STOPPED)
     except OSError as error:
+        if error.errno == errno.EPIPE and _others is None:  # who read the output has closed it
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes once more
+            sys.exit(1)
         if error.filename is None and error.errno != errno.ENOSPC:
             _fail()
             raise

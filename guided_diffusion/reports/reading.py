@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from ..config.loading import read_plain
-from ..errors import UserError
+from ..errors import UserError, first_line
 from ..io.files import read_object, short_names
 from ..logger import read_pool_records, read_progress
 from ..runs.checkpoint import manifest_step, read_manifest
@@ -238,4 +238,4 @@ def _flat(tree: Mapping[Any, Any], prefix: str = "") -> dict[str, str]:
 def _reason(error: BaseException) -> str:
     if isinstance(error, FileNotFoundError):
         return "is missing"
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+    return first_line(error)[:200]

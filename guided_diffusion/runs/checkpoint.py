@@ -501,7 +501,7 @@ def open_checkpoint(path: str | os.PathLike) -> Checkpoint:
         return newest
     if not path.is_file():
         raise UserError(f"no such checkpoint: {path}")
-    if not (match := re.fullmatch(r"model(\d+)\.(pt|safetensors)", path.name)):
+    if not (match := re.fullmatch(r"model(\d{6,})\.(pt|safetensors)", path.name)):
         raise UserError(f"{path}: to resume, name a run directory or a file called modelNNNNNN.pt")
     number = match[1]
     step = int(number)

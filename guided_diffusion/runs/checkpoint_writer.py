@@ -10,7 +10,7 @@ from typing import Any
 import torch as th
 from safetensors import SafetensorError
 
-from ..errors import UserError
+from ..errors import UserError, first_line
 from .best import add_score, best_checkpoint, write_best
 from .checkpoint import (
     Checkpoint,
@@ -94,7 +94,7 @@ class CheckpointWriter:
         try:
             save_checkpoint(self.directory, step, contents, self.description, self.weights_format)
         except (OSError, RuntimeError, SafetensorError) as error:  # torch tells a full disk by RuntimeError
-            reason = f"{_first_line(error)}; {_free_space(self.directory)}"
+            reason = f"{first_line(error)}; {_free_space(self.directory)}"
             self.report(
                 f"WARNING: could not save step {step}: {reason}; training goes on, older checkpoints stay, "
                 "and the next save tries again"
@@ -115,7 +115,7 @@ class CheckpointWriter:
                 if checkpoint.step == step:
                     add_score(checkpoint, score)
         except (OSError, ValueError) as error:
-            self.report(f"WARNING: could not keep the score of step {step}: {_first_line(error)}")
+            self.report(f"WARNING: could not keep the score of step {step}: {first_line(error)}")
         self._tidy(step)
         return failure
 
@@ -126,13 +126,13 @@ class CheckpointWriter:
         try:
             self._prune(checkpoints, best)
         except OSError as error:  # what is superfluous stays; nothing is lost
-            self.report(f"WARNING: could not remove older checkpoints: {_first_line(error)}")
+            self.report(f"WARNING: could not remove older checkpoints: {first_line(error)}")
         if self.publish is not None:
             try:
                 self.publish()
             except (UserError, OSError) as error:
                 self.report(
-                    f"WARNING: step {step} is saved here alone: {_first_line(error)}; training goes on, "
+                    f"WARNING: step {step} is saved here alone: {first_line(error)}; training goes on, "
                     "and the next save tries again"
                 )
 
@@ -143,7 +143,7 @@ class CheckpointWriter:
         try:
             write_best(self.directory, *best)
         except OSError as error:
-            self.report(f"WARNING: could not name the best checkpoint: {_first_line(error)}")
+            self.report(f"WARNING: could not name the best checkpoint: {first_line(error)}")
         return best[0].step
 
     def _prune(self, checkpoints: Sequence[Checkpoint], best: int | None) -> None:
@@ -157,16 +157,12 @@ class CheckpointWriter:
                 drop_file(checkpoint, "pool")
 
 
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
-
-
 def _free_space(directory: Path) -> str:
     """Torch's words for a full disk do not say so."""
     try:
         return f"{shutil.disk_usage(directory).free / 1e6:.0f} MB are free"
     except OSError as error:
-        return _first_line(error)
+        return first_line(error)
 
 
 def to_cpu(value: Any) -> Any:

@@ -1,5 +1,6 @@
 """Where results come from: written into checkpoints and samples, so that a wrong score can be traced."""
 
+import re
 import subprocess
 from collections.abc import Sequence
 from importlib import metadata
@@ -7,12 +8,14 @@ from pathlib import Path
 from typing import Any
 
 from ..config.loading import experiment_of, project_root
-from ..config.registry import ARCHITECTURES
-from ..config.settings import Denoiser, Experiment, flat
+from ..config.registry import ARCHITECTURES, settings_of
+from ..config.settings import Architecture, Denoiser, Experiment, Process, Space, flat, keys_of
 from ..errors import UserError
 from ..io.shipped import IS_INSTALLED
 from ..script_util import build_space
 from .checkpoint import read_description
+
+_NAME = re.compile(r"\w[\w.,+=-]{0,100}")  # of a configuration; becomes a folder's
 
 
 def describe_network(name: str, denoiser: Denoiser, config: Path) -> dict[str, Any]:
@@ -34,12 +37,15 @@ def describe_network(name: str, denoiser: Denoiser, config: Path) -> dict[str, A
 
 
 def described_experiment(weights: Path, overrides: Sequence[str] = ()) -> Experiment:
-    """The configuration that a checkpoint of ours carries: what `describe_network` wrote.
+    """The configuration that a checkpoint of ours carries, what `describe_network` wrote; or that of a
+    diffusers folder.
 
     Raises:
-        UserError: it carries none, an override is mistaken, or it names an architecture that is not built
-            in: a file does not choose what is imported.
+        UserError: it carries none or a damaged one, an override is mistaken, or it names an architecture that
+            is not built in: a file does not choose what is imported.
     """
+    if weights.is_dir():
+        return experiment_of({"model_path": str(weights)}, weights, overrides)
     description = read_description(weights)
     keys: dict[str, Any] = {}
     for part in ("architecture", "process", "space_keys"):
@@ -53,8 +59,14 @@ def described_experiment(weights: Path, overrides: Sequence[str] = ()) -> Experi
             f"{weights}: is of the architecture {name!r:.80}, which is not built in; if you trust that, "
             "give its configuration by --config"
         )
+    parts = (settings_of(ARCHITECTURES, name, "architecture", Architecture), Process, Space)
+    known = {key.name for part in parts for _, key in keys_of(part)}
+    # A file names no further files, of which more would be read, and nothing that is looked up in the system.
+    if wrong := [key for key, value in keys.items() if key not in known or "${" in str(value)]:
+        raise UserError(f"{weights}: what it says of itself is damaged ({', '.join(wrong):.80})")
     experiment = experiment_of(keys, weights, overrides)
-    experiment.name = str(description.get("config", "unnamed"))
+    told = str(description.get("config"))
+    experiment.name = told if _NAME.fullmatch(told) else "unnamed"
     return experiment
 
 
@@ -65,7 +77,7 @@ def git_revision(folder: Path) -> str | None:
     """
     if IS_INSTALLED:
         return f"version {metadata.version('guided-diffusion-tccd')}"
-    git = ["git", "-C", str(folder)]
+    git = ["git", "-c", "core.fsmonitor=false", "-C", str(folder)]  # which is a program of the folder's
     try:
         head = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, timeout=10)
         changes = subprocess.run(

@@ -214,7 +214,8 @@ def _choose(
     is_old = resume is not None and _before_flips(resume.directory, experiment)
     with suppress(OSError, ValueError):
         if resume is not None:
-            return directory, resume, is_old, int(_read(resume.directory).get("threads", 0))
+            threads = _read(resume.directory).get("threads", 0)
+            return directory, resume, is_old, threads if type(threads) is int and threads > 0 else 0
     return directory, resume, is_old, 0
 
 
@@ -362,7 +363,7 @@ def _before_flips(directory: Path, experiment: Experiment) -> bool:
     """Whether a run on images is of a version that did not mirror them (0.1.0)."""
     config = directory / "config.yaml"
     plain = not isinstance(experiment, DistillationExperiment)
-    return plain and config.is_file() and "random_flip" not in config.read_text()
+    return plain and config.is_file() and "random_flip" not in config.read_text(errors="replace")
 
 
 def _record(name: str, config: Path, devices: list[str]) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from .. import dist_util
+from ..config.settings import IDLE_IN_SAMPLING
 from ..errors import UserError
 from ..gaussian_diffusion import GaussianDiffusion
 from ..io.files import NpzFile, atomic_path, remove_leftovers
@@ -171,6 +172,10 @@ class SampleSet:
             except (ValueError, TypeError, RecursionError):
                 raise UserError(f"{path}: is damaged; choose another --name, or remove the folder") from None
             changed = [key for key in settings if before.get(key) != settings[key]]
+            for part in ("architecture", "process"):  # of which older ones may say less
+                told, ours = before.get(part) or {}, provenance.get(part) or {}
+                both = [key for key in ours if key in told and key not in IDLE_IN_SAMPLING]
+                changed += [key for key in both if told[key] != ours[key]]
             if changed:
                 raise UserError(
                     f"{self.directory}: holds samples drawn with another {', '.join(changed)}; "

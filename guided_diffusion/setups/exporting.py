@@ -9,7 +9,7 @@ from typing import Any
 import torch as th
 
 from ..config.settings import Denoiser, Distill, DistillationExperiment, Experiment
-from ..errors import UserError
+from ..errors import UserError, first_line
 from ..io.diffusers_library import import_diffusers
 from ..io.model_folder import is_hub_name, weights_sha256
 from ..networks.base import DenoisingNetwork, ForDiffusers
@@ -116,7 +116,7 @@ def push(folder: Path, name: str) -> None:
         api.create_repo(name, exist_ok=True)
         api.upload_folder(repo_id=name, folder_path=folder)
     except Exception as error:  # it raises its own, its HTTP library's and the system's
-        told = (str(error).strip() or type(error).__name__).splitlines()[0]
+        told = first_line(error)
         raise UserError(f"{folder} is written, but not uploaded as {name} ({told:.200})") from None
 
 

@@ -68,7 +68,7 @@ def inspect(path: Path, overrides: Sequence[str] = ()) -> Inspected:
         lines.append(f"{path}: a run's directory; of its newest checkpoint {weights.name} is taken")
     if weights.is_dir():
         state: Mapping[str, th.Tensor] = load_model_folder(weights)
-        experiment = experiment_of({"model_path": str(weights)}, weights, overrides)
+        experiment = described_experiment(weights, overrides)
         found = f"a folder of diffusers', architecture {experiment.student.architecture.architecture}"
     elif read_description(weights):
         state = denoising_network(read_state_dict(weights), weights)

@@ -20,7 +20,7 @@ from ..config.settings import DistillationExperiment
 from ..distill.dynamic_batch import DynamicBatch, draw_goals, pool_size, prepare
 from ..distill.pool_file import arrays_sha256, join_parts, part_path, read_pool, write_pool
 from ..distill.teacher import Teacher
-from ..errors import UserError
+from ..errors import UserError, first_line
 from ..io.files import atomic_path, remove_leftovers
 from ..io.progress import Progress, say
 from ..processes.stopping import Stopped, StopSignals
@@ -160,7 +160,7 @@ def _read_partial(
         if header["sha256"] != arrays_sha256(arrays):
             raise ValueError("its contents do not have their checksum")
     except (SafetensorError, ValueError, OSError, RecursionError, TypeError, LookupError) as error:
-        told = (str(error).strip() or type(error).__name__).splitlines()[0]
+        told = first_line(error)
         print(f"WARNING: {path}: not readable ({told}); preparing anew", file=sys.stderr, flush=True)
         return None
     changed = [

@@ -173,7 +173,7 @@ def _read_config(folder: Path) -> dict[str, Any]:
         )
     if not all(n is None or type(n) in (int, float) for n in factors):
         raise UserError(f"{path}: scaling_factor and shift_factor must be numbers, not {factors}")
-    if not isinstance(config.get("block_out_channels", []), list):
+    if not (isinstance(widths := config.get("block_out_channels", [64]), list) and widths):
         raise UserError(f"{path}: block_out_channels must be a list of widths")
     for name, channels in (("in_channels", 3), ("out_channels", 3)):
         if config.get(name, channels) != channels:
