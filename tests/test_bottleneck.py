@@ -1,7 +1,9 @@
 """The distance of the student's bottleneck from the teacher's: what is compared, what is refused."""
 
+import shutil
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch as th
@@ -130,10 +132,10 @@ def test_runs_match_it_and_go_on_exactly(tmp_path, ranks):
         ("distill.bottleneck_weight=-1", "must not be negative"),
     ],
 )
-def test_students_without_the_teachers_bottleneck_are_refused(tmp_path, override, told):
-    config = distillation(tmp_path, SIZE, distill__bottleneck_weight=0.1)
-    script_here("scripts/dynamic_prepare.py", "--config", config)
+def test_students_without_the_teachers_bottleneck_are_refused(prepared_at_8, tmp_path, override, told):
+    config = Path(shutil.copy(prepared_at_8, tmp_path))
     if override.endswith("dit"):
         give_student_dit_keys(config, SIZE)
-    error = one_line_error(script_here("scripts/image_kd.py", "--config", config, override, check=False))
+    flags = ["--config", config, "--exp_dir", tmp_path / "run", "distill.bottleneck_weight=0.1", override]
+    error = one_line_error(script_here("scripts/image_kd.py", *flags, check=False))
     assert "distill.bottleneck_weight" in error and told in error

@@ -187,6 +187,7 @@ def test_mistakes_are_told_in_one_line(installed, tmp_path):
         assert line in one_line_error(installed.tccd(*args, cwd=tmp_path, check=False))
 
 
+@pytest.mark.slow
 def test_a_configuration_of_the_package_runs_on_two_ranks_and_writes_here(installed, tmp_path):
     before = installed.files()
     config = ["--config", "digits_16/exp/digits-TCCD.yaml", *TINY]
@@ -207,6 +208,7 @@ def test_a_configuration_of_the_package_runs_on_two_ranks_and_writes_here(instal
     assert installed.files() == before
 
 
+@pytest.mark.slow
 def test_models_of_the_package_are_sampled_from_and_scored(installed, tmp_path):
     sample = ["--model_path", "model/digits_teacher.pt", "--num_samples", 128, "--batch_size", 64]
     config = ["--config", "yaml/digits_16/teacher.yaml", "--timestep_respacing", 2, "--name", "two"]
@@ -216,6 +218,7 @@ def test_models_of_the_package_are_sampled_from_and_scored(installed, tmp_path):
     assert "digits-FD" in installed.tccd("evaluate", *files, "--backend", "digits", cwd=tmp_path).stdout
 
 
+@pytest.mark.slow
 def test_a_configuration_of_ones_own_refers_to_the_package(installed, tmp_path):
     config = {
         "base": "yaml/preset/short-run.yaml",

@@ -112,6 +112,7 @@ def test_shuffled_with_every_option_on_two_ranks(tmp_path):
     assert not th.equal(later.x, pool.x)
 
 
+@pytest.mark.slow
 def test_iterative_on_two_ranks(tmp_path):
     """No pool: all samples walk down from T together."""
     config = tiny(tmp_path, teacher__iter_choice="iterative_distillation", teacher__tempfile="")
@@ -216,6 +217,7 @@ def test_an_older_checkpoint_does_not_go_on_among_later_ones(config):
     assert f"resumed from step 3 of {config.parent / 'branch'}" in again.stdout
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_in_float16_from_an_arithmetic_without_loss_scale(tmp_path):
     """As `precision: auto` does on a GPU without bfloat16."""
     config = tiny(tmp_path, teacher__use_fp16=True, student__use_fp16=True)

@@ -1,5 +1,8 @@
 """A student's first weights, selected from its teacher's: channels that belong together, what is refused."""
 
+import shutil
+from pathlib import Path
+
 import pytest
 import torch as th
 from in_process import script_here
@@ -190,12 +193,12 @@ def test_a_student_that_predicts_v_has_its_own_last_layer(tmp_path):
         ("distill.initial_weights=mine", "must be random or teacher, not 'mine'"),
     ],
 )
-def test_students_that_cannot_start_there_are_refused(tmp_path, override, told):
-    config = distillation(tmp_path, SIZE, distill__initial_weights="teacher")
-    script_here("scripts/dynamic_prepare.py", "--config", config)
+def test_students_that_cannot_start_there_are_refused(prepared_at_8, tmp_path, override, told):
+    config = Path(shutil.copy(prepared_at_8, tmp_path))
     if override.endswith("dit"):
         give_student_dit_keys(config, SIZE)
-    done = script_here("scripts/image_kd.py", "--config", config, override, check=False)
+    flags = ["--config", config, "--exp_dir", tmp_path / "run", "distill.initial_weights=teacher", override]
+    done = script_here("scripts/image_kd.py", *flags, check=False)
     assert told in one_line_error(done)
 
 

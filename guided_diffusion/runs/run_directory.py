@@ -318,18 +318,20 @@ def _unfinished(parent: Path, experiment: Experiment, lock: ExitStack) -> tuple[
     return None
 
 
-def _of_configuration(parent: Path, experiment: Experiment) -> list[Path]:
-    """The runs of this very configuration that did not finish, the newest first."""
-    found = []
+def _of_configuration(parent: Path, experiment: Experiment) -> Iterator[Path]:
+    """Yield the runs of this very configuration that did not finish, the newest first."""
+    begun = []
     for directory in parent.iterdir() if parent.is_dir() else ():
-        if not directory.name.startswith((f"{experiment.name}-", f"{experiment.name},")):
-            continue
+        if directory.name.startswith((f"{experiment.name}-", f"{experiment.name},")):
+            with suppress(OSError):  # one that never began
+                begun.append(((directory / "run.json").stat().st_mtime, directory))
+    for _, directory in sorted(begun, reverse=True):
         try:
-            if _is_of(directory, experiment) and _ended(directory) != "finished":
-                found.append(((directory / "run.json").stat().st_mtime, directory))
+            wanted = _ended(directory) != "finished" and _is_of(directory, experiment)
         except (OSError, ValueError, UserError):
-            continue  # not a run of ours, or one that never began
-    return [directory for _, directory in sorted(found, reverse=True)]
+            continue  # not a run of ours
+        if wanted:
+            yield directory
 
 
 def _is_of(directory: Path, experiment: Experiment) -> bool:

@@ -353,6 +353,7 @@ def test_continuing_and_sampling_from_urls(store, project, tmp_path):
     assert code == 1 and "holds samples drawn with another sampler" in text
 
 
+@pytest.mark.slow
 def test_a_branch_goes_on_from_its_own_newest_on_another_machine(store, project):
     """The same command twice: a run that began from another's checkpoint does not begin there again."""
     folder, command = project

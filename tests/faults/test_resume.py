@@ -37,7 +37,7 @@ SLOW = pytest.mark.slow
 
 @pytest.mark.parametrize(
     "kind, ranks",
-    [("kd", 2), ("train", 1), pytest.param("kd", 1, marks=SLOW), pytest.param("train", 2, marks=SLOW)],
+    [("kd", 2), *(pytest.param(*one, marks=SLOW) for one in (("kd", 1), ("train", 1), ("train", 2)))],
 )
 def test_killed_in_a_step_and_started_again(tmp_path, kind, ranks):
     """The checkpoint (4) is neither where it dies (6, 9) nor at the end of a row of the log (3)."""
@@ -147,7 +147,7 @@ def shown_by_kills(folder, total):
 
 
 def test_kills_at_random_moments(tmp_path, record_property):
-    record_property("told", shown_by_kills(tmp_path, 4))
+    record_property("told", shown_by_kills(tmp_path, 2))
 
 
 @pytest.mark.slow
@@ -328,7 +328,7 @@ def test_a_run_says_what_it_was(tmp_path):
     "kind, named",
     [
         ("kd", False),
-        ("train", True),
+        pytest.param("train", True, marks=SLOW),
         pytest.param("kd", True, marks=SLOW),
         pytest.param("train", False, marks=SLOW),
     ],

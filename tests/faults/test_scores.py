@@ -59,7 +59,7 @@ def best(folder):
     return json.loads((folder / "best.json").read_text())
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("ranks", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_killed_before_a_score(project, tmp_path, ranks):
     """The checkpoint is there and its score is not, so the same command scores it first."""
     command, straight = project

@@ -26,6 +26,8 @@ from guided_diffusion.setups import distillation as setup
 from guided_diffusion.setups import preparing
 from guided_diffusion.unet import UNetModel
 
+SLOW = pytest.mark.slow
+
 
 def signal_in_step(step, *numbers):
     def tamper():
@@ -42,7 +44,7 @@ def signal_in_step(step, *numbers):
     return tamper
 
 
-@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT"])
+@pytest.mark.parametrize("name", ["SIGTERM", pytest.param("SIGINT", marks=SLOW)])
 def test_the_step_is_finished_and_saved(tmp_path, name):
     command = distil(tmp_path)
     folder, straight = tmp_path / "run", tmp_path / "straight"
@@ -61,7 +63,7 @@ def test_the_step_is_finished_and_saved(tmp_path, name):
         assert_same_end(straight, folder, 6)
 
 
-@pytest.mark.parametrize("second, status", [("SIGTERM", 143), ("SIGINT", 130)])
+@pytest.mark.parametrize("second, status", [("SIGTERM", 143), pytest.param("SIGINT", 130, marks=SLOW)])
 def test_a_second_signal_stops_at_once(tmp_path, second, status):
     command = [*distil(tmp_path), "--exp_dir", tmp_path / "run"]
     tamper = signal_in_step(2, signal.SIGTERM, getattr(signal, second))
@@ -145,8 +147,10 @@ def signal_at(module, name, calls=1, number=signal.SIGTERM, rank=0):
     return tamper
 
 
-@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT"])
-@pytest.mark.parametrize("where", ["load_teacher", "read_pool", "place"])
+@pytest.mark.parametrize("name", ["SIGTERM", pytest.param("SIGINT", marks=SLOW)])
+@pytest.mark.parametrize(
+    "where", ["load_teacher", *(pytest.param(one, marks=SLOW) for one in ("read_pool", "place"))]
+)
 def test_a_signal_while_a_run_starts(tmp_path, where, name):
     command, folder = distil(tmp_path), tmp_path / "run"
     tamper = signal_at(setup, where, number=getattr(signal, name))
@@ -159,7 +163,7 @@ def test_a_signal_while_a_run_starts(tmp_path, where, name):
         assert run(tmp_path, *command, "--exp_dir", folder, "run.iterations=1")[0] == 0
 
 
-@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("training", [pytest.param(False, marks=SLOW), True])
 def test_a_signal_during_an_import(tmp_path, training):
     """An exception in the middle of torch's import would crash the process."""
     code = "import os, signal\nos.kill(os.getpid(), signal.SIGTERM)\nDONE = 1\n"
@@ -188,7 +192,7 @@ def test_a_signal_during_an_import(tmp_path, training):
     assert ("stopped by SIGTERM at step 1; run the same command" in text) == training, text
 
 
-@pytest.mark.parametrize("last", [True, False])
+@pytest.mark.parametrize("last", [pytest.param(True, marks=SLOW), False])
 def test_a_signal_during_a_save(tmp_path, last):
     """During the last one: the run has finished, and says so."""
     command, folder = distil(tmp_path), tmp_path / "run"
@@ -220,7 +224,7 @@ def assert_same_pool(a, b):
     assert (first.y is None) == (second.y is None) and (first.y is None or th.equal(first.y, second.y))
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("ranks", [pytest.param(1, marks=SLOW), 2])
 def test_a_stopped_preparation_goes_on_as_if_it_had_not(tmp_path, ranks):
     """Stopped twice, by a signal to the last rank alone."""
     config = distillation(tmp_path, class_cond=True, num_classes=3, distill__stride=3)
@@ -273,7 +277,7 @@ def test_a_signal_while_the_pool_is_written(tmp_path):
     assert code == 0 and "wrote" in text, text
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("ranks", [pytest.param(1, marks=SLOW), 2])
 def test_stopped_sampling_goes_on(tmp_path, ranks):
     config = distillation(tmp_path)
     command = ["scripts/image_sample.py", "--config", config, "--model_path", tmp_path / "teacher.pt"]
@@ -289,7 +293,7 @@ def test_stopped_sampling_goes_on(tmp_path, ranks):
     assert (folder / name).read_bytes() == (whole / name).read_bytes()
 
 
-@pytest.mark.parametrize("fault", ["held up, both told", "held up, one told"])
+@pytest.mark.parametrize("fault", [pytest.param("held up, both told", marks=SLOW), "held up, one told"])
 def test_a_rank_that_waits_for_another_is_not_left_waiting(tmp_path, fault):
     """Rank 0 waits inside gloo, where no handler runs, for rank 1, which stops."""
     code, text = under_mpiexec(tmp_path, fault)
@@ -303,7 +307,7 @@ def test_a_rank_that_is_told_before_the_ranks_have_met(tmp_path):
     assert code == EXIT_STOPPED, text
 
 
-@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT"])
+@pytest.mark.parametrize("name", ["SIGTERM", pytest.param("SIGINT", marks=SLOW)])
 def test_workers_that_load_images_leave_signals_to_the_run(tmp_path, name):
     """A signal to the whole process group, as Ctrl-C and scancel send it."""
     command = [*train(tmp_path), "--num_workers", 1, "run.iterations=0", "--exp_dir", tmp_path / "run"]
