@@ -13,7 +13,7 @@ from torch import nn
 from .config.adm_diffusers import group_count, unet2d_config
 from .config.settings import AdmArchitecture
 from .networks.adm_weights import adm_state, attention_blocks, attention_heads, diffusers_state
-from .networks.base import DenoisingNetwork, Evaluation, ForDiffusers
+from .networks.base import DenoisingNetwork, Evaluation, ForDiffusers, cast_weights
 from .networks.blocks import AttentionBlock, Downsample, ResBlock, TimestepSequential, Upsample
 from .networks.weight_selection import UNet2DWeights
 from .nn import GroupNorm32, timestep_embedding, zero_module
@@ -255,10 +255,7 @@ class UNetModel(DenoisingNetwork):
         layout = th.channels_last if channels_last or dtype != th.float32 else th.contiguous_format
         self.to(memory_format=layout)  # type: ignore[call-overload]
         if frozen and dtype != th.float32:
-            for part in (self.input_blocks, self.middle_block, self.output_blocks, self.out):
-                for module in part.modules():
-                    if isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Linear)):
-                        module.to(dtype)
+            cast_weights([self.input_blocks, self.middle_block, self.output_blocks, self.out], dtype)
 
     def from_diffusers(self, state: Mapping[str, th.Tensor]) -> dict[str, th.Tensor]:
         """A UNet2DModel's weights under ADM's names."""

@@ -5,7 +5,6 @@ class labels, and `answers_NAME` [M, ...] what a run keeps of the teacher's answ
 `DistillationBatch`. The header records what the pool belongs to, so that a wrong one is refused.
 """
 
-import hashlib
 import json
 import os
 from collections.abc import Mapping
@@ -19,7 +18,7 @@ from safetensors.torch import save_file
 from ..errors import UserError
 from ..io.files import atomic_path
 from ..io.safe_pickle import load_arrays
-from ..io.safetensors_file import open_safetensors
+from ..io.safetensors_file import arrays_sha256, open_safetensors, require_checksum
 from .dynamic_batch import DistillationBatch, DynamicBatch
 
 _SUFFIX_OF_PART = ".part"
@@ -194,19 +193,8 @@ def _read_safetensors(path: Path) -> tuple[dict[str, th.Tensor], dict[str, Any]]
         if missing:
             raise UserError(f"{path}: is no pool, it has no {', '.join(sorted(missing))}")
         arrays = {name: file.get_tensor(name) for name in _ARRAYS if name in file.keys()}  # noqa: SIM118
-        checksum = (file.metadata() or {}).get("sha256")
-        if checksum is not None and checksum != arrays_sha256(arrays):
-            raise ValueError("its contents do not have their checksum")
+        require_checksum(file, arrays)
         return arrays, _belongs_to(file)
-
-
-def arrays_sha256(arrays: Mapping[str, th.Tensor]) -> str:
-    """SHA-256 of named arrays on the CPU: names, dtypes, shapes and contents."""
-    digest = hashlib.sha256()
-    for name in sorted(arrays):
-        digest.update(f"{name} {arrays[name].dtype} {list(arrays[name].shape)}".encode())
-        digest.update(arrays[name].contiguous().reshape(-1).view(th.uint8).numpy().data)
-    return digest.hexdigest()
 
 
 def _read_pickle(path: Path) -> tuple[dict[str, th.Tensor], dict[str, Any]]:

@@ -1,7 +1,8 @@
-"""Read safetensors files: a header of names, types, shapes and text, then plain numbers. None can run."""
+"""Safetensors files: a header of names, types, shapes and text, then plain numbers. None can run."""
 
+import hashlib
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -53,3 +54,23 @@ def read_metadata(path: str | os.PathLike, what: str = "checkpoint") -> dict[str
     """
     with open_safetensors(path, what) as file:
         return dict(file.metadata() or {})
+
+
+def arrays_sha256(arrays: Mapping[str, th.Tensor]) -> str:
+    """SHA-256 of named arrays on the CPU: names, dtypes, shapes and contents."""
+    digest = hashlib.sha256()
+    for name in sorted(arrays):
+        digest.update(f"{name} {arrays[name].dtype} {list(arrays[name].shape)}".encode())
+        digest.update(arrays[name].contiguous().reshape(-1).view(th.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def require_checksum(file: Any, arrays: Mapping[str, th.Tensor]) -> None:
+    """Compare a file's arrays with the `arrays_sha256` in its header; older files have none.
+
+    Raises:
+        ValueError: they differ.
+    """
+    checksum = (file.metadata() or {}).get("sha256")
+    if checksum is not None and checksum != arrays_sha256(arrays):
+        raise ValueError("its contents do not have their checksum")

@@ -1,7 +1,7 @@
 """The contract of a denoising network: what the process, the method and the training loop may ask of it."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -208,6 +208,14 @@ class DenoisingNetwork(nn.Module, ABC):
         limits.accumulated_recompile_limit = max(limits.accumulated_recompile_limit, 2048)
         for block in blocks:
             block.compile(backend=backend)
+
+
+def cast_weights(parts: Iterable[nn.Module], dtype: th.dtype) -> None:
+    """Cast the weights of the convolutions and linear layers in some parts of a network once and for all."""
+    for part in parts:
+        for module in part.modules():
+            if isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Linear)):
+                module.to(dtype)
 
 
 def _captured_without_gradients(function: Callable[..., Any]) -> Callable[..., Any]:

@@ -1,7 +1,7 @@
 """diffusers' networks, and how one becomes a network of ours; with the two that do, all that knows them."""
 
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -57,14 +57,6 @@ def adopt(network: nn.Module, model_class: type[nn.Module], config: dict[str, An
     for name, part in model.named_children():
         network.add_module(name, part)
     network.__dict__["model"] = model  # past nn.Module, which would make it a submodule
-
-
-def cast_weights(parts: Iterable[nn.Module], dtype: th.dtype) -> None:
-    """Cast the weights of the convolutions and linear layers in some parts of a network once and for all."""
-    for part in parts:
-        for module in part.modules():
-            if isinstance(module, (nn.Conv2d, nn.Linear)):
-                module.to(dtype)
 
 
 @contextmanager

@@ -7,8 +7,8 @@ import torch as th
 from torch import nn
 
 from ..config.architectures import UNet2DArchitecture
-from .base import DenoisingNetwork, Evaluation, ForDiffusers
-from .diffusers_models import Attention, ResnetBlock2D, UNet2DModel, adopt, cast_weights, hooked
+from .base import DenoisingNetwork, Evaluation, ForDiffusers, cast_weights
+from .diffusers_models import Attention, ResnetBlock2D, UNet2DModel, adopt, hooked
 from .weight_selection import UNet2DWeights
 
 

@@ -6,8 +6,8 @@ import torch as th
 from torch import nn
 
 from ..config.architectures import DiTArchitecture
-from .base import DenoisingNetwork, Evaluation, ForDiffusers
-from .diffusers_models import BasicTransformerBlock, DiTTransformer2DModel, adopt, cast_weights, hooked
+from .base import DenoisingNetwork, Evaluation, ForDiffusers, cast_weights
+from .diffusers_models import BasicTransformerBlock, DiTTransformer2DModel, adopt, hooked
 
 
 class DiT(DenoisingNetwork):

@@ -12,17 +12,17 @@ from pathlib import Path
 from typing import Any
 
 import torch as th
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from .. import dist_util
 from ..config.settings import DistillationExperiment
 from ..distill.dynamic_batch import DynamicBatch, draw_goals, pool_size, prepare
-from ..distill.pool_file import arrays_sha256, join_parts, part_path, read_pool, write_pool
+from ..distill.pool_file import join_parts, part_path, read_pool, write_pool
 from ..distill.teacher import Teacher
-from ..errors import UserError, first_line
+from ..errors import UserError
 from ..io.files import atomic_path, remove_leftovers
 from ..io.progress import Progress, say
+from ..io.safetensors_file import arrays_sha256, open_safetensors, require_checksum
 from ..processes.stopping import Stopped, StopSignals
 from ..train_util import reseed
 from .distillation import load_teacher, noise_pool, pool_file, pool_identity, pool_seed, stored
@@ -153,15 +153,12 @@ def _read_partial(
     if not path.is_file():
         return None
     try:
-        with safe_open(path, framework="pt") as file:
-            header = file.metadata() or {}
-            before = dict(json.loads(header["preparation"]))
+        with open_safetensors(path, "preparation") as file:
+            before = dict(json.loads((file.metadata() or {})["preparation"]))
             arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        if header["sha256"] != arrays_sha256(arrays):
-            raise ValueError("its contents do not have their checksum")
-    except (SafetensorError, ValueError, OSError, RecursionError, TypeError, LookupError) as error:
-        told = first_line(error)
-        print(f"WARNING: {path}: not readable ({told}); preparing anew", file=sys.stderr, flush=True)
+            require_checksum(file, arrays)
+    except UserError as error:
+        print(f"WARNING: {error}; preparing anew", file=sys.stderr, flush=True)
         return None
     changed = [
         f"{key} {before.get(key)!r}, now {v!r}" for key, v in belongs_to.items() if before.get(key) != v
