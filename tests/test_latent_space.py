@@ -192,10 +192,7 @@ def truncated(folder):
 @pytest.mark.parametrize(
     "harm, told",
     [
-        (
-            pickled,
-            "holds no diffusion_pytorch_model.safetensors; it holds pickled weights, which are not read",
-        ),
+        (pickled, "has pickled weights alone (diffusion_pytorch_model.bin)"),
         (truncated, "not a readable VAE"),
         (lambda f: rewrite(f, _class_name="AutoencoderTiny"), "of class 'AutoencoderTiny'; a VAE is one of"),
         (lambda f: rewrite(f, _class_name=["VQModel"]), "of class"),
@@ -205,6 +202,7 @@ def truncated(folder):
             "block_out_channels [1099511627776, 8] is beyond",
         ),
         (lambda f: rewrite(f, block_out_channels=8), "block_out_channels must be a list"),
+        (lambda f: rewrite(f, block_out_channels=[]), "block_out_channels must be a list"),
         (lambda f: rewrite(f, layers_per_block=10**6), "layers_per_block 1000000 is beyond reason"),
         (lambda f: rewrite(f, layers_per_block=2), "do not fit config.json"),
         (lambda f: rewrite(f, norm_num_groups=0), "do not fit config.json, or it is damaged"),

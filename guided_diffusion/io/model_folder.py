@@ -83,7 +83,7 @@ def read_model_folder(path: str | Path) -> ModelFolder:
     if not (folder / "config.json").is_file():
         raise UserError(f"{path}: is no model's folder: it has neither model_index.json nor config.json")
     config = read_json(folder / "config.json")
-    weights = _weight_files(folder)
+    weights = weight_files(folder)
     shapes: dict[str, tuple[int, ...]] = {}
     for file in weights:
         shapes |= weight_shapes(file)
@@ -199,8 +199,8 @@ def _part(path: Path, name: str) -> Path:
     return path / name if (path / name).is_dir() else path
 
 
-def _weight_files(folder: Path) -> list[Path]:
-    """A network's safetensors files, in order.
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors files of a model in its folder, in order.
 
     Raises:
         UserError: there are none, several that could be meant, or some of an index's are missing.

@@ -17,13 +17,13 @@ import torch as th
 from ..errors import UserError
 from ..io.diffusers_library import import_diffusers
 from ..io.files import read_object, sha256_of
+from ..io.model_folder import weight_files
 from ..io.safetensors_file import read_safetensors
 from .pixel import PixelSpace
 
 # The classes, and the factor of those whose config.json gives none. The files of LDM's own VQ models do not,
 # and LDM trains on them at scale 1; diffusers' default for the class, 0.18215, is Stable Diffusion's.
 _CLASSES = {"VQModel": 1.0, "AutoencoderKL": 0.18215}
-_WEIGHTS = "diffusion_pytorch_model.safetensors"
 _MOST, _MOST_LAYERS = 1 << 20, 64
 _PIXELS_AT_ONCE = 1 << 20  # that are encoded or decoded together: 16 images of 256x256
 
@@ -110,7 +110,7 @@ class LatentSpace:
 
     def identity(self) -> dict[str, Any]:
         """The VAE's weights, and the factors."""
-        files = _weight_files(self.folder)
+        files = weight_files(self.folder)
         stamps = tuple((path, path.stat().st_size, path.stat().st_mtime_ns) for path in files)
         return {"vae_sha256": _sha256(stamps), "vae_scale": self.scale, "vae_shift": self.shift}
 
@@ -127,7 +127,7 @@ class LatentSpace:
         """The VAE in float32 on the CPU, in eval mode."""
         diffusers = import_diffusers(f"{self.folder}: a VAE")
         kind = diffusers.VQModel if self.kind == "VQModel" else diffusers.AutoencoderKL
-        files = _weight_files(self.folder)
+        files = weight_files(self.folder)
         state = {name: value for file in files for name, value in read_safetensors(file, "VAE").items()}
         try:
             with th.device("meta"):  # sizes are claims until they are those of the weights
@@ -182,23 +182,6 @@ def _read_config(folder: Path) -> dict[str, Any]:
         if config.get(name) is not None:
             raise UserError(f"{path}: {name} is not known here")
     return config
-
-
-def _weight_files(folder: Path) -> list[Path]:
-    """The safetensors files of a VAE, one or several shards.
-
-    Raises:
-        UserError: there are none.
-    """
-    if (path := folder / _WEIGHTS).is_file():
-        return [path]
-    if shards := sorted(folder.glob(f"{Path(_WEIGHTS).stem}-*-of-*.safetensors")):
-        return shards
-    pickled = "; it holds pickled weights, which are not read" if list(folder.glob("*.bin")) else ""
-    raise UserError(
-        f"{folder}: holds no {_WEIGHTS}{pickled}; diffusers writes it with "
-        "save_pretrained(..., safe_serialization=True)"
-    )
 
 
 @functools.lru_cache(maxsize=16)
