@@ -177,7 +177,7 @@ def test_half_precision_weights(tmp_path):
 
 
 def test_a_folder_is_sampled_from(tmp_path):
-    """With a configuration that names it and says nothing else."""
+    """With a configuration that names it and says nothing else, or with none."""
     folder = save(
         tmp_path / "m", dit(out_channels=6, num_embeds_ada_norm=3), DDPMScheduler(**SCHEDULE, **LEARNED)
     )
@@ -189,6 +189,11 @@ def test_a_folder_is_sampled_from(tmp_path):
         assert samples["arr_0"].shape == (3, 8, 8, 3) and samples["arr_1"].max() < 3
     record = json.loads((tmp_path / "s/sampling.json").read_text())
     assert record["model_sha256"] == weights_sha256(folder)
+    flags[-1] = tmp_path / "t"
+    script_here("scripts/image_sample.py", "--model_path", folder, *flags[2:])
+    files = [(tmp_path / name / "samples_3x8x8x3.npz") for name in "st"]
+    assert np.array_equal(*(np.load(file)["arr_0"] for file in files))
+    flags[-1] = tmp_path / "s"
     other = save(tmp_path / "o", dit(out_channels=6, num_embeds_ada_norm=3), DDPMScheduler(1000, **LEARNED))
     line = one_line_error(script_here("scripts/image_sample.py", *flags, "--model_path", other, check=False))
     assert "was trained with diffusion_steps 1000, but diffusion_steps is 20" in line
