@@ -145,17 +145,27 @@ def _mirrored(images: np.ndarray, mirrored: np.ndarray | None) -> np.ndarray:
 
 
 def list_images(root: Path) -> list[Path]:
-    """All image files below a folder, in sorted order; links to folders are followed, each folder once.
+    """All image files below a folder, in sorted order.
+
+    Links to folders are followed, after what lies there itself, and no folder is read twice.
 
     Raises:
         UserError: there are none.
     """
-    paths, seen = [], {os.path.realpath(root)}
-    for folder, inner, names in os.walk(root, followlinks=True):
-        inner[:] = [name for name in inner if os.path.realpath(Path(folder, name)) not in seen]
-        seen.update(os.path.realpath(Path(folder, name)) for name in inner)
-        files = (Path(folder, name) for name in names)
-        paths += [path for path in files if path.suffix.lower() in IMAGE_SUFFIXES and path.is_file()]
+    paths: list[Path] = []
+    seen: set[str] = set()
+    tops = [root]
+    while tops:
+        links: list[Path] = []
+        for folder, inner, names in (one for top in tops for one in os.walk(top)):
+            if (real := os.path.realpath(folder)) in seen:
+                inner.clear()
+                continue
+            seen.add(real)
+            links += (link for name in inner if (link := Path(folder, name)).is_symlink())
+            files = (Path(folder, name) for name in names)
+            paths += (path for path in files if path.suffix.lower() in IMAGE_SUFFIXES and path.is_file())
+        tops = sorted(links)
     paths.sort()
     if not paths:
         raise UserError(f"{root}: holds neither .npz files nor images ({', '.join(IMAGE_SUFFIXES)})")

@@ -91,7 +91,7 @@ def test_samples_of_another_process_are_no_samples_of_this_one(trained, tmp_path
     sample(trained, tmp_path)
     line = one_line_error(sample(trained, tmp_path, "clip_denoised=false", check=False))
     assert "holds samples drawn with another clip_denoised" in line
-    sample(trained, tmp_path, "dropout=0.5")  # which is none of the samples' business
+    sample(trained, tmp_path, "dropout=0.5", "num_classes=7")  # which are none of the samples' business
 
 
 def test_samples_carry_where_they_come_from(trained, tmp_path):
@@ -147,12 +147,13 @@ def test_a_description_of_absurd_size_is_refused_before_it_is_built(trained, tmp
 @pytest.mark.parametrize(
     "part, value, told",
     [
-        ("process", {"model_path": "someone/tracker"}, "damaged (model_path)"),
-        ("process", {"model": "/etc/hostname"}, "damaged (model)"),
-        ("process", {"noise_schedule": "${oc.env:HOME}"}, "damaged (noise_schedule)"),
+        ("process", {"model_path": "someone/tracker"}, "does not know (model_path)"),
+        ("process", {"model": "/etc/hostname"}, "does not know (model)"),
+        ("process", {"noise_schedule": "${oc.env:HOME}"}, "does not know (noise_schedule)"),
         ("run", {"seed": 3}, ""),
         ("config", "../../escaped", ""),
         ("config", "a\0b", ""),
+        ("config", "my run (1)", ""),
     ],
 )
 def test_a_description_names_no_other_files(trained, tmp_path, monkeypatch, part, value, told):
@@ -166,7 +167,8 @@ def test_a_description_names_no_other_files(trained, tmp_path, monkeypatch, part
     else:
         experiment = described_experiment(tmp_path / "odd.pt")
         assert experiment.run.seed == 0
-        assert experiment.name == ("unnamed" if part == "config" else "net")
+        names = {"../../escaped": "unnamed", "a\0b": "unnamed"}
+        assert experiment.name == (names.get(value, value) if part == "config" else "net")
 
 
 def test_a_damaged_description_is_told(trained, tmp_path):

@@ -51,7 +51,10 @@ def test_overrides_win(config):
         ("student", "'student' is no override"),
         ("student.model=nowhere.yaml", "'nowhere.yaml' is to be found neither"),
         ("student.model=/nowhere/x.yaml", "no such file: /nowhere/x.yaml"),
-        ("student.lr=", "student.lr: Value ''"),  # a shell's variable that is not set
+        ("student.lr=", "student.lr=: gives no value"),  # a shell's variable that is not set
+        ("student.attention_resolutions=", "student.attention_resolutions=: gives no value"),
+        ("student.num_res_blocks=", "num_res_blocks=: gives no value"),
+        ("run.ema_warmup=", "run.ema_warmup: Value ''"),
         ("student.image_size=???", "'student.image_size=???' gives no value"),
         ("teacher.BATCH=.inf", "BATCH must be positive"),
         ("student.lr=\udcff", "student.lr"),
@@ -81,6 +84,21 @@ def test_odd_values_in_a_file_are_told(tmp_path, text, told):
     (tmp_path / "odd.yaml").write_text(text)
     with pytest.raises(UserError, match=re.escape(told)):
         load_experiment(tmp_path / "odd.yaml")
+
+
+def test_what_a_text_ends_in_is_left_alone(config):
+    weights = "gs://bucket/x.pt?signature=abc="
+    assert load_experiment(config, [f"teacher.model_path={weights}"]).teacher.model_path == weights
+    assert load_experiment(config, ["student.model_path="]).student.training.model_path == ""
+
+
+def test_a_base_may_refer_to_other_keys_and_may_be_empty(tmp_path):
+    (tmp_path / "linear.yaml").write_text("lr: 0.5")
+    found = {}
+    for base in ("${noise_schedule}.yaml", "['${noise_schedule}.yaml']", ""):
+        (tmp_path / "net.yaml").write_text(f"base: {base}\nnoise_schedule: linear")
+        found[base] = load_experiment(tmp_path / "net.yaml").student.training.lr
+    assert list(found.values()) == [0.5, 0.5, 1e-4]
 
 
 def test_a_baselines_keys_may_be_given_as_a_students(tmp_path):

@@ -297,7 +297,7 @@ def test_an_entry_stays_where_the_teacher_led_it_if_the_students_prediction_is_n
     students[3, 0, 1, 2], students[5] = th.nan, th.inf
     pool.follow(batch, students, teacher.process, 1.0)
     stayed = (pool.x == teachers).flatten(1).all(dim=1)
-    assert stayed[3] and not stayed.all() and pool.x.isfinite().all()
+    assert stayed[3] and stayed[5] and not stayed.all() and pool.x.isfinite().all()
 
 
 def test_without_bounds_a_student_throws_an_entry_no_farther_than_the_teachers_images_reach(teacher):

@@ -16,6 +16,7 @@ from guided_diffusion.errors import UserError
 from guided_diffusion.image_datasets import (
     ArrayDataset,
     center_crop,
+    list_images,
     open_dataset,
     read_image,
     sample_batches,
@@ -140,14 +141,17 @@ def test_a_folder_per_class(tmp_path):
     assert dataset.num_classes == 3
 
 
-def test_links_to_folders_are_followed_and_circles_are_not(tmp_path):
-    for folder in ("tree/a", "elsewhere/b"):
+def test_links_to_folders_are_followed_where_their_images_do_not_lie_there_anyway(tmp_path):
+    for folder in ("tree/cat", "elsewhere/dog", "elsewhere/emu"):
         (tmp_path / folder).mkdir(parents=True)
         Image.new("RGB", (8, 8)).save(tmp_path / folder / "0.png")
-    (tmp_path / "tree/b").symlink_to("../elsewhere/b")
-    (tmp_path / "tree/a/up").symlink_to("../../tree")
-    dataset = open_dataset(str(tmp_path / "tree"), 8, True)
-    assert len(dataset) == 2 and dataset.num_classes == 2
+    for name in ("dog", "eagle"):  # in sorted order the first one counts
+        (tmp_path / "tree" / name).symlink_to("../elsewhere/dog")
+    (tmp_path / "tree/ant").symlink_to("cat")
+    (tmp_path / "tree/cat/up").symlink_to("../../tree")
+    (tmp_path / "tree/other").symlink_to("../elsewhere")
+    found = [path.relative_to(tmp_path / "tree") for path in list_images(tmp_path / "tree")]
+    assert [str(path) for path in found] == ["cat/0.png", "dog/0.png", "other/emu/0.png"]
 
 
 def test_the_evaluators_statistics_are_no_images(tmp_path):

@@ -251,25 +251,20 @@ def test_images_are_encoded_once(baseline, monkeypatch):
     assert calls == [9] * 5 + [8, 8] and len(encoded(baseline)) == 4
 
 
-def test_two_runs_do_not_encode_the_same_images_at_once(baseline, monkeypatch):
-    from guided_diffusion.io import files
-
+def test_a_second_run_waits_while_the_first_encodes_the_same_images(baseline):
     train(baseline, "a")
     (path,) = encoded(baseline)
+    moments = path.read_bytes()
     path.unlink()
-    monkeypatch.setattr(files, "_PATIENCE", 0.2)
-    holder = (
-        "import sys; from pathlib import Path; from guided_diffusion.io.files import held\n"
-        "with held(Path(sys.argv[1])): print('held', flush=True); sys.stdin.read()"
+    first = (
+        "import sys, time; from pathlib import Path; from guided_diffusion.io.files import held\n"
+        "with held(Path(sys.argv[1])): print('held', flush=True); time.sleep(3)"
     )
-    with subprocess.Popen(
-        [sys.executable, "-c", holder, path], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE
-    ) as other:
-        assert other.stdout.readline() == b"held\n"
-        assert "another process is writing there" in one_line_error(train(baseline, "b", check=False))
-        other.stdin.close()
-    train(baseline, "c")
-    assert encoded(baseline) == [path]
+    with subprocess.Popen([sys.executable, "-c", first, path], cwd=ROOT, stdout=subprocess.PIPE) as other:
+        assert other.stdout.readline() == b"held\n" and other.poll() is None
+        train(baseline, "b")
+        assert other.poll() == 0
+    assert encoded(baseline) == [path] and path.read_bytes() == moments
 
 
 def test_what_is_trained_on_is_what_encoding_the_batch_gives(baseline):

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import (  # type: ignore[attr-defined]
     AliasEvent,
@@ -93,10 +93,10 @@ def override_values(overrides: Sequence[str]) -> dict[str, Any]:
     for override in overrides:
         if "=" not in override or override.startswith("-"):
             raise UserError(f"'{override}' is no override: write key=value, such as student.lr=1e-3")
-        if override.endswith("=???"):  # which OmegaConf takes for one that is left out
+        if override.partition("=")[2] == "???":  # OmegaConf's mark of a missing value
             raise UserError(f"'{override}' gives no value")
-    # "key=" is an empty text, which is no number; YAML would take it for null, the default.
-    quoted = [override + "''" if override.endswith("=") else override for override in overrides]
+    # "key=" gives an empty text, which is no number; YAML would take it for null, the default.
+    quoted = [override if override.partition("=")[2] else f"{override}''" for override in overrides]
     try:
         return OmegaConf.to_container(OmegaConf.from_dotlist(quoted))  # type: ignore[return-value]
     except (OmegaConfBaseException, YAMLError, UnicodeError) as error:
@@ -274,12 +274,16 @@ def _read(path: Path, depth: int = 0) -> DictConfig:
     if depth > 8:
         raise UserError(f"{path}: 'base' files nest too deeply (in a circle?)")
     tree = _load(path)
-    if "base" not in tree:
+    try:
+        found: Any = tree.get("base")
+        bases = list(found) if isinstance(found, ListConfig) else [] if found is None else [found]
+    except OmegaConfBaseException as error:
+        raise UserError(f"{path}: {first_line(error)}") from None
+    if "base" in tree:
+        del tree["base"]
+    if not bases:
         return tree
-    bases: Any = _plain(OmegaConf.masked_copy(tree, "base"), path)["base"]
-    del tree["base"]
-    bases = [bases] if isinstance(bases, str) else bases
-    if not (isinstance(bases, list) and all(isinstance(base, str) for base in bases)):
+    if not all(isinstance(base, str) for base in bases):
         raise UserError(f"{path}: 'base' must name a file or list files, not {bases!r:.80}")
     layers = [_read(resolve_path(base, path), depth + 1) for base in bases]
     merged = OmegaConf.merge(*layers, tree)
@@ -400,15 +404,21 @@ def _find_include(name: str, path: Path) -> Path:
 
 
 def _refuse_idle(overrides: Sequence[str], distilled: bool) -> None:
-    """Refuse an override of a key that does nothing where it stands; files may describe a network by it."""
+    """Refuse an override of a key that does nothing where it stands, though files may describe a network by
+    it, and one without a value of a key that is something by default.
+    """
     for override in overrides:
         section, _, name = override.partition("=")[0].rpartition(".")
         kind = Student if not section and not distilled else SECTIONS.get(section)
         for _, key in keys_of(kind) if kind else ():
-            if key.name == name and section in key.metadata["idle_in"]:
+            if key.name != name:
+                continue
+            if section in key.metadata["idle_in"]:
                 raise UserError(
                     f"{override}: {name} does nothing there ({key.metadata['help']}); leave it out"
                 )
+            if override.endswith(f"{name}=") and key.default:  # as of a shell's variable that is not set
+                raise UserError(f"{override}: gives no value")
 
 
 def _build(section: type[_T], values: dict[str, Any], path: Path, where: str) -> _T:
@@ -428,7 +438,7 @@ def _build(section: type[_T], values: dict[str, Any], path: Path, where: str) ->
             raise _unknown_key(path, where + str(name), [where + key for key in parts])
         if value is None:
             continue
-        if value == "???":  # as above
+        if value == "???":  # OmegaConf's mark of a missing value
             raise UserError(f"{path}: {where}{name} has no value")
         plain = ",".join(map(str, value)) if isinstance(value, list) else value
         (nested.setdefault(parts[name], {}) if parts[name] else nested)[name] = plain

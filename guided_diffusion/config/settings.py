@@ -515,8 +515,7 @@ SHARED_KEYS = (
 SECTIONS: dict[str, type] = {"teacher": Teacher, "student": Student, "distill": Distill, "run": Run}
 
 
-# Keys that say nothing of a trained network's samples that `prediction_type`, its arithmetic and the steps
-# that are kept do not say.
+# Keys that do not change a trained network's samples, or whose effect other keys tell.
 IDLE_IN_SAMPLING = (
     *("dropout", "class_dropout_prob", "use_checkpoint", "use_fp16"),
     *("use_kl", "rescale_learned_sigmas", "predict_xstart", "timestep_respacing"),

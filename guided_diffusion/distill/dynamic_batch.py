@@ -200,7 +200,7 @@ class DynamicBatch:
         teachers, students = (process.clipped_xstart(batch.x_t, batch.t, e) for e in (batch.eps, eps))
         students = students.clamp(teachers.amin(), teachers.amax())
         shift = process.jump(batch.t, batch.s)[0] * (students - teachers)
-        chosen &= shift.isfinite().flatten(1).all(dim=1)
+        chosen &= eps.isfinite().flatten(1).all(dim=1)
         x_s, level, _ = self.take(batch.index)
         self.put(batch.index, th.where(chosen.reshape(-1, 1, 1, 1), x_s + shift, x_s), level)
 

@@ -72,7 +72,7 @@ class TeacherSource:
         self.pool.follow(batch, eps, self.teacher.process, self.probability)
 
     def writer(self) -> Callable[[Path], None]:
-        """For rank 0, of all ranks' pools, one after the other: copies, for training goes on meanwhile."""
+        """Gather copies of all ranks' pools on rank 0, for training goes on while they are written."""
         pool, gather = self.pool, dist_util.gather
         answers = pool.answers if self.settings.teacher_interval > 1 else None
         whole = DynamicBatch(

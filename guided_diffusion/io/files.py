@@ -95,11 +95,12 @@ def short_names(paths: Sequence[str]) -> list[str]:
 
 # What file systems that do not lock answer.
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
+
 _PATIENCE = 10.0  # seconds for the one who holds a lock to end
 
 
 @contextmanager
-def held(path: Path, *, wait: bool = True) -> Iterator[None]:
+def held(path: Path, *, patience: float | None = None) -> Iterator[None]:
     """Keep other processes from writing to a directory, or to one file, until the block ends.
 
     A POSIX record lock on a `.lock` inside the directory, or `.NAME.lock` beside the file: it ends
@@ -108,13 +109,14 @@ def held(path: Path, *, wait: bool = True) -> Iterator[None]:
 
     Args:
         path: an existing directory, or a file in one.
-        wait: give a process that holds it ten seconds to end, as one that is being stopped does.
+        patience: seconds that a process which holds it has to end; by default ten, since one that is being
+            stopped takes some.
 
     Raises:
         UserError: another process holds it; one line says which.
     """
     lock = path / ".lock" if path.is_dir() else path.with_name(f".{path.name}.lock")
-    deadline = time.monotonic() + (_PATIENCE if wait else 0)
+    deadline = time.monotonic() + (_PATIENCE if patience is None else patience)
     while True:
         file = open(lock, "a+")  # noqa: SIM115 (closing it is what ends the lock)
         try:

@@ -65,7 +65,7 @@ def read_torch_file(path: str | os.PathLike) -> Any:
         raise UserError(f"no such checkpoint: {path}")
     with open(path, "rb") as file:
         if file.read(len(_OLD_FORMAT)) == _OLD_FORMAT:
-            raise UserError(f"{path}: is in the format of torch before 1.6; load and save it again there")
+            raise UserError(f"{path}: is in the format of torch before 1.6: torch.load it and save it again")
     with telling(path, "damaged, or not a file of torch.save's"), zipfile.ZipFile(path) as archive:
         kind = _LightningUnpickler if path.suffix == ".ckpt" else _TensorUnpickler
         return kind(archive, path.stat().st_size).load()

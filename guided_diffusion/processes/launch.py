@@ -109,7 +109,7 @@ def run_script(main: Callable[[], None]) -> None:
             _others.leave_together(EXIT_STOPPED)
         sys.exit(EXIT_STOPPED)
     except OSError as error:
-        if error.errno == errno.EPIPE and _others is None:  # who read the output has closed it
+        if error.errno == errno.EPIPE and _others is None and _reader_is_gone():
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes once more
             sys.exit(1)
         if error.filename is None and error.errno != errno.ENOSPC:
@@ -120,6 +120,16 @@ def run_script(main: Callable[[], None]) -> None:
     except Exception:
         _fail()
         raise
+
+
+def _reader_is_gone() -> bool:
+    """Whether the program that reads this one's output has closed it, as `head` does."""
+    try:
+        if sys.stdout is not None:
+            sys.stdout.flush()
+    except BrokenPipeError:
+        return True
+    return False
 
 
 def _rank() -> int:

@@ -1,6 +1,5 @@
 """Where results come from: written into checkpoints and samples, so that a wrong score can be traced."""
 
-import re
 import subprocess
 from collections.abc import Sequence
 from importlib import metadata
@@ -13,9 +12,7 @@ from ..config.settings import Architecture, Denoiser, Experiment, Process, Space
 from ..errors import UserError
 from ..io.shipped import IS_INSTALLED
 from ..script_util import build_space
-from .checkpoint import read_description
-
-_NAME = re.compile(r"\w[\w.,+=-]{0,100}")  # of a configuration; becomes a folder's
+from .checkpoint import newest_checkpoint, read_description
 
 
 def describe_network(name: str, denoiser: Denoiser, config: Path) -> dict[str, Any]:
@@ -45,6 +42,9 @@ def described_experiment(weights: Path, overrides: Sequence[str] = ()) -> Experi
             is not built in: a file does not choose what is imported.
     """
     if weights.is_dir():
+        if newest := newest_checkpoint(weights):
+            told = f"is a run's directory; name a checkpoint in it, such as {newest.path('model')}"
+            raise UserError(f"{weights}: {told}")
         return experiment_of({"model_path": str(weights)}, weights, overrides)
     description = read_description(weights)
     keys: dict[str, Any] = {}
@@ -61,12 +61,13 @@ def described_experiment(weights: Path, overrides: Sequence[str] = ()) -> Experi
         )
     parts = (settings_of(ARCHITECTURES, name, "architecture", Architecture), Process, Space)
     known = {key.name for part in parts for _, key in keys_of(part)}
-    # A file names no further files, of which more would be read, and nothing that is looked up in the system.
+    # Other keys could have further files read, and "${...}" stands for what the environment holds.
     if wrong := [key for key, value in keys.items() if key not in known or "${" in str(value)]:
-        raise UserError(f"{weights}: what it says of itself is damaged ({', '.join(wrong):.80})")
+        raise UserError(f"{weights}: says of itself what this version does not know ({', '.join(wrong):.80})")
     experiment = experiment_of(keys, weights, overrides)
-    told = str(description.get("config"))
-    experiment.name = told if _NAME.fullmatch(told) else "unnamed"
+    name = str(description.get("config"))
+    can_be_a_folder = name == Path(name).name != ".." and name.isprintable() and len(name.encode()) <= 200
+    experiment.name = name if can_be_a_folder else "unnamed"
     return experiment
 
 
@@ -77,7 +78,8 @@ def git_revision(folder: Path) -> str | None:
     """
     if IS_INSTALLED:
         return f"version {metadata.version('guided-diffusion-tccd')}"
-    git = ["git", "-c", "core.fsmonitor=false", "-C", str(folder)]  # which is a program of the folder's
+    # Without core.fsmonitor, by which the folder's own settings could name a program to run.
+    git = ["git", "-c", "core.fsmonitor=false", "-C", str(folder)]
     try:
         head = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, timeout=10)
         changes = subprocess.run(

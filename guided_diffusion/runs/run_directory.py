@@ -299,7 +299,7 @@ def _new_directory(parent: Path, name: str, lock: ExitStack) -> Path:
         directory = parent / f"{name}-{now}-{secrets.token_hex(2)}"
         with suppress(FileExistsError):
             directory.mkdir()
-            lock.enter_context(held(directory, wait=False))
+            lock.enter_context(held(directory, patience=0))
             return directory
 
 
@@ -308,7 +308,7 @@ def _unfinished(parent: Path, experiment: Experiment, lock: ExitStack) -> tuple[
     for directory in _of_configuration(parent, experiment):
         with ExitStack() as attempt:
             try:
-                attempt.enter_context(held(directory, wait=False))
+                attempt.enter_context(held(directory, patience=0))
             except (UserError, PermissionError):
                 continue  # another process's, or another user's
             newest = newest_checkpoint(directory)

@@ -172,10 +172,13 @@ class SampleSet:
             except (ValueError, TypeError, RecursionError):
                 raise UserError(f"{path}: is damaged; choose another --name, or remove the folder") from None
             changed = [key for key in settings if before.get(key) != settings[key]]
-            for part in ("architecture", "process"):  # of which older ones may say less
-                told, ours = before.get(part) or {}, provenance.get(part) or {}
-                both = [key for key in ours if key in told and key not in IDLE_IN_SAMPLING]
-                changed += [key for key in both if told[key] != ours[key]]
+            for part in ("architecture", "process"):
+                told, ours = before.get(part), provenance.get(part)
+                if not (isinstance(told, dict) and isinstance(ours, dict)):
+                    continue  # samples of an older version
+                idle = {*IDLE_IN_SAMPLING, *(() if ours.get("class_cond") else ("num_classes", "null_class"))}
+                changed += [key for key in (ours.keys() & told.keys()) - idle if told[key] != ours[key]]
+            changed = sorted({*changed})
             if changed:
                 raise UserError(
                     f"{self.directory}: holds samples drawn with another {', '.join(changed)}; "

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 from pathlib import Path
 
 import numpy as np
@@ -54,7 +55,7 @@ class EncodedDataset:
 def encode_dataset(
     dataset: ImageDataset, space: LatentSpace, random_flip: bool, cache: Path
 ) -> EncodedDataset:
-    """Encode every image, or find what an earlier run has encoded. Collective: rank 0 does it.
+    """Encode every image, or find what another run has encoded, or is encoding. Collective: rank 0 does it.
 
     The cache's file, CACHE/latents-KEY.npy, belongs to the VAE, to the images' files (their paths, sizes and
     times), to the image size and to `random_flip`: images that change are encoded anew.
@@ -66,7 +67,7 @@ def encode_dataset(
         cache: where such files lie.
 
     Raises:
-        UserError: an unreadable image, or another process is encoding the same.
+        UserError: an unreadable image.
     """
     stats = [(str(path.resolve()), path.stat()) for path in dataset.files()]
     key = {
@@ -79,7 +80,7 @@ def encode_dataset(
     cache.mkdir(parents=True, exist_ok=True)
     with dist_util.rank_zero_first() as first:
         if first and not path.is_file():
-            with held(path):
+            with held(path, patience=math.inf):
                 if not path.is_file():  # by now another process may have written it
                     remove_leftovers(cache, path.name)
                     with atomic_path(path) as temporary:

@@ -61,6 +61,7 @@ def inspect(path: Path, overrides: Sequence[str] = ()) -> Inspected:
             give, or weights that do not fit what was found.
     """
     weights, lines = path, []
+    overrides = [override.removeprefix("student.") for override in overrides]
     if path.is_dir() and (newest := newest_checkpoint(path)):
         averages = sorted(name for name in newest.files if name.startswith("ema_"))
         slowest = max(averages, key=lambda name: float(name.split("_")[1]), default="")
