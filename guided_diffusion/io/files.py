@@ -35,6 +35,7 @@ _DAMAGE = (
 _BOMB_BYTES, _BOMB_RATIO = 64 << 20, 200
 _CHUNK = 1 << 20
 _MAX_TEXT = 1 << 20  # characters
+_THIS_PROCESS = secrets.token_hex(4)  # in containers that share a folder two may have the same number
 
 
 @contextmanager
@@ -61,8 +62,8 @@ def atomic_path(path: str | os.PathLike) -> Iterator[Path]:
 
 
 def temporary_path(path: Path) -> Path:
-    """A name beside `path` that no other process takes, in another container either."""
-    return path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
+    """A name beside `path` that no other process takes."""
+    return path.with_name(f".{path.name}.{os.getpid()}-{_THIS_PROCESS}.tmp")
 
 
 def read_object(path: str | os.PathLike, most_bytes: int = 1 << 20) -> dict[str, Any]:

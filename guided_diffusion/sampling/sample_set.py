@@ -177,8 +177,8 @@ class SampleSet:
                 if not (isinstance(told, dict) and isinstance(ours, dict)):
                     continue  # samples of an older version
                 idle = {*IDLE_IN_SAMPLING, *(() if ours.get("class_cond") else ("num_classes", "null_class"))}
-                changed += [key for key in (ours.keys() & told.keys()) - idle if told[key] != ours[key]]
-            changed = sorted({*changed})
+                both = [key for key in ours if key in told and key not in idle]
+                changed += [key for key in both if told[key] != ours[key] and key not in changed]
             if changed:
                 raise UserError(
                     f"{self.directory}: holds samples drawn with another {', '.join(changed)}; "
