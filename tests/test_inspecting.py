@@ -1,6 +1,9 @@
 """What a checkpoint is, found out from what it says and from its shapes."""
 
+import os
 import re
+import subprocess
+import sys
 
 import pytest
 import torch as th
@@ -303,3 +306,14 @@ def test_a_missing_known_teacher_says_where_it_comes_from(tmp_path):
     for path in ROOT.glob("yaml/*/distill.yaml"):
         file = yaml.safe_load(path.read_text())["teacher"]["model_path"].removeprefix("model/")
         assert file in readme and file in [model.file for model in KNOWN_MODELS]
+
+
+def test_a_reader_that_is_gone_ends_it_quietly():
+    """As `inspect_checkpoint.py … | head` does."""
+    command = [sys.executable, ROOT / "scripts/inspect_checkpoint.py", ROOT / "model/digits_teacher.pt"]
+    reading, writing = os.pipe()
+    os.close(reading)
+    done = subprocess.run(command, stdout=writing, stderr=subprocess.PIPE, text=True, cwd=ROOT)
+    os.close(writing)
+    assert done.returncode == 1
+    assert "an ADM U-Net" in done.stderr and "Traceback" not in done.stderr and "Exception" not in done.stderr

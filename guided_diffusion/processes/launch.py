@@ -2,6 +2,7 @@
 
 import errno
 import os
+import select
 import sys
 import traceback
 from collections.abc import Callable
@@ -124,12 +125,11 @@ def run_script(main: Callable[[], None]) -> None:
 
 def _reader_is_gone() -> bool:
     """Whether the program that reads this one's output has closed it, as `head` does."""
-    try:
-        if sys.stdout is not None:
-            sys.stdout.flush()
-    except BrokenPipeError:
-        return True
-    return False
+    if sys.stdout is None:
+        return False
+    output = select.poll()
+    output.register(sys.stdout.fileno(), 0)
+    return any(event & select.POLLERR for _, event in output.poll(0))
 
 
 def _rank() -> int:
