@@ -261,7 +261,7 @@ class UNetModel(DenoisingNetwork):
         """A UNet2DModel's weights under ADM's names."""
         return adm_state(self, state, self.num_res_blocks)
 
-    def unet2d_weights(self) -> UNet2DWeights:
+    def selectable_weights(self) -> UNet2DWeights:
         """Its weights under the names of a UNet2DModel."""
         state = diffusers_state(self, self.num_res_blocks)
         return UNet2DWeights(state, attention_heads(self, self.num_res_blocks), group_count(*self.widths))

@@ -30,7 +30,7 @@ def test_channels_are_those_the_student_would_start_from(kind):
     """A teacher with every channel of the student's twice has a bottleneck that is the student's, twice."""
     small = build(32, **KINDS[kind])
     large = doubled(small, build(64, **KINDS[kind]))
-    index = bottleneck_channels(large.unet2d_weights(), small.unet2d_weights())
+    index = bottleneck_channels(large.selectable_weights(), small.selectable_weights())
     given = inputs(small)
     theirs, ours = large.evaluate(*given).bottleneck, small.evaluate(*given).bottleneck
     smallest = SIZE // 2 ** (len(small.widths) - 1)
@@ -128,7 +128,7 @@ def test_runs_match_it_and_go_on_exactly(tmp_path, ranks):
     [
         ("student.num_channels=64", "the bottleneck's 64 channels do not cover 128; give 0"),
         ("student.channel_mult=1", "the larger network has 2 levels, the smaller 1; give 0"),
-        ("student.architecture=dit", "DiT is no U-Net of ADM's or diffusers' kind; give 0"),
+        ("student.architecture=dit", "the two networks are of different kinds; give 0"),
         ("distill.bottleneck_weight=-1", "must not be negative"),
     ],
 )

@@ -5,8 +5,19 @@ from pathlib import Path
 
 import pytest
 import torch as th
+import yaml
 from in_process import script_here
-from tiny import denoiser, distillation, give_student_dit_keys, network, one_line_error, randomise, script
+from tiny import (
+    ROOT,
+    denoiser,
+    distillation,
+    give_student_dit_keys,
+    make_teacher,
+    network,
+    one_line_error,
+    randomise,
+    script,
+)
 
 from guided_diffusion.config.loading import load_experiment
 from guided_diffusion.networks.adm_weights import attention_blocks
@@ -68,7 +79,7 @@ def test_channels_that_belong_together_are_selected(kind):
     given = inputs(small)
     th.testing.assert_close(large(*given), small(*given), rtol=1e-4, atol=1e-4)
     other.load_state_dict({name: th.randn_like(value) for name, value in small.state_dict().items()})
-    found = other.from_diffusers(selected(large.unet2d_weights(), other.unet2d_weights()))
+    found = other.from_diffusers(selected(large.selectable_weights(), other.selectable_weights()))
     assert found.keys() == small.state_dict().keys()
     for name, value in small.state_dict().items():
         parts = [(found[name], value)]
@@ -86,9 +97,9 @@ def test_channels_that_belong_together_are_selected(kind):
 @th.no_grad()
 def test_outputs_keep_their_size():
     large, small = build(64), build(32)
-    weights = selected(large.unet2d_weights(), small.unet2d_weights())
+    weights = selected(large.selectable_weights(), small.selectable_weights())
     name = "mid_block.resnets.0.conv1.weight"
-    full = large.unet2d_weights().state[name]
+    full = large.selectable_weights().state[name]
     assert weights[name].shape[1] == full.shape[1] / 2
     th.testing.assert_close(weights[name], full[::2, ::2] * 2**0.5)
 
@@ -101,8 +112,8 @@ def test_rows_of_a_table_sum_over_nothing():
     large, small = (
         build_network(denoiser(**keys, block_out_channels=f"{width},{width}"))[0] for width in (32, 16)
     )
-    weights = selected(large.unet2d_weights(), small.unet2d_weights())
-    assert th.equal(weights["time_proj.weight"], large.unet2d_weights().state["time_proj.weight"][:, ::2])
+    weights = selected(large.selectable_weights(), small.selectable_weights())
+    assert th.equal(weights["time_proj.weight"], large.selectable_weights().state["time_proj.weight"][:, ::2])
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -110,15 +121,15 @@ def test_rows_of_a_table_sum_over_nothing():
 def test_the_whole_of_a_network_is_that_network(kind):
     one = build(32, **KINDS[kind])
     exported = one.for_diffusers() if kind != "classes, three levels" else None
-    state = selected(one.unet2d_weights(), one.unet2d_weights())
+    state = selected(one.selectable_weights(), one.selectable_weights())
     found = one.from_diffusers(state)
     assert all(th.equal(found[name], value) for name, value in one.state_dict().items())
     if exported is not None:  # a diffusers student of an ADM teacher
         theirs = DiffusersUNet2D(exported.config).eval()
-        theirs.load_state_dict(selected(one.unet2d_weights(), theirs.unet2d_weights()))
+        theirs.load_state_dict(selected(one.selectable_weights(), theirs.selectable_weights()))
         given = inputs(one)
         th.testing.assert_close(theirs(*given), one(*given), rtol=1e-4, atol=1e-5)
-        back = selected(theirs.unet2d_weights(), one.unet2d_weights())
+        back = selected(theirs.selectable_weights(), one.selectable_weights())
         assert all(th.equal(back[name], state[name]) for name in state)
 
 
@@ -129,7 +140,7 @@ def test_the_whole_of_a_network_is_that_network(kind):
 def test_blocks_stay_with_those_whose_maps_they_read(blocks, down, up):
     """The last on the way down and the first on the way up, the first down and the last up."""
     large, small = build(32, num_res_blocks=3), build(32, num_res_blocks=blocks)
-    weights = selected(large.unet2d_weights(), small.unet2d_weights())
+    weights = selected(large.selectable_weights(), small.selectable_weights())
     for side, chosen in (("down", down), ("up", up)):
         for level in range(2):
             for number, theirs in enumerate(chosen):
@@ -138,7 +149,7 @@ def test_blocks_stay_with_those_whose_maps_they_read(blocks, down, up):
                         f"{side}_blocks.{level}.{part}".format(index) for index in (number, theirs)
                     )
                     if name in weights:
-                        assert th.equal(weights[name], large.unet2d_weights().state[source])
+                        assert th.equal(weights[name], large.selectable_weights().state[source])
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
@@ -151,7 +162,7 @@ def test_a_distillation_starts_from_the_selected_weights(tmp_path, ranks):
     experiment = load_experiment(config)
     (teacher, _), (student, _) = build_network(experiment.teacher), build_network(experiment.student)
     load_network(teacher, tmp_path / "teacher.pt")
-    wanted = student.from_diffusers(selected(teacher.unet2d_weights(), student.unet2d_weights()))
+    wanted = student.from_diffusers(selected(teacher.selectable_weights(), student.selectable_weights()))
     found = load_state_dict(tmp_path / "first/model000001.pt")
     for name, value in wanted.items():
         th.testing.assert_close(found[name], value, rtol=1e-6, atol=1e-7)
@@ -189,7 +200,7 @@ def test_a_student_that_predicts_v_has_its_own_last_layer(tmp_path):
         ("student.channel_mult=1", "the larger network has 2 levels, the smaller 1"),
         ("student.num_res_blocks=2", "fewer blocks in down_blocks.0"),
         ("student.attention_resolutions=8,4", "has no down_blocks.0.attentions.0"),
-        ("student.architecture=dit", "DiT is no U-Net of ADM's or diffusers' kind"),
+        ("student.architecture=dit", "the two networks are of different kinds"),
         ("distill.initial_weights=mine", "must be random or teacher, not 'mine'"),
     ],
 )
@@ -202,10 +213,115 @@ def test_students_that_cannot_start_there_are_refused(prepared_at_8, tmp_path, o
     assert told in one_line_error(done)
 
 
+def transformer(heads, **more):
+    keys = {"image_size": SIZE, "learn_sigma": True, "num_attention_heads": heads, "attention_head_dim": 8}
+    keys |= {"num_layers": 2, "class_cond": True, "num_classes": 3, "diffusion_steps": 20}
+    keys |= {"noise_schedule": "cosine"}
+    th.manual_seed(heads)
+    return randomise(build_network(denoiser(architecture="dit", **keys | more))[0]).eval()
+
+
+def doubled_transformer(small, large):
+    """A DiT of twice the width that computes the same: every channel is there twice, and counts half."""
+    large.model.pos_embed.pos_embed = small.model.pos_embed.pos_embed.repeat_interleave(2, -1)
+    for name, value in small.state_dict().items():
+        wanted = large.state_dict()[name]
+        halves = value.ndim == 2 and wanted.shape[1] == 2 * value.shape[1] and "table" not in name
+        for dim, size in enumerate(value.shape):
+            value = value.repeat_interleave(wanted.shape[dim] // size, dim)
+        scale = 2**-0.25 if ".to_q." in name or ".to_k." in name else 1  # products have twice the terms
+        wanted.copy_(value * scale / (2 if halves else 1))
+    return large
+
+
+@pytest.mark.parametrize("activation", ["gelu-approximate", "geglu"])
+@th.no_grad()
+def test_channels_of_a_transformer_that_belong_together_are_selected(activation):
+    small, other = (transformer(2, activation_fn=activation) for _ in range(2))
+    large = transformer(2, attention_head_dim=16, activation_fn=activation)
+    doubled_transformer(small, large)
+    given = inputs(small)
+    th.testing.assert_close(large(*given), small(*given), rtol=1e-4, atol=1e-4)
+    found = selected(large.selectable_weights(), other.selectable_weights())
+    assert found.keys() == small.state_dict().keys()
+    for name, value in small.state_dict().items():
+        th.testing.assert_close(found[name] / found[name].norm(), value / value.norm(), rtol=1e-4, atol=1e-5)
+
+
+@th.no_grad()
+def test_a_smaller_transformer_has_whole_heads_the_first_blocks_and_the_same_positions():
+    large, small = transformer(4), transformer(2, num_layers=1)
+    weights, theirs = selected(large.selectable_weights(), small.selectable_weights()), large.state_dict()
+    assert not any("blocks.1." in name for name in weights)
+    name = "transformer_blocks.0.attn1.to_v"
+    heads = theirs[f"{name}.weight"].unflatten(0, (4, 8))[::2].flatten(0, 1)
+    th.testing.assert_close(weights[f"{name}.weight"], heads[:, ::2] * 2**0.5)
+    assert th.equal(weights[f"{name}.bias"], theirs[f"{name}.bias"].unflatten(0, (4, 8))[::2].flatten())
+    positions = large.model.pos_embed.pos_embed[..., ::2]  # sines and cosines, not learned
+    th.testing.assert_close(positions, small.model.pos_embed.pos_embed)
+    whole = selected(large.selectable_weights(), transformer(4).selectable_weights())
+    assert all(th.equal(whole[name], value) for name, value in theirs.items())
+
+
+@th.no_grad()
+def test_a_transformer_with_fixed_variances_has_the_means_of_each_pixel():
+    large, small = transformer(2), transformer(2, learn_sigma=False)
+    weights = selected(large.selectable_weights(), small.selectable_weights())
+    rows = large.state_dict()["proj_out_2.bias"].unflatten(0, (4, 6))[:, :3]  # patches of 2 x 2
+    assert th.equal(weights["proj_out_2.bias"], rows.flatten())
+    assert (
+        large.selectable_weights().mean_rows().unflatten(0, (4, 6)).tolist() == [[True] * 3 + [False] * 3] * 4
+    )
+
+
+@pytest.mark.parametrize(
+    "keys, told",
+    [
+        ({"patch_size": 4}, "patches of 2 pixels, the smaller of 4"),
+        ({"num_layers": 3}, "has no transformer_blocks.2"),
+        ({"num_attention_heads": 4}, "does not cover"),
+    ],
+)
+def test_transformers_that_are_somewhere_larger_are_refused(keys, told):
+    with pytest.raises(ValueError, match=told):
+        selected(transformer(2).selectable_weights(), transformer(2, **keys).selectable_weights())
+
+
+@pytest.mark.parametrize("kind", ["epsilon", "v_prediction"])
+def test_a_transformer_is_distilled_by_the_plus_preset(tmp_path, kind):
+    """From a DiT to a smaller one, without the U-Nets' bottleneck; one that predicts v has its last layer."""
+    keys = {"architecture": "dit", "image_size": SIZE, "learn_sigma": True, "diffusion_steps": 20}
+    keys |= {"noise_schedule": "cosine"}
+    teacher = keys | {"num_attention_heads": 4, "attention_head_dim": 8, "num_layers": 2}
+    teacher |= {"model_path": str(tmp_path / "teacher.pt"), "tempfile": str(tmp_path / "pool.cache")}
+    teacher |= {"iter_choice": "dynamic_iterative_distillation", "BATCH": 0.4, "batch_size": 6}
+    student = keys | {"num_attention_heads": 2, "attention_head_dim": 8, "num_layers": 1, "batch_size": 4}
+    student |= {"prediction_type": kind, "save_interval": 1, "lr": 1e-30}
+    config = {"base": str(ROOT / "yaml/preset/tccd-plus.yaml"), "teacher": teacher, "student": student}
+    config |= {"distill": {"bottleneck_weight": 0}, "run": {"iterations": 1, "sample_interval": -1}}
+    path = tmp_path / "dit.yaml"
+    path.write_text(yaml.safe_dump(config))
+    experiment = load_experiment(path)
+    make_teacher(experiment.teacher, tmp_path / "teacher.pt")
+    script_here("scripts/dynamic_prepare.py", "--config", path)
+    script_here("scripts/image_kd.py", "--config", path, "--exp_dir", tmp_path / "run")
+    found = load_state_dict(tmp_path / "run/model000001.pt")
+    theirs, ours = (build_network(part)[0] for part in (experiment.teacher, experiment.student))
+    load_network(theirs, tmp_path / "teacher.pt")
+    wanted = selected(theirs.selectable_weights(), ours.selectable_weights())
+    mean = ours.selectable_weights().mean_rows()
+    for name, value in wanted.items():
+        given = found[name]
+        if kind != "epsilon" and name.startswith("proj_out_2."):
+            assert value[mean].abs().max() > 1e-3 > given[mean].abs().max()
+            given, value = given[~mean], value[~mean]
+        th.testing.assert_close(given, value, rtol=1e-6, atol=1e-7)
+
+
 @th.no_grad()
 def test_groups_of_a_normalisation_stay_together():
     large, small = build(16, channel_mult="1,2"), build(8, channel_mult="1,2", num_heads=1)
-    ours, theirs = small.unet2d_weights(), large.unet2d_weights()
+    ours, theirs = small.selectable_weights(), large.selectable_weights()
     assert (theirs.groups, ours.groups) == (4, 2)  # of four channels each, in the first level
     norm = "down_blocks.0.resnets.0.norm1.weight"
     th.nn.init.normal_(theirs.state[norm])

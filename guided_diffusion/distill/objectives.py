@@ -97,7 +97,9 @@ class Distillation(Objective):
             assert teacher is not None
             self.needs_teacher_bottleneck = True
             try:
-                channels = bottleneck_channels(teacher.network.unet2d_weights(), student.unet2d_weights())
+                channels = bottleneck_channels(
+                    teacher.network.selectable_weights(), student.selectable_weights()
+                )
             except ValueError as error:
                 raise UserError(f"distill.bottleneck_weight: {error}; give 0") from None
             self.register_buffer("bottleneck_channels", channels, persistent=False)

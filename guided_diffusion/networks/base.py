@@ -11,7 +11,7 @@ from torch import nn
 from ..config.settings import Architecture
 from ..errors import UserError
 from ..kernels.captured import Captured
-from .weight_selection import UNet2DWeights
+from .weight_selection import SelectableWeights
 
 
 @dataclass(frozen=True)
@@ -166,13 +166,13 @@ class DenoisingNetwork(nn.Module, ABC):
         """
         raise ValueError(f"{type(self).__name__} says no model of diffusers' that it is")
 
-    def unet2d_weights(self) -> UNet2DWeights:
-        """Its weights as those of a U-Net of ADM's kind, from which a smaller one's can be selected.
+    def selectable_weights(self) -> SelectableWeights:
+        """Its weights with what has to be known of them to select those of a smaller network of its kind.
 
         Raises:
-            ValueError: it is none.
+            ValueError: nobody knows.
         """
-        raise ValueError(f"{type(self).__name__} is no U-Net of ADM's or diffusers' kind")
+        raise ValueError(f"{type(self).__name__} does not say how its weights are selected")
 
     def capture(self) -> None:
         """Have evaluations on a GPU launch all their kernels at once, where gradients are not asked for.

@@ -59,6 +59,11 @@ def adopt(network: nn.Module, model_class: type[nn.Module], config: dict[str, An
     network.__dict__["model"] = model  # past nn.Module, which would make it a submodule
 
 
+def attention_heads(network: nn.Module) -> dict[str, int]:
+    """How many heads each attention in a network has, by its name there."""
+    return {name: part.heads for name, part in network.named_modules() if isinstance(part, Attention)}
+
+
 @contextmanager
 def hooked(handle: RemovableHandle) -> Iterator[None]:
     """A hook for as long as the context is open."""

@@ -8,7 +8,7 @@ from torch import nn
 
 from ..config.architectures import UNet2DArchitecture
 from .base import DenoisingNetwork, Evaluation, ForDiffusers, cast_weights
-from .diffusers_models import Attention, ResnetBlock2D, UNet2DModel, adopt, hooked
+from .diffusers_models import Attention, ResnetBlock2D, UNet2DModel, adopt, attention_heads, hooked
 from .weight_selection import UNet2DWeights
 
 
@@ -98,11 +98,9 @@ class DiffusersUNet2D(DenoisingNetwork):
             parts = (model.down_blocks, model.mid_block, model.up_blocks, model.conv_out)
             cast_weights([part for part in parts if part is not None], dtype)
 
-    def unet2d_weights(self) -> UNet2DWeights:
+    def selectable_weights(self) -> UNet2DWeights:
         """As they are."""
-        attentions = [(name, part) for name, part in self.named_modules() if isinstance(part, Attention)]
-        heads = {name: part.heads for name, part in attentions}
-        return UNet2DWeights(self.state_dict(), heads, self.config["norm_num_groups"])
+        return UNet2DWeights(self.state_dict(), attention_heads(self), self.config["norm_num_groups"])
 
     def for_diffusers(self) -> ForDiffusers:
         """As it is."""

@@ -7,7 +7,41 @@ from torch import nn
 
 from ..config.architectures import DiTArchitecture
 from .base import DenoisingNetwork, Evaluation, ForDiffusers, cast_weights
-from .diffusers_models import BasicTransformerBlock, DiTTransformer2DModel, adopt, hooked
+from .diffusers_models import BasicTransformerBlock, DiTTransformer2DModel, adopt, attention_heads, hooked
+from .weight_selection import SelectableWeights
+
+
+class DiTWeights(SelectableWeights):
+    """The weights of a DiTTransformer2DModel, under its names."""
+
+    output = "proj_out_2"
+
+    def parts(self, name: str) -> list[list[int]]:
+        """What each dimension of an entry is made of; see `SelectableWeights.parts`."""
+        parts = self._attention_parts(name)
+        width, channels = self.state["pos_embed.proj.weight"].shape[:2]
+        module = name.rpartition(".")[0]
+        if module == self.output:  # for each pixel of a patch a mean of all channels, then their variances
+            parts[0] = [channels] * (parts[0][0] // channels)
+        elif module == "proj_out_1" or module.endswith(".norm1.linear"):  # shifts, scales and gates
+            parts[0] = [width] * (parts[0][0] // width)
+        elif module.endswith(".ff.net.0.proj"):  # of a gated activation the values, then the gates
+            inner = self.state[name.replace("net.0.proj", "net.2").replace(".bias", ".weight")].shape[1]
+            parts[0] = [inner] * (parts[0][0] // inner)
+        return parts
+
+    def mean_rows(self) -> th.Tensor:
+        """Which rows of the last layer give the prediction, bool [rows]."""
+        channels, size = self.state["pos_embed.proj.weight"].shape[1:3]
+        rows = th.arange(len(self.state["proj_out_2.bias"]))
+        return rows % (len(rows) // size**2) < channels
+
+    def require_alike(self, smaller: SelectableWeights) -> None:
+        """Raise `ValueError` for other networks, and for other patches."""
+        super().require_alike(smaller)
+        theirs, ours = (weights.state["pos_embed.proj.weight"].shape[2] for weights in (self, smaller))
+        if theirs != ours:
+            raise ValueError(f"the larger network has patches of {theirs} pixels, the smaller of {ours}")
 
 
 class DiT(DenoisingNetwork):
@@ -115,6 +149,10 @@ class DiT(DenoisingNetwork):
             blocks = self.model.transformer_blocks
             parts = [part for block in blocks for part in (block.attn1, block.ff, block.norm1.linear)]
             cast_weights([*parts, self.model.proj_out_2], dtype)
+
+    def selectable_weights(self) -> DiTWeights:
+        """As they are."""
+        return DiTWeights(self.state_dict(), attention_heads(self), groups=1)
 
     def for_diffusers(self) -> ForDiffusers:
         """As it is."""

@@ -6,7 +6,7 @@ from typing import Any
 import torch as th
 
 from .base import DenoisingNetwork, Evaluation
-from .weight_selection import UNet2DWeights
+from .weight_selection import SelectableWeights
 
 
 class GuidedNetwork(DenoisingNetwork):
@@ -58,9 +58,9 @@ class GuidedNetwork(DenoisingNetwork):
         output = th.cat([prediction, own[:, channels:]], dim=1)
         return replace(both[: len(x)], output=output)
 
-    def unet2d_weights(self) -> UNet2DWeights:
+    def selectable_weights(self) -> SelectableWeights:
         """The network's."""
-        return self.network.unet2d_weights()
+        return self.network.selectable_weights()
 
 
 def guided(network: DenoisingNetwork, scale: float) -> DenoisingNetwork:

@@ -1,69 +1,94 @@
-"""A smaller U-Net's first weights, selected from a larger one's.
+"""A smaller network's first weights, selected from a larger one's of the same kind.
 
-"Initializing Models with Larger Ones" (Xu et al., 2024): of each level some blocks are taken, of each
-dimension of a weight evenly spaced entries, the same ones wherever a map is written and read. Channels that
-are normalised together stay together where the smaller network has such groups. What sums over fewer inputs
-than before is scaled, so that its outputs keep their size.
+"Initializing Models with Larger Ones" (Xu et al., 2024): of each level of a U-Net some blocks are taken, of a
+transformer the first ones, and of each dimension of a weight evenly spaced entries, the same ones wherever a
+map is written and read. Channels that are normalised together stay together where the smaller network has
+such groups. What sums over fewer inputs than before is scaled, so that its outputs keep their size.
 """
 
 import re
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import accumulate
+from typing import ClassVar
 
 import torch as th
 
-_TABLES = ("class_embedding.", "time_proj.")  # of rows that are looked up, and sum over nothing
+# Of rows that are looked up, and sum over nothing.
+_TABLES = ("class_embedding", "time_proj", "class_embedder.embedding_table")
 _RESNET = re.compile(r"(down|up)_blocks\.(\d+)\.(resnets|attentions)\.(\d+)\.")
 
 
 @dataclass(frozen=True)
-class UNet2DWeights:
-    """The weights of a U-Net of ADM's kind.
+class SelectableWeights(ABC):
+    """A network's weights, and what is to be known of them to select some.
 
     Attributes:
-        state: under the names of diffusers' UNet2DModel.
-        heads: how many each attention has, by its name there.
+        state: by their names.
+        heads: how many each attention has, by its name.
         groups: of every normalisation.
+        output: name of the last layer.
     """
 
     state: Mapping[str, th.Tensor]
     heads: Mapping[str, int]
     groups: int
+    output: ClassVar[str]
 
-    @property
-    def levels(self) -> int:
-        """How many resolutions it has."""
-        return len({name.split(".")[1] for name in self.state if name.startswith("down_blocks.")})
-
-    def blocks(self, side: str, level: str) -> int:
-        """Residual blocks of a level on the way "down" or "up"."""
-        prefix = f"{side}_blocks.{level}.resnets."
-        return len(
-            {name.removeprefix(prefix).partition(".")[0] for name in self.state if name.startswith(prefix)}
-        )
-
+    @abstractmethod
     def parts(self, name: str) -> list[list[int]]:
         """What each dimension of an entry is made of: sizes of maps that were joined, of heads, and so on."""
+
+    @abstractmethod
+    def mean_rows(self) -> th.Tensor:
+        """Which rows of the last layer give the prediction, not its variance, bool [rows]."""
+
+    def require_alike(self, smaller: "SelectableWeights") -> None:
+        """Raise `ValueError` if the smaller network's weights cannot be some of these."""
+        if type(smaller) is not type(self):
+            raise ValueError("the two networks are of different kinds")
+
+    def counterpart(self, name: str, smaller: "SelectableWeights") -> str:
+        """The entry here that one of the smaller network's is selected from.
+
+        Raises:
+            ValueError: there cannot be one.
+        """
+        return name
+
+    def _attention_parts(self, name: str) -> list[list[int]]:
+        """Each dimension as one part, but for those of an attention that are made of its heads."""
+        module, _, kind = name.rpartition(".")
+        parts = [[size] for size in self.state[name].shape]
+        block, _, layer = module.rpartition(".")
+        if layer in ("to_q", "to_k", "to_v"):
+            parts[0] = _equal_parts(parts[0][0], self.heads[block])
+        elif module.endswith(".to_out.0") and kind == "weight":
+            parts[1] = _equal_parts(parts[1][0], self.heads[module.removesuffix(".to_out.0")])
+        return parts
+
+
+class UNet2DWeights(SelectableWeights):
+    """The weights of a U-Net of ADM's kind, under the names of diffusers' UNet2DModel."""
+
+    output = "conv_out"
+
+    def parts(self, name: str) -> list[list[int]]:
+        """What each dimension of an entry is made of; see `SelectableWeights.parts`."""
         module, _, kind = name.rpartition(".")
         shape = list(self.state[name].shape)
-        parts = [[size] for size in shape]
+        parts = self._attention_parts(name)
         block, _, layer = module.rpartition(".")
         last = min(1, len(shape) - 1)  # the inputs of a weight; a normalisation has them alone
         if module == "time_embedding.linear_1" and kind == "weight":
             parts[1] = [1] * shape[1]  # frequencies
-        elif module == "conv_out":
+        elif module == self.output:
             channels = self.state["conv_in.weight"].shape[1]
             parts[0] = [channels] * (shape[0] // channels)  # mean, variance
         elif layer == "time_emb_proj":
             width = self.state[f"{block}.norm2.bias"].shape[0]
             parts[0] = [width] * (shape[0] // width)  # scale, shift
-        elif layer in ("to_q", "to_k", "to_v"):
-            heads = self.heads[block]
-            parts[0] = [shape[0] // heads] * heads
-        elif module.endswith(".to_out.0") and kind == "weight":
-            heads = self.heads[module.removesuffix(".to_out.0")]
-            parts[1] = [shape[1] // heads] * heads
         elif (
             block.startswith("up_blocks.")
             and ".resnets." in block
@@ -76,6 +101,30 @@ class UNet2DWeights:
             parts[last] = [below, shape[last] - below]  # the map from below, and the one from the way down
         return parts
 
+    def mean_rows(self) -> th.Tensor:
+        """Which rows of the last layer give the prediction, bool [rows]."""
+        return th.arange(len(self.state["conv_out.bias"])) < self.state["conv_in.weight"].shape[1]
+
+    def require_alike(self, smaller: SelectableWeights) -> None:
+        """Raise `ValueError` for other networks, and for U-Nets of other levels."""
+        super().require_alike(smaller)
+        theirs, ours = (_count_parts(weights.state, "down_blocks.") for weights in (self, smaller))
+        if theirs != ours:
+            raise ValueError(f"the larger network has {theirs} levels, the smaller {ours}")
+
+    def counterpart(self, name: str, smaller: SelectableWeights) -> str:
+        """The entry here for one of the smaller's; blocks that read one another's maps stay together."""
+        found = _RESNET.match(name)
+        if found is None:
+            return name
+        side, level, kind, number = *found.groups()[:3], int(found[4])
+        prefix = f"{side}_blocks.{level}.resnets."
+        theirs, ours = (_count_parts(weights.state, prefix) for weights in (self, smaller))
+        if theirs < ours:
+            raise ValueError(f"the larger network has fewer blocks in {side}_blocks.{level}")
+        moved = number > 0 and (side == "up" or number == ours - 1)
+        return f"{side}_blocks.{level}.{kind}.{number + moved * (theirs - ours)}.{name[found.end() :]}"
+
     def _before(self, block: str) -> str:
         """The residual block before one on the way up."""
         _, level, _, number = block.split(".")
@@ -84,7 +133,7 @@ class UNet2DWeights:
         return f"up_blocks.{int(level) - 1}.resnets.0" if int(level) else "mid_block.resnets.1"
 
 
-def selected(larger: UNet2DWeights, smaller: UNet2DWeights) -> dict[str, th.Tensor]:
+def selected(larger: SelectableWeights, smaller: SelectableWeights) -> dict[str, th.Tensor]:
     """The smaller network's first weights.
 
     Args:
@@ -95,12 +144,12 @@ def selected(larger: UNet2DWeights, smaller: UNet2DWeights) -> dict[str, th.Tens
         Every entry of `smaller`, of the same shape.
 
     Raises:
-        ValueError: the networks differ in levels, or an entry has no counterpart or a smaller one.
+        ValueError: the networks differ in kind or levels, or an entry has no counterpart or a smaller one.
     """
-    _require_equal_levels(larger, smaller)
+    larger.require_alike(smaller)
     result = {}
     for name, own in smaller.state.items():
-        source = _counterpart(name, larger, smaller)
+        source = larger.counterpart(name, smaller)
         if source not in larger.state:
             raise ValueError(f"the larger network has no {source} for {name}")
         value = larger.state[source].float()
@@ -114,19 +163,20 @@ def selected(larger: UNet2DWeights, smaller: UNet2DWeights) -> dict[str, th.Tens
                 shape = tuple(larger.state[source].shape)
                 raise ValueError(f"{source} {shape} does not cover {name} {tuple(own.shape)}")
             value = value.index_select(dim, index)
-        if own.ndim > 1 and not name.startswith(_TABLES):
+        if own.ndim > 1 and not name.rpartition(".")[0].endswith(_TABLES):
             value = value * (larger.state[source].shape[1] / own.shape[1]) ** 0.5
         result[name] = value
     return result
 
 
-def bottleneck_channels(larger: UNet2DWeights, smaller: UNet2DWeights) -> th.Tensor:
+def bottleneck_channels(larger: SelectableWeights, smaller: SelectableWeights) -> th.Tensor:
     """Which of the larger network's channels in the bottleneck the smaller one's are, int64 [C].
 
     Raises:
-        ValueError: the networks differ in levels, one has no bottleneck, or the smaller has more channels.
+        ValueError: the networks differ in kind or levels, one has no bottleneck, or the smaller has more
+            channels.
     """
-    _require_equal_levels(larger, smaller)
+    larger.require_alike(smaller)
     name = "mid_block.resnets.1.conv2.bias"
     if not (name in larger.state and name in smaller.state):
         raise ValueError("one of them has no middle block")
@@ -137,22 +187,13 @@ def bottleneck_channels(larger: UNet2DWeights, smaller: UNet2DWeights) -> th.Ten
     return index
 
 
-def _require_equal_levels(larger: UNet2DWeights, smaller: UNet2DWeights) -> None:
-    if larger.levels != smaller.levels:
-        raise ValueError(f"the larger network has {larger.levels} levels, the smaller {smaller.levels}")
+def _count_parts(state: Mapping[str, th.Tensor], prefix: str) -> int:
+    """How many numbers follow a prefix in the names: the length of a list of modules."""
+    return len({name.removeprefix(prefix).partition(".")[0] for name in state if name.startswith(prefix)})
 
 
-def _counterpart(name: str, larger: UNet2DWeights, smaller: UNet2DWeights) -> str:
-    """The larger network's entry for one of the smaller's; blocks that read one another stay together."""
-    found = _RESNET.match(name)
-    if found is None:
-        return name
-    side, level, kind, number = *found.groups()[:3], int(found[4])
-    more = larger.blocks(side, level) - smaller.blocks(side, level)
-    if more < 0:
-        raise ValueError(f"the larger network has fewer blocks in {side}_blocks.{level}")
-    moved = number > 0 and (side == "up" or number == smaller.blocks(side, level) - 1)
-    return f"{side}_blocks.{level}.{kind}.{number + moved * more}.{name[found.end() :]}"
+def _equal_parts(size: int, count: int) -> list[int]:
+    return [size // count] * count
 
 
 def _is_other_kind(name: str, theirs: list[int], ours: list[int]) -> bool:

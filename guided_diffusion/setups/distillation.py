@@ -64,15 +64,16 @@ def select_weights(network: DenoisingNetwork, experiment: DistillationExperiment
     """
     teacher, _ = _loaded(experiment, weights)
     try:
-        state = selected(teacher.unet2d_weights(), network.unet2d_weights())
+        own = network.selectable_weights()
+        state = selected(teacher.selectable_weights(), own)
     except ValueError as error:
         raise UserError(
             f"distill.initial_weights: a student cannot start from this teacher: {error}; give random"
         ) from None
     if experiment.student.process.prediction_type != experiment.teacher.process.prediction_type:
-        own, channels = network.unet2d_weights().state, network.shape[0]
-        for name in ("conv_out.weight", "conv_out.bias"):  # the teacher's predict something else
-            state[name][:channels] = own[name][:channels]
+        mean = own.mean_rows()  # the teacher's predict something else
+        for name in (f"{own.output}.weight", f"{own.output}.bias"):
+            state[name][mean] = own.state[name][mean]
     network.load_state_dict(network.from_diffusers(state))
 
 
