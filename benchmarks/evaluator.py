@@ -28,6 +28,7 @@ from typing import Any
 
 import numpy as np
 
+from guided_diffusion.config.command_line import make_bare_parser
 from guided_diffusion.errors import UserError
 from guided_diffusion.processes.launch import run_script
 
@@ -294,9 +295,7 @@ def compare(task: str, others: Sequence[str], n: int, width: int) -> None:
 
 def main() -> None:
     """Parse and measure."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = make_bare_parser(__doc__)
     parser.add_argument(
         "--quick", action="store_true", help="small sizes, half a minute; no claims from these"
     )

@@ -8,7 +8,6 @@ point), its error on real states (x_t, t), and how far the latter draws it to it
 over t, beside samples.
 """
 
-import argparse
 import tempfile
 from pathlib import Path
 
@@ -16,9 +15,11 @@ import numpy as np
 import torch as th
 from short_runs import ROOT, ShortRuns, demo
 
+from guided_diffusion.config.command_line import make_bare_parser
 from guided_diffusion.gaussian_diffusion import GaussianDiffusion
 from guided_diffusion.io.files import atomic_path
 from guided_diffusion.networks.base import DenoisingNetwork
+from guided_diffusion.processes.launch import run_script
 from guided_diffusion.sampling.samplers import sample_images
 from guided_diffusion.script_util import build_process
 from guided_diffusion.spaces import PixelSpace
@@ -50,8 +51,7 @@ class Answers:
 
     def __init__(self, network: DenoisingNetwork, process: GaussianDiffusion, runs: ShortRuns):
         def eps(x: th.Tensor) -> th.Tensor:
-            prediction, _ = process.split(network(x, process.model_timesteps(runs.t)), x.shape[1])
-            return process.predict_eps(x, runs.t, prediction)
+            return process.eps_of(network(x, process.model_timesteps(runs.t)), x, runs.t)
 
         with th.no_grad():
             network.eval()
@@ -65,9 +65,7 @@ class Answers:
 
 def main() -> None:
     """Distil, measure, print and draw."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = make_bare_parser(__doc__)
     parser.add_argument("--iterations", type=int, default=650, help="of each student (default 650)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--rho", type=float, default=0.05, help="the pool holds rho T batches (default 0.05)")
@@ -132,4 +130,4 @@ def draw(path: Path, found: dict[str, Answers], pictures: dict[str, np.ndarray])
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -8,7 +8,6 @@ OUT/gpu.md, a section for docs/performance.md, which it prints too.
 It needs a checkout, not an installation.
 """
 
-import argparse
 import importlib.util
 import json
 import multiprocessing
@@ -112,9 +111,7 @@ def do(name: str, part: Part, tiny: bool, out: Path, seconds: float) -> dict[str
 
 def main() -> None:
     """Do the parts that are not there yet, and report."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command_line.make_bare_parser(__doc__)
     parser.add_argument(
         "--out", type=Path, default=ROOT / "experiments/gpu", help="folder (default experiments/gpu)"
     )

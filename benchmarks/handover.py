@@ -11,7 +11,6 @@ chains whose eps is its at first, and how far each network's eps is from its own
 cannot be known.
 """
 
-import argparse
 import dataclasses
 import tempfile
 from pathlib import Path
@@ -24,7 +23,7 @@ from evaluations.evaluation import evaluate_files
 from evaluations.results import values
 from evaluations.settings import Settings
 from guided_diffusion import dist_util
-from guided_diffusion.config.command_line import input_file, positive
+from guided_diffusion.config.command_line import input_file, make_bare_parser, positive
 from guided_diffusion.config.loading import find_config, load_distillation
 from guided_diffusion.errors import UserError
 from guided_diffusion.gaussian_diffusion import GaussianDiffusion
@@ -74,8 +73,7 @@ class AsEps(nn.Module):
     def forward(self, x: th.Tensor, t: th.Tensor, y: th.Tensor | None = None) -> th.Tensor:
         """[B, C or 2C, H, W] of x [B, C, H, W] and the network's own timesteps [B]."""
         output = self.network(x, t, y)
-        prediction, _ = self.process.split(output, x.shape[1])
-        eps = self.process.predict_eps(x, steps_of(self.process, t), prediction)
+        eps = self.process.eps_of(output, x, steps_of(self.process, t))
         return th.cat([eps, output[:, x.shape[1] :]], 1)
 
 
@@ -134,9 +132,7 @@ def print_errors(exact: ExactDenoiser, networks: dict[str, AsEps], seed: int) ->
 @th.no_grad()
 def main() -> None:
     """Sample and score."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = make_bare_parser(__doc__)
     parser.add_argument("--config", type=find_config, required=True, help="the distillation's")
     parser.add_argument("--model_path", type=Path, required=True, help="the student's weights")
     parser.add_argument("--reference", type=Path, required=True, help="npz of real images")

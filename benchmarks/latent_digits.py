@@ -6,7 +6,6 @@ user types. Prints the digits-FD of the images that the VAE reconstructs, of the
 student's. What is there is reused: the same command goes on where it was stopped.
 """
 
-import argparse
 import shutil
 import subprocess
 import sys
@@ -18,6 +17,7 @@ import torch as th
 
 from evaluations.digits_floor import real_floor
 from evaluations.evaluator import evaluate
+from guided_diffusion.config.command_line import make_bare_parser
 from guided_diffusion.errors import UserError
 from guided_diffusion.io.diffusers_library import import_diffusers
 from guided_diffusion.io.digits import load_digit_images
@@ -99,7 +99,7 @@ def last_ema(directory: Path, rate: str) -> Path:
 
 def main() -> None:
     """Train, distil, sample, score."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = make_bare_parser(__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=ROOT / "experiments/latent-digits", help="working folder")
     parser.add_argument("--vae_iterations", type=int, default=1500)
     parser.add_argument("--teacher_iterations", type=int, default=2000)

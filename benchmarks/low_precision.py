@@ -8,7 +8,6 @@ A processor without 16-bit arithmetic computes the same numbers slowly: `Emulate
 has been rounded to 16 bits and rounds the result once, which is what the hardware does.
 """
 
-import argparse
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
@@ -22,6 +21,7 @@ from torch.utils._pytree import tree_map
 
 from evaluations.evaluator import evaluate
 from guided_diffusion import dist_util
+from guided_diffusion.config.command_line import make_bare_parser
 from guided_diffusion.config.settings import DistillationExperiment
 from guided_diffusion.distill.dynamic_batch import DynamicBatch
 from guided_diffusion.io.digits import load_digit_images
@@ -141,7 +141,7 @@ class Benchmark:
 
 def main() -> None:
     """Measure and print."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = make_bare_parser(__doc__)
     parser.add_argument("--precisions", nargs="+", default=["fp32", "bf16"], choices=["fp32", "bf16", "fp16"])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="default 0 1 2")
     parser.add_argument("--iterations", type=int, default=1000, help="default 1000")

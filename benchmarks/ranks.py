@@ -4,7 +4,6 @@ Times whole iterations of the shipped loop, and in them how long a rank waits fo
 average, and how long the averaging then takes.
 """
 
-import argparse
 import os
 import statistics
 from collections.abc import Iterable
@@ -23,9 +22,7 @@ median = statistics.median
 
 def main() -> None:
     """Measure and print one line for each configuration."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command_line.make_bare_parser(__doc__)
     count = command_line.positive
     parser.add_argument(
         "--batch_size", type=count, help="of all ranks (default: 16 for CIFAR10-14M, else 32)"

@@ -8,7 +8,6 @@ done per second over the machine's best in the same number format: a matrix prod
 With --compare REV the distillations of the working tree and of another revision are run in turn instead.
 """
 
-import argparse
 import os
 import statistics
 import tempfile
@@ -142,9 +141,7 @@ def told_load() -> str:
 
 def main() -> None:
     """Parse and measure."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command_line.make_bare_parser(__doc__)
     count = command_line.positive
     parser.add_argument("--config", type=Path, help="a distillation (default: CIFAR10-14M and the digits)")
     parser.add_argument("--batch_size", type=count, help="images (default: 16 for CIFAR10-14M, else 32)")

@@ -5,7 +5,6 @@ does, scores each against the real digits, and prints one table: the mean digits
 it half the range of them. What has been drawn is reused, so the command continues where it was stopped.
 """
 
-import argparse
 from pathlib import Path
 from statistics import mean
 
@@ -13,6 +12,7 @@ import torch as th
 
 from evaluations.digits_floor import real_floor
 from evaluations.evaluator import evaluate
+from guided_diffusion.config.command_line import make_bare_parser
 from guided_diffusion.config.loading import load_experiment
 from guided_diffusion.config.registry import SAMPLERS, look_up
 from guided_diffusion.io.digits import load_digit_images
@@ -84,7 +84,7 @@ def table(scores: dict[tuple[str, int], list[float]], columns: list[str], steps:
 
 def main() -> None:
     """Measure and print."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = make_bare_parser(__doc__)
     parser.add_argument("--steps", type=int, nargs="+", default=[5, 8, 10, 15, 20, 30, 50])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1], help="default 0 1")
     parser.add_argument("--samplers", nargs="+", choices=COLUMNS, default=DEFAULT, metavar="S",

@@ -5,17 +5,19 @@ processor seconds and the student's held-out error: its mean squared difference 
 prediction on teacher states that no pool holds, made by the full chain.
 """
 
-import argparse
 import tempfile
 import time
 from pathlib import Path
 
 from short_runs import BEFORE_HOPS, ShortRuns, demo
 
+from guided_diffusion.config.command_line import make_bare_parser
+from guided_diffusion.processes.launch import run_script
+
 
 def main() -> None:
     """Measure and print."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = make_bare_parser(__doc__)
     parser.add_argument("--strides", type=int, nargs="+", default=[20, 1], help="default 20 1")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1], help="default 0 1")
     parser.add_argument("--iterations", type=int, default=600, help="default 600")
@@ -42,4 +44,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -7,11 +7,11 @@ digits.npz holds `arr_0`, uint8 [1797, 16, 16, 3], and `arr_1`, int64 labels [17
 enlarged to 32x32. The same bytes on every machine; nothing is downloaded.
 """
 
-import argparse
 from pathlib import Path
 
 import numpy as np
 
+from guided_diffusion.config.command_line import make_bare_parser
 from guided_diffusion.io.digits import SIZES, digits_file, load_digit_images
 from guided_diffusion.io.files import atomic_path
 from guided_diffusion.io.remote import local_path
@@ -20,9 +20,7 @@ from guided_diffusion.processes.launch import run_script
 
 def main() -> None:
     """Parse, convert, write."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = make_bare_parser(__doc__)
     parser.add_argument(
         "--out", type=local_path, default=Path("datasets/digits"), help="folder for digits.npz"
     )

@@ -8,13 +8,13 @@ evaluations/cifar_npz.py read them; NUMBER is the place in the official order, f
 archive is downloaded by torchvision unless --archive gives it.
 """
 
-import argparse
 import http.client
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from guided_diffusion.config.command_line import make_bare_parser
 from guided_diffusion.errors import UserError
 from guided_diffusion.io.image_folder import require_absent, write_image_folder
 from guided_diffusion.io.official_batches import CIFAR10_CLASSES, CIFAR10_FILES, cifar10_images
@@ -54,9 +54,7 @@ def write_splits(archive: Path, out: Path) -> None:
 
 def main() -> None:
     """Parse, download, convert."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = make_bare_parser(__doc__)
     parser.add_argument(
         "--out", type=local_path, default=Path("datasets"), help="folder for cifar_train and cifar_test"
     )

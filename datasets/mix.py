@@ -11,13 +11,13 @@ that gives images has them. A folder of PNGs is named CLASS_NUMBER.png then; wha
 classes that occur.
 """
 
-import argparse
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
+from guided_diffusion.config.command_line import make_bare_parser
 from guided_diffusion.errors import UserError
 from guided_diffusion.io.files import NpzFile
 from guided_diffusion.io.image_folder import write_image_folder
@@ -109,9 +109,7 @@ def read_labels(file: ImageFile) -> np.ndarray:
 
 def main() -> None:
     """Parse, choose, write."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = make_bare_parser(__doc__)
     parser.add_argument("--real", type=Path, required=True, help="npz of the real images")
     parser.add_argument("--synthetic", type=Path, help="npz of the synthetic images; not needed for ratio 1")
     parser.add_argument("--ratio", type=float, required=True, help="share of real images, 0 to 1")

@@ -7,7 +7,6 @@ Each file holds uint8 images [N, H, W, 3] as arr_0. The reference may instead, o
 statistics of an ADM reference batch (mu, sigma, mu_s, sigma_s). See docs/evaluation.md.
 """
 
-import argparse
 import sys
 import warnings
 from collections.abc import Sequence
@@ -19,6 +18,7 @@ from typing import Any, Literal, overload
 from evaluations.evaluation import evaluate_files
 from evaluations.results import DigitsResult, InceptionResult, Result, format_result, format_table, write_json
 from evaluations.settings import BACKENDS, Settings
+from guided_diffusion.config.command_line import make_bare_parser
 from guided_diffusion.errors import UserError
 from guided_diffusion.io.remote import local_path
 from guided_diffusion.processes.launch import run_script
@@ -60,9 +60,7 @@ def evaluate(reference: str | PathLike, samples: str | PathLike, **settings: Any
 
 def main() -> None:
     """Parse, check, score, print."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = make_bare_parser(__doc__)
     parser.add_argument("reference", type=Path, help="npz of the real images, or their statistics")
     parser.add_argument("samples", type=Path, nargs="+", help="npz of generated images; several give a table")
     parser.add_argument(

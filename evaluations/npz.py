@@ -3,12 +3,12 @@
 Nothing is held but one block, so the 1.28 million images of ImageNet-32 need no more memory than ten.
 """
 
-import argparse
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
 
+from guided_diffusion.config.command_line import make_bare_parser
 from guided_diffusion.errors import UserError
 from guided_diffusion.io.image_sets import BLOCK, ImageSet, write_npz
 from guided_diffusion.io.remote import local_path
@@ -52,9 +52,7 @@ def build(description: str | None, default_out: str, open_images: Callable[[Path
     Raises:
         UserError: as `open_images`.
     """
-    parser = argparse.ArgumentParser(
-        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = make_bare_parser(description)
     parser.add_argument(
         "--in", dest="source", type=Path, required=True, help="where the images lie (see above)"
     )

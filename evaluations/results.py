@@ -15,7 +15,7 @@ from guided_diffusion.io.files import atomic_path, short_names
 
 @dataclass(frozen=True)
 class DigitsScores:
-    """Scores of 16x16 digits.
+    """Scores of digits.
 
     Attributes:
         fd: digits-FD, the Fréchet distance of the classifier's 64-d features; 0 is best.

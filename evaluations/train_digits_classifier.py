@@ -5,10 +5,10 @@ A stratified 80 % of the digits is trained on, with shifts, small rotations and 
 other 20 % only measures. Prints the held-out accuracy and writes the weights in 16 bits.
 """
 
-import argparse
 import math
 from pathlib import Path
 
+from guided_diffusion.config.command_line import make_bare_parser
 from guided_diffusion.errors import UserError
 from guided_diffusion.io.files import atomic_path
 from guided_diffusion.io.remote import local_path
@@ -98,7 +98,7 @@ def augment(x, generator):
 
 def main() -> None:
     """Parse, train, write."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = make_bare_parser(__doc__)
     parser.add_argument("--seed", type=int, default=0, help="of everything random (default 0)")
     parser.add_argument("--epochs", type=int, default=40, help="passes over the data (default 40)")
     parser.add_argument(

@@ -24,7 +24,7 @@ from .io import files
 from .io.remote import fetch, is_url
 from .processes.cores import since_start, usable_cores
 from .processes.launch import Launch, OtherRanks, detect_launch, meet
-from .processes.rendezvous import TIMEOUT, exchange, rendezvous
+from .processes.rendezvous import TIMEOUT, abort_mpi, exchange, rendezvous
 from .processes.stopping import ranks_have_met
 
 _T = TypeVar("_T")
@@ -129,9 +129,8 @@ def abort(status: int) -> NoReturn:
     """End this process and with it all ranks, whatever they are doing."""
     sys.stdout.flush()
     sys.stderr.flush()
-    if "store" in _state and "mpi4py.MPI" in sys.modules:  # without a store MPI may still be starting
-        time.sleep(0.5)  # mpiexec drops what it has not yet passed on of our last words
-        sys.modules["mpi4py.MPI"].COMM_WORLD.Abort(status)
+    if "store" in _state:  # without one MPI may still be starting
+        abort_mpi(status)
     os._exit(status)  # torchrun, and srun --kill-on-bad-exit, then end the others
 
 

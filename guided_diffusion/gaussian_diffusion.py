@@ -9,7 +9,7 @@ being the last, cleanest denoising step. No training state lives here.
 import enum
 import math
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, TypedDict
+from typing import Any, NamedTuple, TypedDict
 
 import numpy as np
 import torch as th
@@ -106,6 +106,22 @@ class Sample(TypedDict):
 
     sample: th.Tensor
     pred_xstart: th.Tensor
+
+
+class PosteriorStep(NamedTuple):
+    """A step of the posterior q(x_s | x_t, x_0), each entry float32 [B, 1, 1, 1].
+
+    Attributes:
+        x_start: the factor of x_0 in the mean (DDPM eq. 7).
+        x_t: that of x_t.
+        min_log_variance: the posterior's own, log beta~ (clipped at t = 0).
+        max_log_variance: log beta, the other end of what a network may learn (Improved DDPM eq. 15).
+    """
+
+    x_start: th.Tensor
+    x_t: th.Tensor
+    min_log_variance: th.Tensor
+    max_log_variance: th.Tensor
 
 
 class GaussianDiffusion:
@@ -267,42 +283,46 @@ class GaussianDiffusion:
             elif clip_denoised:
                 pred_xstart = pred_xstart.clamp(*self.bounds)
 
-        coef_start, coef_x, small, large = self._step(t) if s is None else self.jump(t, s)
+        step = self.posterior_step(t, s)
         if values is not None:
             # Improved DDPM eq. 15: v in [-1, 1] interpolates between the two bounds in the log domain.
             fraction = (values + 1) / 2
-            log_variance = fraction * large + (1 - fraction) * small
+            log_variance = fraction * step.max_log_variance + (1 - fraction) * step.min_log_variance
+        elif self.model_var_type is ModelVarType.FIXED_LARGE:
+            log_variance = step.max_log_variance
         else:
-            log_variance = large if self.model_var_type is ModelVarType.FIXED_LARGE else small
+            log_variance = step.min_log_variance
         log_variance = log_variance.expand_as(x)
         if self.model_var_type is ModelVarType.FIXED_SMALL and s is None:
             variance = self.at("posterior_variance", t).expand_as(x)  # 0 at t = 0; its log is clipped
         else:
             variance = log_variance.exp()
-        mean = coef_start * pred_xstart + coef_x * x
+        mean = step.x_start * pred_xstart + step.x_t * x
         return Prediction(mean=mean, variance=variance, log_variance=log_variance, pred_xstart=pred_xstart)
 
-    def _step(self, t: th.Tensor) -> tuple[th.Tensor, th.Tensor, th.Tensor, th.Tensor]:
-        """Of the posterior of x_{t-1}: the factors of x_0 and x_t, the smallest and largest log variance."""
-        fixed = self.model_var_type is ModelVarType.FIXED_LARGE
-        return (
-            self.at("posterior_mean_coef1", t),
-            self.at("posterior_mean_coef2", t),
-            self.at("posterior_log_variance_clipped", t),
-            self.at("_fixed_large_log_variance" if fixed else "_log_betas", t),
-        )
+    def posterior_step(self, t: th.Tensor, s: th.Tensor | None = None) -> PosteriorStep:
+        """What the posterior of x_s given x_t and x_0 is made of.
 
-    def jump(self, t: th.Tensor, s: th.Tensor) -> tuple[th.Tensor, th.Tensor, th.Tensor, th.Tensor]:
-        """Of the posterior of x_s for steps -1 <= s < t: the factors of x_0 and x_t, the smallest and largest
-        log variance, float32 [B, 1, 1, 1] each, computed in float64. At s = -1 the smallest is the largest.
+        Args:
+            t: int64 [B].
+            s: int64 [B], -1 <= s < t, computed in float64; t - 1 when left out. At s = -1 the smallest
+                variance is the largest.
         """
+        if s is None:
+            fixed = self.model_var_type is ModelVarType.FIXED_LARGE
+            return PosteriorStep(
+                self.at("posterior_mean_coef1", t),
+                self.at("posterior_mean_coef2", t),
+                self.at("posterior_log_variance_clipped", t),
+                self.at("_fixed_large_log_variance" if fixed else "_log_betas", t),
+            )
         key = ("alphas_cumprod from s = -1", t.device)
         if key not in self._tables:
             self._tables[key] = th.from_numpy(np.append(1.0, self.alphas_cumprod)).to(t.device)
         bar_t, bar_s = (self._tables[key][i + 1].reshape(-1, 1, 1, 1) for i in (t, s))
         beta = 1 - bar_t / bar_s
         small = th.where(bar_s < 1, beta * (1 - bar_s) / (1 - bar_t), beta)
-        return (
+        return PosteriorStep(
             (bar_s.sqrt() * beta / (1 - bar_t)).float(),
             ((1 - bar_s) * (1 - beta).sqrt() / (1 - bar_t)).float(),
             small.log().float(),
@@ -340,6 +360,10 @@ class GaussianDiffusion:
             return self.predict_eps_from_xstart(x_t, t, prediction)
         signal, noise = self.at("sqrt_alphas_cumprod", t), self.at("sqrt_one_minus_alphas_cumprod", t)
         return signal * prediction + noise * x_t
+
+    def eps_of(self, model_output: th.Tensor, x_t: th.Tensor, t: th.Tensor) -> th.Tensor:
+        """The noise prediction [B, C, H, W] in a model's output, with or without a variance, at (x_t, t)."""
+        return self.predict_eps(x_t, t, self.split(model_output, x_t.shape[1])[0])
 
     def predict_xstart_from_eps(self, x_t: th.Tensor, t: th.Tensor, eps: th.Tensor) -> th.Tensor:
         """x_0 = x_t / sqrt(abar) - eps sqrt(1 / abar - 1), DDPM eq. 4 solved for x_0."""

@@ -59,7 +59,7 @@ class GroupNorm32(nn.GroupNorm):
             x: [B, C, H, W].
             scale: [B, C], or None.
             shift: [B, C], or None where scale is.
-            before: [B, C] or [C], or None.
+            before: added to x before the normalisation, [B, C] or [C], or None.
             silu: whether to apply SiLU.
             dropout: probability, in [0, 1).
 

@@ -156,8 +156,10 @@ def create_gaussian_diffusion(
         timestep_respacing: see `respace.space_timesteps`; "" keeps every step.
 
     Raises:
-        ValueError: unknown schedule or impossible respacing.
+        ValueError: unknown schedule or prediction, or impossible respacing.
     """
+    if prediction_type not in _MEAN_TYPES:
+        raise ValueError(f"prediction_type must be one of {', '.join(_MEAN_TYPES)}, not '{prediction_type}'")
     if use_kl:
         loss_type = LossType.RESCALED_KL
     else:

@@ -5,7 +5,7 @@ network knows nothing of noise schedules, and nothing of distillation beyond han
 and the timestep embedding that a training-time head may read.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch as th
 from torch import nn
@@ -13,7 +13,7 @@ from torch import nn
 from .config.adm_diffusers import group_count, unet2d_config
 from .config.settings import AdmArchitecture
 from .networks.adm_weights import adm_state, attention_blocks, attention_heads, diffusers_state
-from .networks.base import DenoisingNetwork, Evaluation, ForDiffusers, cast_weights
+from .networks.base import DenoisingNetwork, Evaluation, ForDiffusers
 from .networks.blocks import AttentionBlock, Downsample, ResBlock, TimestepSequential, Upsample
 from .networks.weight_selection import UNet2DWeights
 from .nn import GroupNorm32, timestep_embedding, zero_module
@@ -56,6 +56,7 @@ class UNetModel(DenoisingNetwork):
 
     Settings = AdmArchitecture
     block_types = (ResBlock, AttentionBlock)
+    has_maps = True
 
     def __init__(
         self,
@@ -241,21 +242,9 @@ class UNetModel(DenoisingNetwork):
         # fmt: on
         return Evaluation(output, features, emb, bottleneck)
 
-    def use_dtype(self, dtype: th.dtype, *, frozen: bool = False, channels_last: bool = False) -> None:
-        """Choose the arithmetic and, with the weights' layout, that of all maps.
-
-        Args:
-            dtype: of convolutions and attention.
-            frozen: the network is only evaluated, so the blocks' weights are cast once and for all; else
-                parameters stay float32 and are cast as they are used.
-            channels_last: lay float32 out so too, as 16 bits always are: faster on the CPU, at 1.4 times the
-                rounding error of the layout in which the originals' digits were made.
-        """
-        super().use_dtype(dtype)
-        layout = th.channels_last if channels_last or dtype != th.float32 else th.contiguous_format
-        self.to(memory_format=layout)  # type: ignore[call-overload]
-        if frozen and dtype != th.float32:
-            cast_weights([self.input_blocks, self.middle_block, self.output_blocks, self.out], dtype)
+    def heavy_parts(self) -> Iterable[nn.Module]:
+        """All blocks and the output."""
+        return (self.input_blocks, self.middle_block, self.output_blocks, self.out)
 
     def from_diffusers(self, state: Mapping[str, th.Tensor]) -> dict[str, th.Tensor]:
         """A UNet2DModel's weights under ADM's names."""

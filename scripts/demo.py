@@ -5,7 +5,6 @@ folder that belongs to this configuration and teacher, so a changed one starts a
 --quick is a small one of about a minute, to see that everything works.
 """
 
-import argparse
 import hashlib
 import subprocess
 import sys
@@ -35,7 +34,7 @@ QUICK_NOTE = "A quick look (--quick): the student is hardly trained, and these a
 
 def main() -> None:
     """Prepare, distil, sample, score, draw."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = command_line.make_bare_parser(__doc__)
     parser.add_argument(
         "--config", type=find_config, default=CONFIG, help="the distillation (default: digits-TCCD)"
     )

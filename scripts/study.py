@@ -4,11 +4,10 @@ A study that was stopped or killed continues with the same command; what has a r
 docs/studies.md describes the study's file and everything that is written.
 """
 
-import argparse
 import os
 from pathlib import Path
 
-from guided_diffusion.config.command_line import output_path, positive
+from guided_diffusion.config.command_line import make_bare_parser, output_path, positive
 from guided_diffusion.config.loading import find_config, project_root
 from guided_diffusion.errors import UserError
 from guided_diffusion.io.remote import local_path
@@ -19,9 +18,7 @@ from guided_diffusion.studies.study_file import load_study
 
 def main() -> None:
     """Parse, run, report."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = make_bare_parser(__doc__)
     parser.add_argument("study", type=find_config, help="the study's YAML file")
     parser.add_argument("--out", type=local_path, help="where it is run (default: experiments/study/NAME)")
     parser.add_argument(

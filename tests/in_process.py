@@ -21,6 +21,9 @@ def script_here(name, *args, check=True):
             runpy.run_path(sys.argv[0], run_name="__main__")
     except SystemExit as leaving:
         code = leaving.code or 0
+        if isinstance(code, str):  # as Python does
+            err.write(f"{code}\n")
+            code = 1
     finally:
         sys.argv = before
         signal.set_wakeup_fd(-1)

@@ -102,6 +102,14 @@ def test_roughness_knows_noise_from_digits(real):
     assert is_noise(white).all()
 
 
+def test_roughness_knows_noise_from_digits_at_twice_the_size():
+    images, _ = load_digit_images(32)
+    assert roughness(images).max() < 0.15
+    coarse = np.random.default_rng(0).integers(0, 256, (100, 16, 16, 3), dtype=np.uint8)
+    noise = coarse.repeat(2, axis=1).repeat(2, axis=2)  # smooth in pixels, but too fine for 8x8
+    assert is_noise(noise).all()
+
+
 def test_roughness_grows_with_noise_and_ignores_contrast(real):
     images = real[0][:100] / 127.5 - 1
     noise = np.random.default_rng(0).standard_normal(images.shape)

@@ -128,6 +128,8 @@ def test_heuns_order_is_two(modules):
         ("student.architecture=my_networks:Nothing", "my_networks has no Nothing"),
         ("student.architecture=my_nets:ConvNet", "cannot be imported: No module named 'my_nets'"),
         ("student.architecture=unet", "'unet' is none of adm"),
+        ("student.architecture=tccd", "'tccd' is none of adm"),
+        ("distill.objective=adm", "'adm' is none of tccd"),
         ("student.architecture=my_networks:ConvSettings", "has no Settings"),
         ("distill.objective=my_networks:ConvNet", "has no Settings that are config.settings.Distill's"),
         ("student.architecture=my_networks:ConvNet", "unknown key 'student.attention_resolutions'"),

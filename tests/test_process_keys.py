@@ -59,3 +59,8 @@ def test_a_perfect_model_has_no_loss(prediction):
     answer = {"epsilon": noise, "sample": x_0, "v_prediction": bar.sqrt() * noise - (1 - bar).sqrt() * x_0}
     terms = process.training_losses(lambda x, t: answer[prediction], x_0, t, noise=noise)
     assert terms["loss"].max() < 1e-10
+
+
+def test_a_prediction_that_nobody_knows_is_refused():
+    with pytest.raises(ValueError, match="epsilon, sample, v_prediction, not 'x0'"):
+        create_gaussian_diffusion(prediction_type="x0")

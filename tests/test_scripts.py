@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch as th
 from in_process import script_here
-from tiny import T, distillation, network, one_line_error, script
+from tiny import ROOT, T, distillation, network, one_line_error, script
 
 from guided_diffusion.distill.pool_file import read_pool
 from guided_diffusion.logger import read_progress
@@ -207,6 +207,11 @@ def test_mistakes_get_one_line(tmp_path):
     }
     for expected, command in told.items():
         assert expected in one_line_error(script_here(*command, check=False)), expected
+    for folder in ("scripts", "datasets", "evaluations", "benchmarks"):
+        for path in sorted((ROOT / folder).glob("*.py")):
+            if "__main__" in path.read_text():
+                error = one_line_error(script_here(f"{folder}/{path.name}", "--nonsense", check=False))
+                assert "required" in error or "--nonsense" in error, path
     odd = script(
         "scripts/dynamic_prepare.py", "--config", config, "student.batch_size=3", ranks=2, check=False
     )

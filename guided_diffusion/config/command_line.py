@@ -44,7 +44,7 @@ def make_parser(
     return parser
 
 
-def make_bare_parser(description: str, epilog: str = "") -> argparse.ArgumentParser:
+def make_bare_parser(description: str | None, epilog: str = "") -> argparse.ArgumentParser:
     """A parser that knows nothing yet.
 
     Args:

@@ -332,7 +332,7 @@ def _require_modest(path: Path) -> None:
 
 
 def _include(section: dict[str, Any], path: Path, depth: int = 0) -> dict[str, Any]:
-    """Lay a section's keys over those of the files that its `model` and `diffusion` name."""
+    """Lay a section's keys over those of the files that its `model`, `diffusion` and `training` name."""
     if depth > 8:
         raise UserError(f"{path}: '{', '.join(_INCLUDES)}' files nest too deeply (in a circle?)")
     merged: dict[str, Any] = {}

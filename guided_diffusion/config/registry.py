@@ -1,7 +1,8 @@
 """What a name in a configuration or on a command line stands for.
 
 Each table maps the built-in names to `package.module:Name`; in their place users may give such a path of
-their own, whose module is then imported. Adding an architecture, an objective or a sampler is one line here.
+their own, whose module is then imported. A built-in sampler is one line here, an architecture or an objective
+a second one in `_SETTINGS`.
 """
 
 import importlib
@@ -18,7 +19,7 @@ ARCHITECTURES = {
     "diffusers_unet2d": "guided_diffusion.networks.diffusers_unet2d:DiffusersUNet2D",
     "dit": "guided_diffusion.networks.dit:DiT",
 }
-# Subclasses of training.objective.Objective with a `Settings`, built by `from_settings`.
+# Subclasses of distill.objectives.Distillation.
 OBJECTIVES = {"tccd": "guided_diffusion.distill.objectives:Distillation"}
 # Instances of sampling.samplers.Sampler.
 SAMPLERS = {
@@ -28,12 +29,12 @@ SAMPLERS = {
     "unipc": "guided_diffusion.sampling.solvers:UNIPC",
 }
 
-# The configuration keys of those of the former two, known without importing torch.
+# The configuration keys of the built-in ones of the former two, known without importing torch.
 _SETTINGS: dict[str, type] = {
-    "adm": AdmArchitecture,
-    "diffusers_unet2d": UNet2DArchitecture,
-    "dit": DiTArchitecture,
-    "tccd": Distill,
+    ARCHITECTURES["adm"]: AdmArchitecture,
+    ARCHITECTURES["diffusers_unet2d"]: UNet2DArchitecture,
+    ARCHITECTURES["dit"]: DiTArchitecture,
+    OBJECTIVES["tccd"]: Distill,
 }
 
 
@@ -76,8 +77,9 @@ def settings_of(table: Mapping[str, str], name: str, where: str, base: type) -> 
     Raises:
         UserError: as `look_up`, or it has no such `Settings`.
     """
-    if name in _SETTINGS:
-        return _SETTINGS[name]
+    known = _SETTINGS.get(require_known(table, name, where))
+    if known is not None and issubclass(known, base):
+        return known
     settings = getattr(look_up(table, name, where), "Settings", None)
     if not (isinstance(settings, type) and issubclass(settings, base)):
         raise UserError(f"{where}: '{name}' has no Settings that are config.settings.{base.__name__}'s")

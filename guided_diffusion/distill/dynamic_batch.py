@@ -184,9 +184,10 @@ class DynamicBatch:
     ) -> None:
         """Let some entries go on where the student would have gone from x_t, instead of the teacher.
 
-        Their x_s moves by what the two predicted x_0 differ, each clipped to the process's bounds and the
-        student's also to the least and greatest values of the teacher's (a latent space has no bounds); the
-        noise and its variance stay the teacher's. So an untrained student cannot throw them far. Where its
+        Their x_s is shifted by the difference of the two predicted x_0 times the step's factor of x_0. Both
+        are clipped to the process's bounds, the student's also to the least and greatest values of the
+        teacher's (a latent space has no bounds); the noise and its variance stay the teacher's. So an
+        untrained student cannot throw them far. Where its
         prediction is not finite they stay where the teacher led them.
 
         Args:
@@ -199,7 +200,7 @@ class DynamicBatch:
         chosen = (th.rand(len(batch)) < probability).to(batch.t.device)
         teachers, students = (process.clipped_xstart(batch.x_t, batch.t, e) for e in (batch.eps, eps))
         students = students.clamp(teachers.amin(), teachers.amax())
-        shift = process.jump(batch.t, batch.s)[0] * (students - teachers)
+        shift = process.posterior_step(batch.t, batch.s).x_start * (students - teachers)
         chosen &= eps.isfinite().flatten(1).all(dim=1)
         x_s, level, _ = self.take(batch.index)
         self.put(batch.index, th.where(chosen.reshape(-1, 1, 1, 1), x_s + shift, x_s), level)

@@ -120,7 +120,7 @@ class Distillation(Objective):
         return type(self) is Distillation and self.follow is None and not among_ranks
 
     def passes(self, student: DenoisingNetwork, batch: DistillationBatch) -> Iterator[PassLoss]:
-        """Stage 1 (or DKDM's only pass), then stage 2. Each yields terms "mse", "vb" and "align".
+        """Stage 1 (or DKDM's only pass), then stage 2; their terms are "stage1_mse", "stage2_vb" and so on.
 
         Where stage 2 sees a share of the batch, one pass takes both: a small one of its own would cost nearly
         as much time as a large one.
@@ -171,7 +171,7 @@ class Distillation(Objective):
         """Stage 1's losses of what the student made of it."""
         terms = self.distillation_terms(out.output, batch, x_in=call.x, x_t=call.x)
         if self.follow is not None and batch.index is not None:
-            self.follow(batch, self.prediction(out.output, batch.x_t, batch.t).detach())
+            self.follow(batch, self.process.eps_of(out.output, batch.x_t, batch.t).detach())
         found = self._weighted("stage1", 1.0, self.noise_encoder is not None, terms, out, batch.t)
         if not self.needs_teacher_bottleneck:
             return found
@@ -189,7 +189,7 @@ class Distillation(Objective):
         """Stage 2's losses of what the student made of it."""
         settings = self.settings
         if settings.stage2_time == "between":
-            eps = self.prediction(out.output, call.x, call.t)
+            eps = self.process.eps_of(out.output, call.x, call.t)
             terms = {"mse": self.squared_error(eps, batch.eps, call.t)}
         else:
             terms = self.distillation_terms(out.output, batch, x_in=call.x, x_t=self.perturbed(batch))
@@ -201,10 +201,6 @@ class Distillation(Objective):
         later = (th.rand(len(t), device=t.device) * (process.num_timesteps - t)).long()
         s = (t + later).clamp(max=process.num_timesteps - 1)
         return s, process.q_sample(process.clipped_xstart(batch.x_t, t, batch.eps), s, batch.eps)
-
-    def prediction(self, output: th.Tensor, x_in: th.Tensor, t: th.Tensor) -> th.Tensor:
-        """The noise prediction [B, C, H, W] in a student's output at (x_in, t)."""
-        return self.process.predict_eps(x_in, t, self.process.split(output, x_in.shape[1])[0])
 
     def squared_error(self, eps: th.Tensor, target: th.Tensor, t: th.Tensor) -> th.Tensor:
         """Mean squared difference of noise predictions at steps t, weighted by `loss_weight`: [B]."""

@@ -72,8 +72,7 @@ class Teacher:
         else:
             output = self.network(x_t, timesteps, y)
         out = self.process.p_distribution(output, x_t, t)
-        prediction, _ = self.process.split(output, x_t.shape[1])
-        eps = self.process.predict_eps(x_t, t, prediction)
+        eps = self.process.eps_of(output, x_t, t)
         way = out if s is None else self.process.p_distribution(output, x_t, t, s=s)
         noisy = (t > 0 if s is None else s >= 0).float().reshape(-1, 1, 1, 1)
         x_next = way["mean"] + noisy * th.exp(0.5 * way["log_variance"]) * th.randn_like(x_t)
@@ -81,7 +80,9 @@ class Teacher:
 
     @th.no_grad()
     def jump(self, x_t: th.Tensor, t: th.Tensor, s: th.Tensor, y: th.Tensor | None = None) -> th.Tensor:
-        """Evaluate once, and draw x_s for any earlier steps 0 <= s < t; arguments as `step`."""
+        """Evaluate once, and draw x_s, float32 [B, C, H, W], for any earlier steps 0 <= s < t; arguments as
+        `step`.
+        """
         output = self.network(x_t, self.process.model_timesteps(t), y)
         out = self.process.p_distribution(output, x_t, t, s=s)
         return out["mean"] + th.exp(0.5 * out["log_variance"]) * th.randn_like(x_t)

@@ -7,7 +7,7 @@ import torch as th
 from torch import nn
 
 from ..config.architectures import UNet2DArchitecture
-from .base import DenoisingNetwork, Evaluation, ForDiffusers, cast_weights
+from .base import DenoisingNetwork, Evaluation, ForDiffusers
 from .diffusers_models import Attention, ResnetBlock2D, UNet2DModel, adopt, attention_heads, hooked
 from .weight_selection import UNet2DWeights
 
@@ -28,6 +28,7 @@ class DiffusersUNet2D(DenoisingNetwork):
 
     Settings = UNet2DArchitecture
     block_types = (ResnetBlock2D, Attention)
+    has_maps = True
     model: Any
 
     def __init__(self, config: dict[str, Any], *, null_class: bool = False, class_dropout_prob: float = 0.0):
@@ -88,15 +89,11 @@ class DiffusersUNet2D(DenoisingNetwork):
             output = self.model(x, timesteps, class_labels=y).sample
         return Evaluation(output.float(), seen["features"], seen["emb"], seen.get("bottleneck"))
 
-    def use_dtype(self, dtype: th.dtype, *, frozen: bool = False, channels_last: bool = False) -> None:
-        """Choose the arithmetic and the layout, as ADM's U-Net does; see `DenoisingNetwork.use_dtype`."""
-        super().use_dtype(dtype)
-        layout = th.channels_last if channels_last or dtype != th.float32 else th.contiguous_format
-        self.to(memory_format=layout)  # type: ignore[call-overload]
-        if frozen and dtype != th.float32:
-            model = self.model
-            parts = (model.down_blocks, model.mid_block, model.up_blocks, model.conv_out)
-            cast_weights([part for part in parts if part is not None], dtype)
+    def heavy_parts(self) -> list[nn.Module]:
+        """All blocks and the output."""
+        model = self.model
+        parts = (model.down_blocks, model.mid_block, model.up_blocks, model.conv_out)
+        return [part for part in parts if part is not None]
 
     def selectable_weights(self) -> UNet2DWeights:
         """As they are."""

@@ -6,7 +6,7 @@ import torch as th
 from torch import nn
 
 from ..config.architectures import DiTArchitecture
-from .base import DenoisingNetwork, Evaluation, ForDiffusers, cast_weights
+from .base import DenoisingNetwork, Evaluation, ForDiffusers
 from .diffusers_models import BasicTransformerBlock, DiTTransformer2DModel, adopt, attention_heads, hooked
 from .weight_selection import SelectableWeights
 
@@ -142,13 +142,11 @@ class DiT(DenoisingNetwork):
             self.shift[0] = None
         return Evaluation(output.float(), seen["features"], emb)
 
-    def use_dtype(self, dtype: th.dtype, *, frozen: bool = False, channels_last: bool = False) -> None:
-        """Choose the arithmetic; tokens have but one layout. See `DenoisingNetwork.use_dtype`."""
-        super().use_dtype(dtype)
-        if frozen and dtype != th.float32:
-            blocks = self.model.transformer_blocks
-            parts = [part for block in blocks for part in (block.attn1, block.ff, block.norm1.linear)]
-            cast_weights([*parts, self.model.proj_out_2], dtype)
+    def heavy_parts(self) -> list[nn.Module]:
+        """What is large in each block, and the output."""
+        blocks = self.model.transformer_blocks
+        parts = [part for block in blocks for part in (block.attn1, block.ff, block.norm1.linear)]
+        return [*parts, self.model.proj_out_2]
 
     def selectable_weights(self) -> DiTWeights:
         """As they are."""

@@ -1,4 +1,4 @@
-"""Higher-order solvers of the diffusion ODE; the only module that knows diffusers.
+"""Higher-order solvers of the diffusion ODE, by the multistep schedulers of diffusers.
 
 A solver takes few, long steps along the path that DDIM follows at first order (DDIM section 4.3). Our
 process does the rest, as for its own samplers: it gives the steps, their betas, the timesteps that the

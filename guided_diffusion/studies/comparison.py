@@ -165,5 +165,4 @@ def _predict(
 ) -> tuple[th.Tensor, th.Tensor]:
     """The noise prediction float32 [B, C, H, W], and the whole output."""
     output = network(x, process.model_timesteps(t), y)
-    prediction, _ = process.split(output, x.shape[1])
-    return process.predict_eps(x, t, prediction), output
+    return process.eps_of(output, x, t), output

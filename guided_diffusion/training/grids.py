@@ -61,7 +61,9 @@ class Grids:
             ema: their average.
             log: the record.
         """
-        if dist_util.rank() == 0:
+        with dist_util.rank_zero_first() as first:
+            if not first:
+                return
             if self.teacher is not None and not (log.directory / TEACHER_GRID).exists():
                 self._draw(step, "teacher", TEACHER_GRID, *self.teacher, log)
             name = f"samples{step:06d}.png"
@@ -71,7 +73,6 @@ class Grids:
                 self._draw(step, "raw", f"samples_raw{step:06d}.png", network, self.process, log)
                 with ema.swapped():
                     self._draw(step, "ema", name, network, self.process, log)
-        dist_util.barrier()
 
     def _draw(
         self,
