@@ -43,7 +43,7 @@ import gpu_speed  # noqa: E402
 from guided_diffusion import dist_util  # noqa: E402
 from guided_diffusion.config import command_line  # noqa: E402
 from guided_diffusion.errors import UserError  # noqa: E402
-from guided_diffusion.io.files import atomic_path  # noqa: E402
+from guided_diffusion.io.files import write_text  # noqa: E402
 from guided_diffusion.runs.provenance import git_revision  # noqa: E402
 
 Part = Callable[[bool], Any]
@@ -64,8 +64,7 @@ def machine(tiny: bool) -> dict[str, str]:
 
 def write(path: Path, contents: Any) -> None:
     """Write a JSON file whole or not at all."""
-    with atomic_path(path) as temporary:
-        temporary.write_text(json.dumps(contents, indent=1))
+    write_text(path, json.dumps(contents, indent=1))
 
 
 def work(name: str, part: Part, tiny: bool, out: Path) -> None:
@@ -155,8 +154,7 @@ def main() -> None:
             whole["parts"][name] = record
         write(out / "gpu.json", whole)
     section = gpu_report.section(whole)
-    with atomic_path(out / "gpu.md") as temporary:
-        temporary.write_text(section)
+    write_text(out / "gpu.md", section)
     print(f"\n{section}\nwrote {out}/gpu.json and gpu.md")
     if wrong := gpu_report.wrong(whole):
         print(f"not right: {', '.join(wrong)}")

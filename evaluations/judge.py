@@ -1,6 +1,5 @@
 """Scores of images in memory, for a training that is scored as it goes on (`training.scoring.Judge`)."""
 
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +9,7 @@ from guided_diffusion.config.settings import Run
 from guided_diffusion.errors import UserError
 from guided_diffusion.io.files import NpzFile
 from guided_diffusion.io.image_sets import ImageArray
-from guided_diffusion.io.progress import say
+from guided_diffusion.io.progress import warn
 
 from .evaluation import AT_LEAST, IMAGE_SIZES, build_extractor, few, reference_images
 from .features import extract_features
@@ -47,7 +46,7 @@ class Judge:
         if run.eval_samples < AT_LEAST:
             raise UserError(f"run.eval_samples must be at least {AT_LEAST}, not {run.eval_samples}")
         if told := few(run.eval_samples, self.settings):
-            say(f"WARNING: run.eval_samples: {told}", sys.stderr)
+            warn(f"run.eval_samples: {told}")
         npz = NpzFile(reference)
         real = reference_images(npz, self.settings)
         self.extractor = build_extractor(self.settings)

@@ -3,14 +3,13 @@
 import dataclasses
 import json
 import math
-import platform
 from collections.abc import Sequence
 from dataclasses import dataclass
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from guided_diffusion.io.files import atomic_path, short_names
+from guided_diffusion.io.files import short_names, write_text
+from guided_diffusion.io.shipped import installed_versions
 
 
 @dataclass(frozen=True)
@@ -114,20 +113,13 @@ def values(scores: Scores) -> dict[str, float]:
 
 def versions() -> dict[str, str]:
     """Versions of Python and of the installed libraries that take part in a score."""
-    found = {"python": platform.python_version()}
-    for library in ("numpy", "scipy", "torch", "torch-fidelity", "tensorflow", "tensorflow-cpu"):
-        try:
-            found[library] = metadata.version(library)
-        except metadata.PackageNotFoundError:
-            continue  # not installed, so it took no part
-    return found
+    return installed_versions("numpy", "scipy", "torch", "torch-fidelity", "tensorflow", "tensorflow-cpu")
 
 
 def write_json(results: Sequence[Result], path: Path) -> None:
     """Write results as a JSON list of objects, one per sample file, atomically."""
     text = json.dumps([dataclasses.asdict(result) for result in results], indent=2)
-    with atomic_path(path) as temporary:
-        temporary.write_text(text + "\n")
+    write_text(path, text + "\n")
 
 
 # What a score is called, its lowest and its highest value.

@@ -1,6 +1,5 @@
 """From features to scores: which metrics a backend's features get, and how sure they are."""
 
-import dataclasses
 from collections.abc import Callable
 
 import numpy as np
@@ -54,9 +53,7 @@ def score_set(
 ) -> Scores:
     """The scores of the settings' backend, of some features and what `noise_of` says of their images."""
     if settings.backend == "digits":
-        return score_digits(
-            reference, samples, extractor.probabilities(samples.features), noise, settings.device
-        )
+        return score_digits(reference, samples, extractor.probabilities(samples.features), noise)
     return score_inception(reference, samples, extractor, settings)
 
 
@@ -73,32 +70,21 @@ def score_inception(
     """
     features = samples.features
     splits = (features[i : i + SPLIT_SIZE] for i in range(0, len(features), SPLIT_SIZE))
-    scores = InceptionScores(
+    found: dict[str, float | None] = {"sfid": None, "precision": None, "recall": None}
+    if reference.spatial_gaussian is not None and samples.spatial_gaussian is not None:
+        found["sfid"] = frechet_distance(reference.spatial_gaussian, samples.spatial_gaussian)
+    found |= _neighbour_scores(reference, samples, settings.device, settings.density_coverage)
+    if settings.kid and reference.features is not None:
+        found["kid"] = kernel_distance(reference.features, features, seed=settings.seed)
+    return InceptionScores(
         inception_score=inception_score(extractor.probabilities(split) for split in splits),
         fid=frechet_distance(reference.gaussian, samples.gaussian),
-        sfid=None,
-        precision=None,
-        recall=None,
+        **found,
     )
-    if reference.spatial_gaussian is not None and samples.spatial_gaussian is not None:
-        sfid = frechet_distance(reference.spatial_gaussian, samples.spatial_gaussian)
-        scores = dataclasses.replace(scores, sfid=sfid)
-    if reference.features is None:
-        return scores
-    near = _neighbour_scores(reference, samples, settings.device, settings.density_coverage)
-    scores = dataclasses.replace(scores, **near)
-    if settings.kid:
-        kid = kernel_distance(reference.features, features, seed=settings.seed)
-        scores = dataclasses.replace(scores, kid=kid)
-    return scores
 
 
 def score_digits(
-    reference: Reference,
-    samples: FeatureSet,
-    probabilities: np.ndarray,
-    noise: np.ndarray,
-    device: str | None = None,
+    reference: Reference, samples: FeatureSet, probabilities: np.ndarray, noise: np.ndarray
 ) -> DigitsScores:
     """The scores of the digits backend.
 
@@ -107,7 +93,6 @@ def score_digits(
         samples: features of the generated images.
         probabilities: float32 [N, 10], the classifier's.
         noise: bool [N], which images count as noise.
-        device: where neighbours are sought, as in `Settings`.
     """
     histogram = np.bincount(probabilities.argmax(axis=1), minlength=probabilities.shape[1])
     return DigitsScores(
@@ -116,7 +101,7 @@ def score_digits(
         class_balance=class_entropy(histogram),
         noise_share=float(noise.mean()),
         histogram=tuple(int(count) for count in histogram),
-        **_neighbour_scores(reference, samples, device),
+        **_neighbour_scores(reference, samples, "cpu"),
     )
 
 

@@ -4,7 +4,6 @@ import csv
 import datetime
 import json
 import os
-import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -13,8 +12,9 @@ from typing import Any
 
 from .config.loading import mapping_text
 from .errors import UserError, first_line
-from .io.files import atomic_path
-from .io.progress import say
+from .io.files import atomic_path, write_text
+from .io.json_lines import append_line, read_lines
+from .io.progress import say, warn
 
 
 class RunLog:
@@ -72,8 +72,7 @@ class RunLog:
                 )
             except wandb_module.Error as error:
                 raise UserError(f"--wandb: {first_line(error)}") from None
-            with atomic_path(kept) as temporary:
-                temporary.write_text(self._wandb.id)
+            write_text(kept, self._wandb.id)
 
     def info(self, message: str) -> None:
         """Print a line, above a progress bar if there is one, and keep it in log.txt with the time."""
@@ -121,12 +120,8 @@ class RunLog:
         """Add a line to pool.jsonl: where the entries of the pool are."""
         if not self.active:
             return
-        path = self.directory / "pool.jsonl"
-        line = json.dumps({"step": step, **record}) + "\n"
         with self.tolerant():
-            cut = path.exists() and not _ends_whole(path)
-            with open(path, "a") as file:
-                file.write(f"\n{line}" if cut else line)
+            append_line(self.directory / "pool.jsonl", {"step": step, **record})
 
     def last(self, name: str) -> float:
         """The newest number in a column of progress.csv; 0 if there is none."""
@@ -146,8 +141,7 @@ class RunLog:
                 self._last_step = float(rows[-1]["step"]) if rows else -1.0
             if (path := self.directory / "pool.jsonl").exists():
                 kept = [record for record in read_pool_records(path) if record["step"] <= step]
-                with atomic_path(path) as temporary:
-                    temporary.write_text("".join(json.dumps(record) + "\n" for record in kept))
+                write_text(path, "".join(json.dumps(record) + "\n" for record in kept))
 
     def close(self) -> None:
         """Flush and close what is open."""
@@ -185,7 +179,7 @@ class RunLog:
         try:
             yield
         except OSError as error:
-            say(f"WARNING: could not write the record: {error}", sys.stderr)
+            warn(f"could not write the record: {error}")
 
     def _append_csv(self, row: dict[str, float]) -> None:
         path = self.directory / "progress.csv"
@@ -228,14 +222,8 @@ def _ends_whole(path: Path) -> bool:
 
 def read_pool_records(path: str | os.PathLike) -> list[dict[str, Any]]:
     """The lines of a pool.jsonl (`TeacherSource.pool_record`); one that a kill cut short is left out."""
-    found = []
-    with open(path, errors="replace") as file:
-        for line in file:
-            with suppress(ValueError, KeyError, TypeError, RecursionError):
-                record = json.loads(line)
-                if isinstance(record["step"], int):
-                    found.append(record)
-    return found
+    records = (record for _, record in read_lines(path) if isinstance(record, dict))
+    return [record for record in records if isinstance(record.get("step"), int)]
 
 
 def read_progress(path: str | os.PathLike) -> list[dict[str, float]]:

@@ -11,6 +11,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from .errors import first_line
+from .io.progress import warn
 from .kernels.norm_silu import keep_mask, norm_silu
 
 _M = TypeVar("_M", bound=nn.Module)
@@ -27,10 +28,7 @@ def gpu_kernel() -> Callable[..., th.Tensor] | None:
         return None
     except Exception as error:  # whatever is amiss with the machine's compilers
         reason = first_line(error)
-        print(
-            f"WARNING: Triton does not work here ({reason}); normalising by torch's slower kernels",
-            flush=True,
-        )
+        warn(f"Triton does not work here ({reason}); normalising by torch's slower kernels")
         return None
     return norm_silu_gpu.norm_silu
 

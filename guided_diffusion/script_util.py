@@ -223,14 +223,22 @@ def build_process(denoiser: Denoiser, where: str, respacing: str | None = None) 
         respacing: instead of the configured one.
 
     Raises:
-        UserError: impossible respacing.
+        UserError: impossible respacing, or a schedule whose last abar is 0.
     """
     keys = flat(denoiser.process)
     if respacing is not None:
         keys["timestep_respacing"] = respacing
     try:
-        return create_gaussian_diffusion(
+        process = create_gaussian_diffusion(
             steps=keys.pop("diffusion_steps"), bounds=build_space(denoiser).bounds, **keys
         )
     except ValueError as error:
         raise UserError(f"{where} '{keys['timestep_respacing']}': {error}") from None
+    if process.alphas_cumprod[-1] == 0:
+        section, given = where.rpartition(".")[0] or "configuration", denoiser.process
+        raise UserError(
+            f"{section}: the {given.noise_schedule} schedule of {given.diffusion_steps} steps ends in noise "
+            "alone, from which no prediction of it leads back; give more steps, another noise_schedule or a "
+            "smaller beta_end"
+        )
+    return process

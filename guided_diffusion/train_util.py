@@ -15,7 +15,7 @@ from . import dist_util
 from .config.settings import Run, Training
 from .errors import UserError
 from .gaussian_diffusion import GaussianDiffusion
-from .io.files import atomic_path
+from .io.files import write_text
 from .io.progress import Progress
 from .io.torch_file import read_torch_file
 from .kernels.captured import Captured
@@ -260,9 +260,9 @@ class TrainLoop:
             gradients = {
                 n: describe(p.grad) for n, p in self.network.named_parameters() if p.grad is not None
             }
-            with self.log.tolerant(), atomic_path(self.log.directory / name) as temporary:
-                record = {"step": self.step, "batch": facts, "gradients": gradients}
-                temporary.write_text(json.dumps(record, indent=1))
+            record = {"step": self.step, "batch": facts, "gradients": gradients}
+            with self.log.tolerant():
+                write_text(self.log.directory / name, json.dumps(record, indent=1))
         self.writer.wait()
         raise UserError(
             f"gradients were not finite for {int(self.bad_steps)} iterations in a row, up to step "

@@ -14,7 +14,7 @@ from pathlib import Path
 from guided_diffusion.config import command_line
 from guided_diffusion.config.loading import find_config, load_distillation
 from guided_diffusion.errors import UserError
-from guided_diffusion.io.files import sha256_of
+from guided_diffusion.io.files import sha256_of, write_text
 from guided_diffusion.io.shipped import IS_INSTALLED, SHIPPED
 from guided_diffusion.processes.launch import run_script
 
@@ -123,7 +123,7 @@ def report(
     from evaluations.digits_floor import RealFloor, real_floor
     from evaluations.evaluator import evaluate
     from evaluations.results import DigitsResult, write_json
-    from guided_diffusion.io.files import NpzFile, atomic_path
+    from guided_diffusion.io.files import NpzFile
     from guided_diffusion.runs.checkpoint import load_state_dict
     from guided_diffusion.runs.figures import save_comparison
 
@@ -154,8 +154,7 @@ def report(
     for name, path in files.items():
         panels[f"{name} ({sizes[name] / 1e6:.2f}M)"] = NpzFile(path).load("arr_0")[:100]
     save_comparison(folder / "comparison.png", panels)
-    with atomic_path(folder / "table.txt") as temporary:
-        temporary.write_text("\n".join(lines) + "\n")
+    write_text(folder / "table.txt", "\n".join(lines) + "\n")
     write_json(list(scores.values()), folder / "scores.json")
     page = folder / "report.html"
     shown = [folder / name for name in ("run", "teacher", "student", "scores.json")]

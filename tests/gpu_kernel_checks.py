@@ -8,7 +8,7 @@ from tiny import denoiser, network, randomise
 from torch.nn import functional as F
 
 from guided_diffusion import nn
-from guided_diffusion.kernels.norm_silu_gpu import norm_silu
+from guided_diffusion.kernels.norm_silu_gpu import norm_silu, try_out
 from guided_diffusion.kernels.residual_gpu import residual
 from guided_diffusion.script_util import build_network
 
@@ -101,3 +101,12 @@ def test_a_network_by_the_kernels(film, dtype, rough, monkeypatch):
     norms = [float(theirs.norm()) for theirs in ends[1]]
     for mine, theirs, norm in zip(*ends, norms, strict=True):
         assert float((mine - theirs).norm()) < rough * (norm + 0.01 * max(norms[1:]))
+
+
+def test_trying_out_draws_nothing(monkeypatch):
+    """Else a process that continues a run would draw other numbers than the one that never stopped."""
+    zeros = th.zeros
+    monkeypatch.setattr(th, "zeros", lambda *size, device=None, **keys: zeros(*size, **keys))
+    before = th.get_rng_state()
+    try_out()
+    assert th.equal(th.get_rng_state(), before)

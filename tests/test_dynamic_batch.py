@@ -300,6 +300,23 @@ def test_an_entry_stays_where_the_teacher_led_it_if_the_students_prediction_is_n
     assert stayed[3] and stayed[5] and not stayed.all() and pool.x.isfinite().all()
 
 
+def test_a_chain_that_begins_anew_has_a_new_label():
+    """Else a pool of one batch would show its first labels alone, whatever the teacher has learned."""
+    th.manual_seed(0)
+    keys = network(8, attention_resolutions="4", class_cond=True, num_classes=50)
+    model, process = build_network(denoiser(**keys))
+    teacher = teacher_of(randomise(model).eval(), process, (3, 8, 8))
+    pool = DynamicBatch.of_noise(4, (3, 8, 8), process.num_timesteps, 50)
+    first, seen = pool.y.clone(), set()
+    for _ in range(process.num_timesteps):
+        assert th.equal(pool.advance(th.arange(4), teacher).y, first)
+    for _ in range(10 * process.num_timesteps):
+        batch = pool.advance(th.arange(4), teacher)
+        seen |= set(batch.y.tolist())
+        assert th.equal(pool.y, batch.y)
+    assert 20 < len(seen) <= 44
+
+
 def test_without_bounds_a_student_throws_an_entry_no_farther_than_the_teachers_images_reach(teacher):
     process = copy.copy(teacher.process)
     process.bounds = None  # as in a latent space

@@ -73,7 +73,7 @@ def test_where_triton_does_not_work_torchs_kernels_do(monkeypatch, capsys):
     nn.gpu_kernel.cache_clear()
     assert nn.gpu_kernel() is None and nn.gpu_kernel() is None
     nn.gpu_kernel.cache_clear()
-    assert capsys.readouterr().out.count("WARNING: Triton does not work here (division by zero)") == 1
+    assert capsys.readouterr().err.count("WARNING: Triton does not work here (division by zero)") == 1
 
 
 def test_without_a_gpu_a_captured_function_is_just_called():

@@ -186,6 +186,14 @@ class TestLedger:
         assert (seldom.teacher, seldom.student) == (plain.teacher / 4, plain.student)
         assert half.teacher == 2 * plain.teacher
 
+    def test_a_small_share_of_a_large_batch_is_counted_as_it_is(self, tmp_path):
+        """Of 64 rows stage 2 takes 0.03 on two: an iteration's passes are 66 rows', not 68."""
+        config = tiny.distillation(tmp_path, 8, student__batch_size=64)
+        off = ["distill.stage1_weight=0"]
+        plain = ledger_of(load_distillation(config, [*off, "distill.stage2_weight=0"]), None, 0)
+        small = ledger_of(load_distillation(config, [*off, "distill.stage2_fraction=0.03"]), None, 0)
+        assert small.student == pytest.approx(66 / 64 * plain.student, rel=1e-6)
+
     def test_a_guided_teacher_is_evaluated_twice(self, tmp_path):
         config = tiny.distillation(tmp_path, 8, class_cond=True, num_classes=3, teacher__null_class=True)
         plain, guided = (
@@ -291,6 +299,16 @@ class TestCell:
             return run
 
         return make
+
+    def test_runs_of_other_arithmetic_share_nothing_of_the_teachers(self, cell_run):
+        """`run.precision` decides it whatever `use_fp16` says."""
+        pools, identities = [], []
+        for precision in ("auto", "bf16"):
+            run = cell_run()
+            run.experiment.run.precision = precision
+            pools.append(run._pool().path)
+            identities.append(run._teacher_identity)
+        assert pools[0] != pools[1] and identities[0] != identities[1]
 
     def test_a_run_that_diverges_is_a_result(self, cell_run):
         def do(script, *_):

@@ -114,7 +114,7 @@ def test_a_baseline_is_scored_too(project, tmp_path):
     assert steps == [2, 3]  # every second, and the last
     best = json.loads((tmp_path / "run/best.json").read_text())
     assert best["scored"] == best["model"]  # there is no average
-    assert {path.name for path in (tmp_path / "run").glob("*.png")} == {"samples000003.png", "curves.png"}
+    assert {path.name for path in (tmp_path / "run").glob("*.png")} == {"samples000003.png"}
 
 
 def test_grids_beside_the_teachers(project, tmp_path):

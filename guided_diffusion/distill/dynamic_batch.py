@@ -154,8 +154,8 @@ class DynamicBatch:
     ) -> DistillationBatch:
         """Take some entries further by one teacher evaluation and return what the student learns from it.
 
-        Entries at level 0 are restarted from fresh noise at level T first. The pool holds the next states
-        and their levels as soon as this returns.
+        Entries at level 0 are restarted from fresh noise at level T first, with new labels. The pool holds
+        the next states and their levels as soon as this returns.
 
         Args:
             index: int64 [B], which entries.
@@ -169,6 +169,9 @@ class DynamicBatch:
         restart = level == 0
         self.restarts += restart.sum()
         x_t = th.where(restart.reshape(-1, 1, 1, 1), th.randn_like(x_t), x_t)
+        if y is not None:
+            assert teacher.network.num_classes is not None
+            y = th.where(restart, th.randint(teacher.network.num_classes, y.shape, device=y.device), y)
         t = th.where(restart, self.num_timesteps, level) - 1
         s = None
         if stride > 1:
@@ -176,7 +179,7 @@ class DynamicBatch:
         step = teacher.step(x_t, t, y, s=s, features=features or bottleneck)
         maps = step.features if features else None, step.bottleneck if bottleneck else None
         s = t - 1 if s is None else s
-        self.put(index, step.x_next, s + 1)
+        self.put(index, step.x_next, s + 1, y)
         return DistillationBatch(x_t, t, step.eps, step.mean, step.log_variance, y, *maps, index, s)
 
     def follow(
@@ -223,10 +226,12 @@ class DynamicBatch:
         y = None if self.y is None else self.y[index].to(self.device)
         return self.x[index].to(self.device, th.float32), self.levels[index].to(self.device), y
 
-    def put(self, index: th.Tensor, x: th.Tensor, levels: th.Tensor) -> None:
-        """Store entries back in place."""
+    def put(self, index: th.Tensor, x: th.Tensor, levels: th.Tensor, y: th.Tensor | None = None) -> None:
+        """Store entries back in place; their labels too, if given."""
         self.x[index] = x.to(self.x)
         self.levels[index] = levels.to(self.levels)
+        if y is not None and self.y is not None:
+            self.y[index] = y.to(self.y)
 
     def next_batch(
         self, batch_size: int, teacher: Teacher, prob: float = 1.0, **options: Any

@@ -61,6 +61,12 @@ def atomic_path(path: str | os.PathLike) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
+def write_text(path: str | os.PathLike, text: str) -> None:
+    """Write a text file, in UTF-8, whole or not at all; see `atomic_path`."""
+    with atomic_path(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
 def temporary_path(path: Path) -> Path:
     """A name beside `path` that no other process takes."""
     return path.with_name(f".{path.name}.{os.getpid()}-{_THIS_PROCESS}.tmp")

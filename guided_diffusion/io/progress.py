@@ -93,6 +93,11 @@ def say(line: str, file: TextIO | None = None) -> None:
         print(line, file=file, flush=True)
 
 
+def warn(message: str) -> None:
+    """Tell on stderr, as `say` does, what is amiss but ends nothing."""
+    say(f"WARNING: {message}", sys.stderr)
+
+
 def _duration(seconds: float) -> str:
     """Such as 42 s, 3 min or 1.5 h."""
     if seconds < 100:

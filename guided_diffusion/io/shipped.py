@@ -1,7 +1,19 @@
 """Where the configurations, models and scripts that come with the library lie."""
 
+import platform
+from contextlib import suppress
+from importlib import metadata
 from pathlib import Path
 
 LIBRARY = Path(__file__).resolve().parents[2]  # the folder that holds guided_diffusion/ and evaluations/
 IS_INSTALLED = (LIBRARY / "tccd" / "yaml").is_dir()  # by a wheel, and not used out of a checkout
 SHIPPED = LIBRARY / "tccd" if IS_INSTALLED else LIBRARY  # holds yaml/, model/, scripts/ and datasets/
+
+
+def installed_versions(*packages: str) -> dict[str, str]:
+    """Versions of Python and of those of the packages that are installed."""
+    found = {"python": platform.python_version()}
+    for package in packages:
+        with suppress(metadata.PackageNotFoundError):
+            found[package] = metadata.version(package)
+    return found

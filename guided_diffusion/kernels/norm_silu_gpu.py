@@ -33,7 +33,7 @@ def norm_silu(
         x: [B, C, H, W] on a GPU, contiguous or channels last, of 16 or 32 bits.
         weight, bias: [C].
         scale, shift: [B, C], or both None.
-        before: [B, C] or [C], or None.
+        before: added to x before the normalisation, [B, C] or [C], or None.
         groups: number of groups of channels.
         eps: added to the variance.
         silu: whether to apply SiLU.
@@ -51,9 +51,13 @@ def norm_silu(
 
 
 def try_out() -> None:
-    """Compile and run a kernel; raises whatever Triton does where it cannot, as without a C compiler."""
+    """Compile and run a kernel; raises whatever Triton does where it cannot, as without a C compiler.
+
+    It draws no random number: a process begins with this, and one that goes on must draw what the first did.
+    """
     x, affine = th.zeros(1, 4, 2, 2, device="cuda"), th.zeros(4, device="cuda")
-    norm_silu(x, affine, affine, affine[None], affine[None], affine[None], 1, 1e-5, True, 0.5)
+    seed, rows = th.zeros(1, dtype=th.int64, device="cuda"), affine[None]
+    _NormSilu.apply(x, affine, affine, rows, rows, rows, seed, 1, 1e-5, True, 0.5)
 
 
 class _NormSilu(th.autograd.Function):

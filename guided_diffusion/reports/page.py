@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..io.files import atomic_path
+from ..io.files import write_text
 from . import tables
 from .charts import AXES, Canvas, Line, dashes
 from .material import Material, Run
@@ -52,8 +52,7 @@ def write_report(path: Path, material: Material, score_names: Mapping[str, str])
         material: what it shows.
         score_names: how scores are called, by their names in the evaluator's records.
     """
-    with atomic_path(path) as temporary:
-        temporary.write_text(render(material, score_names), encoding="utf-8")
+    write_text(path, render(material, score_names))
 
 
 def render(material: Material, score_names: Mapping[str, str]) -> str:
@@ -85,7 +84,7 @@ def render(material: Material, score_names: Mapping[str, str]) -> str:
         ],
         quartiles=[(name, _quartiles(small, material, axes, name)) for name in terms],
         course=_course(canvas, material, axes, columns),
-        scores=_scores(canvas, material, axes, columns, score_names),
+        scores=_scores(canvas, material, axes, score_names),
         pools=[panel for run in material.runs if (panel := _pool(canvas, material, run))],
         overview=tables.overview(material),
         losses=tables.losses(material, terms),
@@ -138,7 +137,6 @@ def _scores(
     canvas: Canvas,
     material: Material,
     axes: Mapping[str, str],
-    columns: Mapping[str, Any],
     names: Mapping[str, str],
 ) -> list[Panel]:
     """Scores while training, and those of records whose samples a run's weights drew."""

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import UserError
-from ..io.files import atomic_path, read_object
+from ..io.files import read_object, write_text
 from .checkpoint import Checkpoint, add_file, file_step
 
 BEST = "best.json"
@@ -73,8 +73,7 @@ def write_best(directory: Path, checkpoint: Checkpoint, score: Mapping[str, Any]
     text = json.dumps(record, indent=1)
     path = directory / BEST
     if not path.is_file() or path.read_text(errors="replace") != text:
-        with atomic_path(path) as temporary:
-            temporary.write_text(text)
+        write_text(path, text)
 
 
 def read_best(path: str | os.PathLike) -> tuple[int, str]:

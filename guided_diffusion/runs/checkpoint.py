@@ -9,7 +9,6 @@ differs from it, is no checkpoint.
 """
 
 import json
-import logging
 import os
 import re
 from collections import OrderedDict
@@ -26,8 +25,9 @@ from .. import dist_util
 from ..config.foreign import folder_keys
 from ..config.settings import Denoiser, Run, Training, flat, free_to_differ
 from ..errors import UserError
-from ..io.files import atomic_path, sha256_of
+from ..io.files import atomic_path, sha256_of, write_text
 from ..io.model_folder import read_model_folder
+from ..io.progress import warn
 from ..io.safetensors_file import read_metadata, read_safetensors
 from ..io.torch_file import read_torch_file
 from ..networks.base import DenoisingNetwork
@@ -45,7 +45,6 @@ _OF_A_SET = re.compile(
 _OLD_ATTENTION = re.compile(r"(.*attentions\.\d+\.)(query|key|value|proj_attn)\.")
 _OLD_NAMES = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 MANIFEST_BYTES = 1 << 20  # a larger file is none
-logger = logging.getLogger(__name__)
 
 
 def load_state_dict(path: str | os.PathLike) -> dict[str, th.Tensor]:
@@ -375,10 +374,10 @@ def complete_checkpoints(directory: Path) -> list[Checkpoint]:
             sizes = {name: (directory / name).stat().st_size for name in files}
             wrong = [name for name in files if sizes[name] != files[name]["bytes"]]
         except (OSError, ValueError) as error:
-            logger.warning("ignoring %s: %s", path, error)
+            warn(f"ignoring {path}: {error}")
             continue
         if wrong:
-            logger.warning("ignoring %s: %s has another size than when it was written", path, wrong[0])
+            warn(f"ignoring {path}: {wrong[0]} has another size than when it was written")
             continue
         found.append(Checkpoint(directory, step, tuple(files)))
     return sorted(found, key=lambda checkpoint: checkpoint.step)
@@ -389,7 +388,7 @@ def newest_checkpoint(directory: Path) -> Checkpoint | None:
     for checkpoint in reversed(complete_checkpoints(directory)):
         if not (damage := _damage(checkpoint)):
             return checkpoint
-        logger.warning("ignoring the checkpoint at step %d: %s", checkpoint.step, damage)
+        warn(f"ignoring the checkpoint at step {checkpoint.step}: {damage}")
     return None
 
 
@@ -479,8 +478,7 @@ def manifest_text(step: int, files: Mapping[str, Any]) -> str:
 
 
 def _write_manifest(directory: Path, step: int, files: dict[str, dict[str, Any]]) -> None:
-    with atomic_path(directory / manifest_name(step)) as temporary:
-        temporary.write_text(manifest_text(step, files))
+    write_text(directory / manifest_name(step), manifest_text(step, files))
 
 
 def open_checkpoint(path: str | os.PathLike) -> Checkpoint:

@@ -5,13 +5,13 @@ a checkpoint counts there only if its manifest's sizes and checksums agree, and 
 """
 
 import re
-import sys
 import threading
 from pathlib import Path
 from typing import Any
 
 from ..errors import UserError
 from ..io.files import sha256_of
+from ..io.progress import warn
 from ..io.remote import Folder, RemoteError, RemoteFile, fetch_together, local_name, normalised
 from .best import BEST, best_checkpoint, read_best
 from .checkpoint import (
@@ -91,8 +91,7 @@ class Mirror:
             if manifest in there and not (self.directory / manifest).is_file():
                 _bring(folder, step, there, self.directory)
         except (UserError, ValueError) as error:
-            told = f"WARNING: ignoring the best checkpoint of {folder.url}: {error}"
-            print(told, file=sys.stderr, flush=True)
+            warn(f"ignoring the best checkpoint of {folder.url}: {error}")
 
     def push(self) -> None:
         """Bring the copy up to date: records, then the checkpoints that it lacks, the newest first.
@@ -188,11 +187,7 @@ def newest_set(
         try:
             return _bring(folder, step, there, directory), passed_over
         except ValueError as error:
-            print(
-                f"WARNING: ignoring the checkpoint at step {step} of {folder.url}: {error}",
-                file=sys.stderr,
-                flush=True,
-            )
+            warn(f"ignoring the checkpoint at step {step} of {folder.url}: {error}")
             passed_over.add(step)
     return here, passed_over
 

@@ -9,7 +9,6 @@ import secrets
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +19,10 @@ from ..config import command_line
 from ..config.loading import experiment_keys, experiment_text, load_experiment, project_root
 from ..config.settings import DistillationExperiment, Experiment
 from ..errors import UserError
-from ..io.files import atomic_path, held, read_object, remove_leftovers
+from ..io.files import held, read_object, remove_leftovers, write_text
+from ..io.progress import warn
 from ..io.remote import is_url, normalised
+from ..io.shipped import installed_versions
 from ..logger import RunLog
 from ..processes.stopping import Stopped, StoppedHere, StopSignals
 from .checkpoint import Checkpoint, Retention, newest_checkpoint, open_checkpoint
@@ -116,7 +117,7 @@ def _copied(mirror: Mirror | None) -> Iterator[None]:
                     mirror.push()
             except UserError as failure:
                 if dist_util.rank() == 0:
-                    print(f"WARNING: {failure}", file=sys.stderr, flush=True)
+                    warn(str(failure))
         raise
     if mirror is not None:
         _push(mirror)
@@ -144,8 +145,7 @@ def _recorded(
     if launch.rank == 0:
         remove_leftovers(directory)
         changes = _changes(resume.directory, experiment) if resume else ""
-        with atomic_path(directory / "config.yaml") as temporary:
-            temporary.write_text(experiment_text(experiment))
+        write_text(directory / "config.yaml", experiment_text(experiment))
         record |= _starts(directory)
         wanted = args.resume_checkpoint or experiment.student.training.resume_checkpoint
         record["began_from"] = wanted or _began_from(directory)
@@ -370,13 +370,11 @@ def _before_flips(directory: Path, experiment: Experiment) -> bool:
 
 def _record(name: str, config: Path, devices: list[str]) -> dict[str, Any]:
     """What a run's results may depend on besides its configuration."""
-    packages = ("torch", "numpy", "omegaconf", "safetensors", "mpi4py")
-    installed = {d.metadata["Name"]: d.version for d in metadata.distributions()}
     return {
         "name": name,
         "command": sys.argv,
         "git_revision": git_revision(project_root(config)),
-        "versions": {"python": sys.version.split()[0]} | {p: installed.get(p) for p in packages},
+        "versions": installed_versions("torch", "numpy", "omegaconf", "safetensors", "mpi4py"),
         "ranks": devices,
         "threads": th.get_num_threads(),
     }
@@ -440,5 +438,4 @@ def _read(directory: Path) -> dict[str, Any]:
 
 
 def _write(directory: Path, record: dict[str, Any]) -> None:
-    with atomic_path(directory / "run.json") as temporary:
-        temporary.write_text(json.dumps(record, indent=1))
+    write_text(directory / "run.json", json.dumps(record, indent=1))

@@ -3,7 +3,6 @@
 import json
 import re
 import shutil
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,10 +13,10 @@ from .. import dist_util
 from ..config.settings import IDLE_IN_SAMPLING
 from ..errors import UserError
 from ..gaussian_diffusion import GaussianDiffusion
-from ..io.files import NpzFile, atomic_path, remove_leftovers
+from ..io.files import NpzFile, remove_leftovers, write_text
 from ..io.model_folder import weights_sha256
 from ..io.npz_writer import create_npz
-from ..io.progress import Progress, say
+from ..io.progress import Progress, say, warn
 from ..networks.base import DenoisingNetwork
 from ..networks.guidance import guided
 from ..processes.stopping import Stopped, StopSignals
@@ -184,8 +183,7 @@ class SampleSet:
                     f"{self.directory}: holds samples drawn with another {', '.join(changed)}; "
                     "choose another --name, or remove it"
                 )
-        with atomic_path(path) as temporary:
-            temporary.write_text(json.dumps({**provenance, **settings}))
+        write_text(path, json.dumps({**provenance, **settings}))
 
     def _tidy(self, final: Path, size: int) -> None:
         """Clear away what a killed run left: halves of files, damaged shards, shards already joined."""
@@ -199,7 +197,7 @@ class SampleSet:
                 if images.shape != (len(indices), size, size, 3):
                     raise UserError(f"{path}: holds {list(images.shape)}")
             except UserError as error:
-                print(f"WARNING: {error}; drawing these samples again", file=sys.stderr, flush=True)
+                warn(f"{error}; drawing these samples again")
                 path.unlink()
 
     def _drawn(self) -> list[tuple[range, Path]]:

@@ -6,7 +6,6 @@ same command goes on from there as if it had never stopped, to the last bit.
 
 import glob
 import json
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,7 @@ from ..distill.pool_file import join_parts, part_path, read_pool, write_pool
 from ..distill.teacher import Teacher
 from ..errors import UserError
 from ..io.files import atomic_path, remove_leftovers
-from ..io.progress import Progress, say
+from ..io.progress import Progress, say, warn
 from ..io.safetensors_file import arrays_sha256, open_safetensors, require_checksum
 from ..processes.stopping import Stopped, StopSignals
 from ..train_util import reseed
@@ -158,7 +157,7 @@ def _read_partial(
             arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
             require_checksum(file, arrays)
     except UserError as error:
-        print(f"WARNING: {error}; preparing anew", file=sys.stderr, flush=True)
+        warn(f"{error}; preparing anew")
         return None
     changed = [
         f"{key} {before.get(key)!r}, now {v!r}" for key, v in belongs_to.items() if before.get(key) != v

@@ -9,13 +9,14 @@ from collections import defaultdict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from ..config.loading import experiment_keys, mapping_text
 from ..config.settings import flat
 from ..distill.dynamic_batch import pool_size
 from ..errors import UserError
-from ..io.files import NpzFile, atomic_path, sha256_of
+from ..io.files import NpzFile, sha256_of, write_text
 from ..io.image_sets import open_images
 from ..io.model_folder import weights_sha256
 from ..logger import read_progress
@@ -27,7 +28,7 @@ from .cells import Cell, reference_path, teacher_path
 from .commands import CommandFailed, Commands, Steps
 from .comparison import Comparison, held_out_states
 from .ledger import Ledger, ledger_of
-from .results import plain
+from .results import plain, primary_name
 from .study_file import Study
 
 Scorer = Callable[[Path, Path], dict[str, float]]
@@ -96,7 +97,7 @@ class CellRun:
         record: dict[str, Any] = {"scores": []}
         seconds = 0.0
         if self.cell.run.teacher:
-            record |= {"iterations": 0, "flops": Ledger(0.0, 0.0, 0.0, 0.0, 0.0).of(0)}
+            record |= {"iterations": 0, "flops": Ledger().of(0)}
             record["scores"].append(self._scores(0, self.teacher))
         else:
             prepared = self._prepared()
@@ -139,7 +140,7 @@ class CellRun:
             for number, own in enumerate(scores["sets"]):
                 images = self._samples(step, self._weights_after(step), number)
                 own["to_teacher"] = self._to_teacher(images, number)
-            scores["to_teacher"] = _mean([own["to_teacher"] for own in scores["sets"]])
+            scores["to_teacher"] = fmean(own["to_teacher"] for own in scores["sets"])
         if self.study.keep == "little":
             self._tidy(record["iterations"])
         return extended
@@ -165,8 +166,7 @@ class CellRun:
         size = pool_size(teacher.iter_choice, teacher.BATCH, total, training.batch_size)
         identity = pool_identity(experiment, self.teacher, size)
         identity |= {"rows": teacher.batch_size, "dtype": experiment.distill.pool_dtype}
-        if teacher.architecture.use_fp16:
-            identity["precision"] = experiment.run.precision
+        identity |= self._teacher_precision
         folder = self.shared.out / "pools" / _key(identity)
         tempfile = folder / "pool.cache"
         with self.shared.once(str(folder)):
@@ -299,8 +299,7 @@ class CellRun:
         if data is not None:
             training.random_flip = data.random_flip
         text = flat(experiment.student) | {"run": flat(run)} if data else experiment_keys(experiment)
-        with atomic_path(path) as temporary:
-            temporary.write_text(mapping_text(text))
+        write_text(path, mapping_text(text))
         return path
 
     # Scores
@@ -320,8 +319,8 @@ class CellRun:
             if compared:
                 scores["to_teacher"] = self._to_teacher(images, number)
             found["sets"].append(scores)
-        found |= {key: _mean([one[key] for one in found["sets"]]) for key in found["sets"][0]}
-        found["primary"] = _primary(found)
+        found |= {key: fmean(one[key] for one in found["sets"]) for key in found["sets"][0]}
+        found["primary"] = found[primary_name(found)]
         if not self.cell.run.teacher:
             with self.shared.computing, self.steps.timed(f"score {step}"):
                 found |= self._compared(weights)
@@ -351,7 +350,8 @@ class CellRun:
         theirs = self._teachers_samples(number)
         with self.shared.computing:
             self.shared.commands.check()
-            return _primary(self.shared.score(theirs, images))
+            scores = self.shared.score(theirs, images)
+            return scores[primary_name(scores)]
 
     def _teachers_samples(self, number: int) -> Path:
         """What the teacher makes of the noise of a set of samples, made once for all cells of the seed."""
@@ -382,23 +382,27 @@ class CellRun:
         """Sample from the teacher as it is distilled; its configuration is written to `config`."""
         teacher = self.experiment.teacher
         network = flat(teacher.architecture) | flat(teacher.process) | flat(teacher.space)
-        with atomic_path(config) as temporary:
-            temporary.write_text(mapping_text(network | {"run": flat(self.experiment.run)}))
+        write_text(config, mapping_text(network | {"run": flat(self.experiment.run)}))
         guidance = ["--guidance_scale", teacher.guidance_scale] if teacher.guidance_scale else []
         self._sample(config, self.teacher, count, respacing, folder, seed, *guidance)
 
     @property
     def _teacher_identity(self) -> dict[str, Any]:
         """What decides what the teacher predicts."""
-        teacher, run = self.experiment.teacher, self.experiment.run
+        teacher = self.experiment.teacher
         settings = flat(teacher.architecture) | flat(teacher.process)
         found: dict[str, Any] = {"teacher": weights_sha256(self.teacher), "settings": settings}
         found |= build_space(teacher).identity()
         if teacher.guidance_scale:
             found["guidance_scale"] = teacher.guidance_scale
-        if teacher.architecture.use_fp16:
-            found["precision"] = run.precision
-        return found
+        return found | self._teacher_precision
+
+    @property
+    def _teacher_precision(self) -> dict[str, str]:
+        """What decides the teacher's arithmetic, unless that is float32 by default."""
+        precision = self.experiment.run.precision
+        by_default = precision == "auto" and not self.experiment.teacher.architecture.use_fp16
+        return {} if by_default else {"precision": precision}
 
     def _weights_after(self, step: int) -> Path:
         """What of a checkpoint is scored: the first average, or else the weights themselves."""
@@ -433,15 +437,6 @@ class CellRun:
 def _noise_seed(seed: int, number: int) -> int:
     """The seed of a set of samples: another one for each of a study's seeds and each set."""
     return 1000 + 100 * seed + number
-
-
-def _primary(scores: Mapping[str, Any]) -> float:
-    """The score that a study's runs are compared by."""
-    return scores[next(key for key in ("fd", "fid") if key in scores)]
-
-
-def _mean(values: list[float]) -> float:
-    return sum(values) / len(values)
 
 
 def _key(content: dict[str, Any]) -> str:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import UserError
-from ..io.files import atomic_path
+from ..io.files import write_text
 from ..io.shipped import SHIPPED
 from ..processes.stopping import EXIT_STOPPED
 
@@ -125,8 +125,7 @@ class Steps:
         return _Timed(self, name)
 
     def _write(self) -> None:
-        with atomic_path(self.path) as temporary:
-            temporary.write_text(json.dumps(self.done, indent=1))
+        write_text(self.path, json.dumps(self.done, indent=1))
 
 
 class _Timed:

@@ -24,7 +24,7 @@ from ..training.objective import DiffusionTraining, ImageBatch, Objective
 from ..training.optimizer import build_optimizer
 from .study_file import Data
 
-_ROWS = 16  # or the batch's own, if fewer
+_ROWS = 16  # what is counted, where it has the same shares as a larger batch
 
 
 @dataclass(frozen=True)
@@ -37,11 +37,11 @@ class Ledger:
             and backward passes; what is trained beside it, forward and backward; the optimizer's products.
     """
 
-    preparation: float
-    teacher: float
-    student: float
-    head: float
-    optimizer: float
+    preparation: float = 0.0
+    teacher: float = 0.0
+    student: float = 0.0
+    head: float = 0.0
+    optimizer: float = 0.0
 
     @property
     def iteration(self) -> float:
@@ -65,7 +65,8 @@ def ledger_of(experiment: DistillationExperiment, data: Data | None, images: int
         images: how many images that are.
     """
     batch = experiment.student.training.batch_size
-    rows = min(batch, _ROWS)
+    shares = (experiment.distill.stage1_fraction, experiment.distill.stage2_fraction)
+    rows = _ROWS if batch > _ROWS and all(_ROWS * share % 1 == 0 for share in shares) else batch
     network, process = build_network(experiment.student, "student.")
     teacher_network, teacher_process = build_network(experiment.teacher, "teacher.")
     teacher_network.eval().requires_grad_(False)
@@ -82,7 +83,8 @@ def ledger_of(experiment: DistillationExperiment, data: Data | None, images: int
             trained = _passes(objective, network, ImageBatch(x, y))
             synthetic = images - round(data.real * images)
             optimizer = _optimizer(experiment, network, objective)
-            return Ledger(synthetic * steps * evaluation, 0.0, trained * batch / rows, 0.0, optimizer)
+            preparation = synthetic * steps * evaluation
+            return Ledger(preparation, student=trained * batch / rows, optimizer=optimizer)
         objective = build_objective(experiment, teacher, network, process)
         pool = DynamicBatch(x.clone(), t + 1, process.num_timesteps, y)
         maps = objective.teacher_maps
@@ -90,14 +92,14 @@ def ledger_of(experiment: DistillationExperiment, data: Data | None, images: int
         taught = _count(lambda: pool.advance(th.arange(rows), teacher, **maps)) / rows
         piece = pool.advance(th.arange(rows), teacher, **maps)
         passes = _passes(objective, network, piece) / rows
-        student = _student(objective, network, process, piece, passes * rows) / rows
+        student = _student(objective, network, piece, passes * rows) / rows
     prepared = _prepared_rows(experiment, teacher_process)
     return Ledger(
-        prepared * evaluation,
-        batch * taught / experiment.teacher.prob / experiment.distill.teacher_interval,
-        batch * student,
-        batch * (passes - student),
-        _optimizer(experiment, network, objective),
+        preparation=prepared * evaluation,
+        teacher=batch * taught / experiment.teacher.prob / experiment.distill.teacher_interval,
+        student=batch * student,
+        head=batch * (passes - student),
+        optimizer=_optimizer(experiment, network, objective),
     )
 
 
@@ -123,9 +125,7 @@ def _prepared_rows(experiment: DistillationExperiment, process: GaussianDiffusio
     return size * sum(jumps) / len(jumps)
 
 
-def _student(
-    objective: Objective, network: DenoisingNetwork, process: GaussianDiffusion, batch: object, passes: float
-) -> float:
+def _student(objective: Objective, network: DenoisingNetwork, batch: object, passes: float) -> float:
     """What of all passes is the student's own: the same passes, with its evaluations alone counted."""
     counted = 0.0
     evaluate = network.evaluate

@@ -6,14 +6,15 @@ import shutil
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import numpy as np
 
-from ..io.files import atomic_path
+from ..io.files import atomic_path, write_text
 from .cells import cells_of
 from .ledger import chains_seen
-from .results import Results
+from .results import Results, primary_name
 from .statistics import PairedDifference, holm, paired_difference
 from .study_file import Budget, Study, StudyRun
 
@@ -121,8 +122,7 @@ def write_report(study: Study, results: Results, out: Path, path: Path, how: str
     if others := _others(rows, known):
         parts.append(f"Results of cells that the study does not declare (any more): {others}.\n")
     path.parent.mkdir(parents=True, exist_ok=True)
-    with atomic_path(path) as temporary:
-        temporary.write_text("\n".join(parts))
+    write_text(path, "\n".join(parts))
 
 
 def _overview(study: Study, rows: list[Row], teacher: Row | None) -> str:
@@ -187,7 +187,7 @@ def _scores_table(rows: list[Row], baseline: Row | None, teacher: Row | None) ->
         if row is not baseline and not row.run.teacher and (difference := _difference(row, baseline))
     }
     corrected = dict(zip(compared, holm([found.p for found in compared.values()]), strict=True))
-    primary = next((_primary(record) for row in rows for record in row.done.values()), "fd")
+    primary = next((primary_name(record["scores"][-1]) for row in rows for record in row.done.values()), "fd")
     more = [
         name for name in ("to_teacher", "sfid", "precision", "recall") if any(row.final(name) for row in rows)
     ]
@@ -348,7 +348,7 @@ def _plot(path: Path, rows: list[Row]) -> None:
         axes.set(xlabel=label, yscale="log")
         axes.set_xlim(left=0)
         axes.grid(alpha=0.25, which="both")
-    primary = next(_primary(record) for row in rows for record in row.done.values())
+    primary = next(primary_name(record["scores"][-1]) for row in rows for record in row.done.values())
     figure.axes[0].set_ylabel(_NAMES[primary])
     figure.legend(*axes.get_legend_handles_labels(), loc="outside right upper", fontsize=8, frameon=False)
     with atomic_path(path) as temporary:
@@ -383,10 +383,6 @@ def _plot_why(path: Path, rows: list[Row]) -> None:
         figure.savefig(temporary, format="png", dpi=80)
 
 
-def _primary(record: dict[str, Any]) -> str:
-    return next(name for name in ("fd", "fid") if name in record["scores"][-1])
-
-
 def _wall(record: dict[str, Any], at: float = 1.0) -> float:
     return record["seconds"]["preparation"] + at * record["seconds"]["train"]
 
@@ -409,7 +405,7 @@ def _at(score: Any, key: str) -> float | None:
 
 def _mean(values: Iterable[float]) -> float | None:
     found = list(values)
-    return sum(found) / len(found) if found else None
+    return fmean(found) if found else None
 
 
 def _number(value: float | None) -> str:

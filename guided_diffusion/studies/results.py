@@ -1,15 +1,14 @@
 """The results of a study: a file of lines of JSON, one a cell, that is only ever added to."""
 
-import json
 import math
-import os
-import sys
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from ..io.files import held
+from ..io.json_lines import append_line, read_lines
+from ..io.progress import warn
 
 
 class Results:
@@ -30,25 +29,23 @@ class Results:
         for path in (*self.others, self.own):
             if not path.is_file():
                 continue
-            for number, line in enumerate(path.read_text(errors="replace").splitlines(), 1):
-                try:
-                    record = json.loads(line)
+            for number, record in read_lines(path):
+                if isinstance(record, dict) and isinstance(record.get("id"), str):
                     found[record["id"]] = record
-                except (ValueError, KeyError, TypeError, RecursionError):
-                    if line.strip():
-                        print(f"WARNING: {path}:{number}: no record; left out", file=sys.stderr, flush=True)
+                else:
+                    warn(f"{path}:{number}: no record; left out")
         return found
 
     def append(self, record: dict[str, Any]) -> None:
         """Add one, whole or not at all, and see it on the disk; other processes may be adding to the file."""
-        line = json.dumps(plain(record), allow_nan=False)
         self.own.parent.mkdir(parents=True, exist_ok=True)
-        with self._lock, held(self.own), open(self.own, "ab+") as file:
-            if file.tell() and (file.seek(-1, os.SEEK_END), file.read(1))[1] != b"\n":
-                line = f"\n{line}"  # after one that was cut short
-            file.write(f"{line}\n".encode())
-            file.flush()
-            os.fsync(file.fileno())
+        with self._lock, held(self.own):
+            append_line(self.own, plain(record), durable=True)
+
+
+def primary_name(scores: Mapping[str, Any]) -> str:
+    """The score by which a study's runs are compared: "fd" (digits) or "fid"."""
+    return next(name for name in ("fd", "fid") if name in scores)
 
 
 def plain(value: Any) -> Any:

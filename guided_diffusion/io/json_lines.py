@@ -1,0 +1,37 @@
+"""Files of JSON, one value a line, to which lines are only ever added."""
+
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+
+def append_line(path: Path, value: Any, *, durable: bool = False) -> None:
+    """Add a line; one that a kill cut short before stays a line of its own.
+
+    Args:
+        path: the file; made if there is none.
+        value: what to write.
+        durable: return only when it is on the disk.
+    """
+    with open(path, "ab+") as file:
+        line = f"{json.dumps(value)}\n"
+        if file.tell() and (file.seek(-1, os.SEEK_END), file.read(1))[1] != b"\n":
+            line = f"\n{line}"
+        file.write(line.encode())
+        if durable:
+            file.flush()
+            os.fsync(file.fileno())
+
+
+def read_lines(path: str | os.PathLike) -> Iterator[tuple[int, Any]]:
+    """The number from 1 and the value of each line that is not empty; None for one that is no JSON."""
+    with open(path, encoding="utf-8", errors="replace") as file:
+        for number, line in enumerate(file, 1):
+            if not line.strip():
+                continue
+            try:
+                yield number, json.loads(line)
+            except (ValueError, RecursionError):
+                yield number, None
