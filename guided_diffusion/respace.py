@@ -17,7 +17,7 @@ def space_timesteps(num_timesteps: int, section_counts: str | Sequence[int]) -> 
             numbers or as "10,15,20"; or "ddimN" for N steps at the constant stride of the DDIM paper;
             or "trailingN" for N evenly spaced steps that end a stride before the clean image instead of
             at its first step (Lin et al., 2023, Common Diffusion Noise Schedules and Sample Steps are
-            Flawed, table 2): what few, long steps ask for, since the last one goes all the way anyway.
+            Flawed, table 2): better when steps are few, as the last one goes to the clean image.
 
     Returns:
         Steps of the original process, each in {0..T-1}.

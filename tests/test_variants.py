@@ -183,7 +183,7 @@ def test_options_of_the_pool_resume_exactly_with_classes_16_bits_and_respacing(t
         for run in ("whole", "again")
     ]
     assert all(th.equal(getattr(pools[0], key), getattr(pools[1], key)) for key in ("x", "levels", "y"))
-    kept = [vars(pool.answers) if pool.answers else {} for pool in pools]
+    kept = [vars(pool.replay) if pool.replay else {} for pool in pools]
     assert kept[0].keys() == kept[1].keys() and bool(kept[0]) == (len(options) == 2)
     assert all(th.equal(kept[0][key], kept[1][key]) for key in kept[0] if kept[0][key] is not None)
 
@@ -198,8 +198,8 @@ def test_answers_kept_by_16_bit_networks_resume_exactly(tmp_path):
     script_here("scripts/image_kd.py", "--config", config, *more, *resumed)
     again = th.load(tmp_path / "again/model000006.pt", weights_only=True)
     assert all(th.equal(weights[name], again[name]) for name in weights)
-    kept, same = vars(whole.answers), vars(state_of(tmp_path / "again", 6).answers)
-    assert len(whole.answers) == 3 * B
+    kept, same = vars(whole.replay), vars(state_of(tmp_path / "again", 6).replay)
+    assert len(whole.replay) == 3 * B
     assert all(th.equal(kept[name], same[name]) for name in kept if kept[name] is not None)
 
 
@@ -236,7 +236,7 @@ def test_answers_that_do_not_suit_a_run_are_not_kept(config):
     large = ["distill.teacher_interval=3", f"student.batch_size={2 * B}"]
     run = config.parent / "large"
     script_here("scripts/image_kd.py", "--config", config, "--exp_dir", run, *large, *resume)
-    assert len(state_of(run, 5).answers) == 4 * B  # of steps 2 and 3; the B before are too few for a batch
+    assert len(state_of(run, 5).replay) == 4 * B  # of steps 2 and 3; the B before are too few for a batch
 
 
 def test_prob_walks_further_between_the_batches(config):

@@ -1,4 +1,4 @@
-"""ADM's U-Net as a diffusers UNet2DModel and back: which of either is the other, exactly. Imports no torch.
+"""Exact conversion between the configurations of ADM's U-Net and of diffusers' UNet2DModel. Imports no torch.
 
 The names and contents of the weights are `networks.adm_weights`'s.
 """

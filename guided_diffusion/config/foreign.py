@@ -29,10 +29,11 @@ _FIXED = {
 
 
 def find_folder(name: str, roots: Iterable[Path]) -> Path | None:
-    """The folder that a model's name means, if it means one: here, in one of `roots`, or on the Hub.
+    """Find a model's folder by name: here, in one of `roots`, or on the Hub; None for a file, a URL, and a
+    name that the Hub cannot have.
 
     Raises:
-        UserError: it is like a Hub's name, and nothing here or there has it.
+        UserError: it may be a name of the Hub's, but there is no such model there either.
     """
     if not name or is_url(name):
         return None

@@ -342,7 +342,8 @@ class Distill:
     gather_negatives: bool = key(False, "contrast with the negatives of all ranks, not the rank's own")
     role_vector: bool = key(False, "mark stage 2's input by a learned vector added to its timestep embedding")
     stage2_time: str = key(
-        "same", "stage 2's input: same (eps_T at t), or between (a state of noise eps_T at a later timestep)"
+        "same",
+        "stage 2's input: same (the teacher's prediction of the noise), or between (a noisier state of it)",
     )
     stage2_fraction: float = key(1.0, "share of each batch that stage 2 sees")
     loss_weight: str = key(
@@ -515,7 +516,7 @@ SHARED_KEYS = (
 SECTIONS: dict[str, type] = {"teacher": Teacher, "student": Student, "distill": Distill, "run": Run}
 
 
-# Keys that do not change a trained network's samples, or whose effect other keys tell.
+# Keys that do not affect the samples of a trained network, or that other keys imply.
 IDLE_IN_SAMPLING = (
     *("dropout", "class_dropout_prob", "use_checkpoint", "use_fp16"),
     *("use_kl", "rescale_learned_sigmas", "predict_xstart", "timestep_respacing"),

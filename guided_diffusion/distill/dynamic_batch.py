@@ -81,7 +81,7 @@ class DynamicBatch:
         num_timesteps: T.
         y: int64 [N] class labels, or None.
         device: where batches go; by default where the pool lies, which may be elsewhere.
-        answers: the teacher's last answers, kept to train on again; on the batches' device.
+        replay: the teacher's last answers, kept to train on again; on the batches' device.
 
     Attributes:
         restarts: int64 [], how many entries were restarted from noise so far; who reads it may reset it.
@@ -97,7 +97,7 @@ class DynamicBatch:
         num_timesteps: int,
         y: th.Tensor | None = None,
         device: th.device | str | None = None,
-        answers: DistillationBatch | None = None,
+        replay: DistillationBatch | None = None,
     ):
         if x.ndim != 4 or levels.shape != x.shape[:1] or (y is not None and y.shape != levels.shape):
             raise UserError(
@@ -110,7 +110,7 @@ class DynamicBatch:
             )
         self.x, self.levels, self.num_timesteps, self.y = x, levels, num_timesteps, y
         self.device = th.device(x.device if device is None else device)
-        self.answers = None if answers is None else answers.each(lambda tensor: tensor.to(self.device))
+        self.replay = None if replay is None else replay.each(lambda tensor: tensor.to(self.device))
         self.restarts = th.zeros((), dtype=th.int64, device=self.device)
 
     def __len__(self) -> int:
@@ -137,7 +137,7 @@ class DynamicBatch:
         """The same pool, moved to `storage` as `dtype`, with its batches on `device` (default: there too)."""
         y = None if self.y is None else self.y.to(storage)
         x = self.x.to(storage, dtype)
-        return DynamicBatch(x, self.levels.to(storage), self.num_timesteps, y, device, self.answers)
+        return DynamicBatch(x, self.levels.to(storage), self.num_timesteps, y, device, self.replay)
 
     def draw(self, batch_size: int) -> th.Tensor:
         """Indices of a batch, int64 [B], at random without replacement."""
@@ -208,18 +208,18 @@ class DynamicBatch:
         x_s, level, _ = self.take(batch.index)
         self.put(batch.index, th.where(chosen.reshape(-1, 1, 1, 1), x_s + shift, x_s), level)
 
-    def remember(self, batch: DistillationBatch, capacity: int) -> None:
+    def add_to_replay(self, batch: DistillationBatch, capacity: int) -> None:
         """Keep what the teacher answered; the oldest of more than `capacity` samples are forgotten."""
         own = replace(batch, index=None, s=None)  # the entries go on
         own = own.each(th.Tensor.contiguous)  # as it comes back from a file
-        known = own if self.answers is None else DistillationBatch.joined([self.answers, own])
-        self.answers = known[-capacity:]
+        known = own if self.replay is None else DistillationBatch.joined([self.replay, own])
+        self.replay = known[-capacity:]
 
-    def recall(self, batch_size: int) -> DistillationBatch:
+    def sample_replay(self, batch_size: int) -> DistillationBatch:
         """Answers that are kept, at random without replacement."""
-        assert self.answers is not None
-        chosen = th.randperm(len(self.answers))[:batch_size]
-        return self.answers[chosen.to(self.device)]
+        assert self.replay is not None
+        chosen = th.randperm(len(self.replay))[:batch_size]
+        return self.replay[chosen.to(self.device)]
 
     def take(self, index: th.Tensor) -> tuple[th.Tensor, th.Tensor, th.Tensor | None]:
         """Entries x float32 [B, C, H, W], levels [B] and labels [B] or None, on the batches' device."""

@@ -43,7 +43,7 @@ def write_pool(path: str | os.PathLike, pools: list[DynamicBatch], belongs_to: M
     labels = [pool.y for pool in pools if pool.y is not None]
     if labels:
         arrays["total_y"] = th.cat([y.cpu() for y in labels])
-    answers = [pool.answers for pool in pools if pool.answers is not None]
+    answers = [pool.replay for pool in pools if pool.replay is not None]
     if answers:
         kept = vars(DistillationBatch.joined(answers))
         arrays |= {f"{_ANSWERS}{name}": value.cpu() for name, value in kept.items() if value is not None}
@@ -112,7 +112,7 @@ def read_pool(
             levels[mine].clone(),
             num_timesteps,
             None if y is None else y[mine].clone(),
-            answers=_answers(arrays, num_timesteps, shape, rank, world_size),
+            replay=_answers(arrays, num_timesteps, shape, rank, world_size),
         )
     except UserError as error:
         raise UserError(f"{path}: {error}") from None

@@ -47,24 +47,24 @@ class TeacherSource:
         self.batch_size, self.prob, self.ramp = batch_size, prob, ramp
         self.maps = {"features": features, "bottleneck": bottleneck}
         self.probability = 0.0  # of following the student
-        kept = pool.answers
+        kept = pool.replay
         if kept is not None:
             same = all((vars(kept)[name] is not None) == asked for name, asked in self.maps.items())
             if len(kept) < batch_size or not same:
-                pool.answers = None  # of a run with other settings
+                pool.replay = None  # of a run with other settings
 
     def next_batch(self, step: int) -> DistillationBatch:
         """One teacher evaluation, or with `teacher_interval` > 1 mostly answers that it gave before."""
         interval = self.settings.teacher_interval
-        if self.pool.answers is not None and step % interval:
-            return self.pool.recall(self.batch_size)
+        if self.pool.replay is not None and step % interval:
+            return self.pool.sample_replay(self.batch_size)
         self.probability = self.settings.on_policy * min(1.0, step / self.ramp if self.ramp else 1.0)
         stride = self.settings.advance_stride
         batch = self.pool.next_batch(self.batch_size, self.teacher, self.prob, stride=stride, **self.maps)
         if not self.settings.on_policy:
             batch = replace(batch, index=None, s=None)  # nobody follows, and they may lie elsewhere
         if interval > 1:
-            self.pool.remember(batch, self.settings.replay_batches * self.batch_size)
+            self.pool.add_to_replay(batch, self.settings.replay_batches * self.batch_size)
         return batch
 
     def follow(self, batch: DistillationBatch, eps: th.Tensor) -> None:
@@ -74,13 +74,13 @@ class TeacherSource:
     def writer(self) -> Callable[[Path], None]:
         """Gather copies of all ranks' pools on rank 0, for training goes on while they are written."""
         pool, gather = self.pool, dist_util.gather
-        answers = pool.answers if self.settings.teacher_interval > 1 else None
+        answers = pool.replay if self.settings.teacher_interval > 1 else None
         whole = DynamicBatch(
             gather(pool.x),
             gather(pool.levels),
             pool.num_timesteps,
             None if pool.y is None else gather(pool.y),
-            answers=None if answers is None else answers.each(gather),
+            replay=None if answers is None else answers.each(gather),
         )
         return lambda path: write_pool(path, [whole], {"T": pool.num_timesteps})
 

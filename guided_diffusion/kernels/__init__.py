@@ -1,1 +1,1 @@
-"""Operations that torch has in pieces or has slower, and the launching of many at once."""
+"""Fused operations, and the capture of many launches in a CUDA graph."""

@@ -31,8 +31,9 @@ class Captured:
     """A function whose kernels are recorded at its fourth call on a GPU, and launched at once from then on.
 
     It must do the same at every call but for what tensors hold: its arguments, and others that keep their
-    place in memory, torch's random numbers included. Arguments of other shapes are recorded apart, twice at
-    most. A function that waits for the device, which no graph can do, is called as before.
+    place in memory, torch's random numbers included. Each of the first two sets of argument shapes has its
+    own graph; with further shapes it is called as before, and so is a function that waits for the device,
+    which no graph can do.
 
     Args:
         function: takes and returns tensors, None and other values, and dataclasses, dictionaries, tuples and

@@ -66,8 +66,8 @@ class DenoisingNetwork(nn.Module, ABC):
         emb_dim: size D of its timestep embedding.
         feature_shape: (C', H', W') of the feature map that a training-time head may read.
         compute_dtype: dtype of the heavy arithmetic; parameters stay float32 unless frozen.
-        capturable: whether `evaluate` does the same at every call but for what tensors hold, and never waits
-            for the device, so that it can be a CUDA graph. A subclass says so for itself.
+        capturable: whether `evaluate` launches the same kernels at every call and never waits for the
+            device, so that it can be a CUDA graph. A subclass says so for itself.
         has_maps: whether it is made of maps that may lie with their channels last in memory.
     """
 

@@ -1,4 +1,4 @@
-"""diffusers' networks, and how one becomes a network of ours; with the two that do, all that knows them."""
+"""diffusers' network classes, and how one becomes a `DenoisingNetwork`."""
 
 import warnings
 from collections.abc import Iterator

@@ -64,7 +64,7 @@ class StopSignals:
 
 @contextmanager
 def stoppable(end_all: Callable[[int], None], *, alone: bool) -> Iterator[None]:
-    """A whole command. What comes after the block is let come to its end, whatever signal comes.
+    """A whole command. After the block signals no longer interrupt it.
 
     Args:
         end_all: ends all ranks with a status, called where the main thread does not act.

@@ -20,7 +20,8 @@ class Sampler:
     Attributes:
         loop: called as loop(process, network, shape, noise=, clip_denoised=, model_kwargs=, noise_fn=), whose
             options mean what they do in `GaussianDiffusion.p_sample_loop_progressive`; returns x_0.
-        spacing: what a plain number N of steps is short for is this before N, see `respace.space_timesteps`.
+        spacing: stands before a plain number of steps: with "trailing", 20 means "trailing20" (see
+            `respace.space_timesteps`).
     """
 
     loop: Callable[..., th.Tensor]

@@ -1,4 +1,4 @@
-"""What a study consists of, and by what each part of it is known again elsewhere.
+"""The cells of a study (run x budget x seed), and ids by which other machines know them too.
 
 Imports torch for latents alone.
 """

@@ -39,8 +39,8 @@ class Objective(nn.Module, ABC):
 
     @property
     def capturable(self) -> bool:
-        """Whether `passes` does the same at every call but for what tensors hold, and never waits for the
-        device, so that an iteration can be a CUDA graph. A subclass must say so for itself.
+        """Whether `passes` launches the same kernels at every call and never waits for the device, so that
+        an iteration can be a CUDA graph. A subclass must say so for itself.
         """
         return False
 
