@@ -80,7 +80,7 @@ def work(name: str, part: Part, tiny: bool, out: Path) -> None:
     except BaseException as error:
         traceback.print_exc()
         record = {"error": f"{type(error).__name__}: {error}"[:1000]}
-    record |= {"took": round(time.monotonic() - started, 1), "revision": git_revision(ROOT)}
+    record |= {"took": round(time.monotonic() - started, 1), "revision": git_revision()}
     write(out / "parts" / f"{name}.json", record)
     sys.stdout.flush()
     sys.stderr.flush()

@@ -20,8 +20,10 @@ An experiment has the sections `teacher`, `student`, `distill` and `run`. A base
 sample from, has the student's keys at top level. In a section, `model:`, `diffusion:` and `training:` name
 files whose keys are merged in, and its own keys win; `base:` names a configuration (or several) that this one
 is laid over. Any key can be overridden on the command line: `student.lr=1e-3`, or `lr=1e-3` where they lie
-at top level. Relative paths are looked for from the configuration's folder and those above it, then from the
-working directory.
+at top level. Relative names of such files are looked for from the configuration's folder and those above it,
+then from the working directory; those of models and references in the working directory, in the project (the
+folder that holds `yaml/`) and in the configuration's folder. What is written to a relative path lies in the
+project.
 
 A student that gives no process, or no space, has its teacher's. A key that does nothing where it stands
 (`dropout` of a teacher) is accepted from a file, where it describes a network, and refused as an override.

@@ -39,7 +39,7 @@ def download_once(url: str, check: Callable[[Path], object]) -> Path:
     except (OSError, HTTPException) as error:
         raise UserError(
             f"cannot download {url} ({error}); get it on another machine and put it at {target}, "
-            "or name it with --inception PATH"
+            "or name it to the evaluator with --inception PATH"
         ) from None
     return target
 

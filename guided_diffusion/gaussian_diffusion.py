@@ -229,6 +229,12 @@ class GaussianDiffusion:
             self.at("sqrt_alphas_cumprod", t) * x_start + self.at("sqrt_one_minus_alphas_cumprod", t) * noise
         )
 
+    def why_not_finite(self) -> str:
+        """What the process itself has to do with samples that are not finite, to end a message with."""
+        if self.alphas_cumprod[-1] > 0:
+            return ""
+        return "; its noise schedule ends in noise alone, from which no prediction of the noise leads back"
+
     def q_posterior_mean_variance(
         self, x_start: th.Tensor, x_t: th.Tensor, t: th.Tensor
     ) -> tuple[th.Tensor, th.Tensor, th.Tensor]:

@@ -30,6 +30,7 @@ class RunLog:
         config: the run's configuration, shown there and in TensorBoard.
 
     Attributes:
+        begin: writes down what the run is; called when everything is set up, before the first iteration.
         publish: brings the directory's copy elsewhere up to date, if it has one; the writer of
             checkpoints calls it.
 
@@ -48,6 +49,7 @@ class RunLog:
     ):
         self.directory = directory
         self.active = active
+        self.begin: Callable[[], None] = lambda: None
         self.publish: Callable[[], None] | None = None
         self._events: Any = None
         self._wandb: Any = None

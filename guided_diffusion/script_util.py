@@ -211,6 +211,9 @@ def build_network(denoiser: Denoiser, where: str = "") -> tuple[DenoisingNetwork
     except (ValueError, RuntimeError) as error:  # the latter of sizes that no memory holds
         told = first_line(error)
         raise UserError(f"{where.rstrip('.') or 'configuration'}: {told}") from None
+    if network.num_classes != (settings.num_classes if settings.class_cond else None):
+        own = f"{settings.architecture} is built for {network.num_classes or 'no'} classes"
+        raise UserError(f"{where}architecture: {own}, whatever {where}class_cond and {where}num_classes say")
     return network, build_process(denoiser, f"{where}timestep_respacing")
 
 
@@ -223,22 +226,16 @@ def build_process(denoiser: Denoiser, where: str, respacing: str | None = None) 
         respacing: instead of the configured one.
 
     Raises:
-        UserError: impossible respacing, or a schedule whose last abar is 0.
+        UserError: impossible respacing.
     """
     keys = flat(denoiser.process)
     if respacing is not None:
         keys["timestep_respacing"] = respacing
     try:
-        process = create_gaussian_diffusion(
+        return create_gaussian_diffusion(
             steps=keys.pop("diffusion_steps"), bounds=build_space(denoiser).bounds, **keys
         )
     except ValueError as error:
-        raise UserError(f"{where} '{keys['timestep_respacing']}': {error}") from None
-    if process.alphas_cumprod[-1] == 0:
-        section, given = where.rpartition(".")[0] or "configuration", denoiser.process
-        raise UserError(
-            f"{section}: the {given.noise_schedule} schedule of {given.diffusion_steps} steps ends in noise "
-            "alone, from which no prediction of it leads back; give more steps, another noise_schedule or a "
-            "smaller beta_end"
-        )
-    return process
+        respacing, section = keys["timestep_respacing"], where.rpartition(".")[0]
+        what = f"{where} '{respacing}'" if respacing else section or "configuration"
+        raise UserError(f"{what}: {error}") from None

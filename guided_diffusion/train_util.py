@@ -138,6 +138,10 @@ class TrainLoop:
             UserError: too many iterations in a row had non-finite gradients, or the last checkpoint
                 could not be written.
         """
+        if self.iterations and self.step >= self.iterations:
+            self.log.info(f"nothing left to do: {self.step} iterations are done, of {self.iterations}")
+        else:
+            self.log.begin()
         self.network.train()
         self.objective.train()
         spent = self.log.last("seconds")
@@ -160,12 +164,12 @@ class TrainLoop:
                 self.train_step(batch)
                 progress.advance()
                 log_due = self.step % self.training.log_interval == 0 or self.step == self.iterations
-                if log_due or self.step % self.run_settings.max_bad_steps == 0:
-                    self._give_up_if_hopeless(batch)
                 if log_due:
                     seconds = time.monotonic() - started
                     self._log((self.step - step_at_start) / seconds, spent + seconds)
                     progress.show(self._shown)
+                if log_due or self.step % self.run_settings.max_bad_steps == 0:
+                    self._give_up_if_hopeless(batch)
                 # A run whose last iteration is done has finished, whatever signal came.
                 stop = self.step != self.iterations and dist_util.any_rank(bool(signals.received))
                 scored = self._score_due() and not stop
@@ -252,7 +256,8 @@ class TrainLoop:
 
     def _give_up_if_hopeless(self, batch: Any) -> None:
         """End the run when the last iterations were all skipped; checkpoints before them stay as they are."""
-        if self.bad_steps < self.run_settings.max_bad_steps:
+        limit = self.run_settings.max_bad_steps
+        if self.bad_steps < (min(limit, self.step) if self.step == self.iterations else limit):
             return
         name = f"bad-step{self.step:06d}.json"
         if dist_util.rank() == 0:

@@ -20,13 +20,13 @@ def main() -> None:
 
     from pathlib import Path
 
-    from guided_diffusion import dist_util
+    from guided_diffusion.runs.best import local_weights
     from guided_diffusion.setups.exporting import export_pipeline, push, require_hub_name
 
     if args.push:
         require_hub_name(args.push)
     out = Path(args.out)
-    local = dist_util.local_copy(weights, command_line.fetched_path(args.config))
+    _, local = local_weights(weights, command_line.fetched_path(args.config))
     export_pipeline(experiment, local, out, scores=args.score, overwrite=args.overwrite)
     print(f"wrote {out}: diffusers loads it, and gives the same")
     if args.push:

@@ -67,19 +67,17 @@ def main() -> None:
     from guided_diffusion import dist_util
     from guided_diffusion.io.remote import is_url
     from guided_diffusion.networks.precision import place
-    from guided_diffusion.runs.best import BEST, read_best
+    from guided_diffusion.runs.best import local_weights
     from guided_diffusion.runs.checkpoint import load_network, read_description, require_agreement
     from guided_diffusion.runs.mirror import Mirror
     from guided_diffusion.runs.provenance import describe_network, described_experiment
     from guided_diffusion.sampling.sample_set import SampleSet
+    from guided_diffusion.sampling.samplers import Sampler
     from guided_diffusion.script_util import build_network, build_space
 
     dist_util.setup_dist()
     cache = command_line.fetched_path(config)
-    weights = dist_util.local_copy(weights_name, cache)
-    if weights.name == BEST:
-        weights_name = weights_name.removesuffix(BEST) + read_best(weights)[1]
-        weights = dist_util.local_copy(weights_name, cache)
+    weights_name, weights = local_weights(weights_name, cache)
     if experiment is None:
         experiment = described_experiment(weights, args.overrides)
     experiment.student.architecture.require_guidable(args.guidance_scale, "--guidance_scale", "")
@@ -89,6 +87,8 @@ def main() -> None:
     if args.log_dir and is_url(args.log_dir):
         mirror = Mirror(args.log_dir, command_line.remote_path(config))
     sampler = look_up(SAMPLERS, name, "--sampler")
+    if not isinstance(sampler, Sampler):
+        raise UserError(f"--sampler: {name} is no Sampler; name a Sampler(function)")
     samples = SampleSet(
         mirror.directory if mirror else Path(args.log_dir or default),
         args.num_samples,

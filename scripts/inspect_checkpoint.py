@@ -32,11 +32,12 @@ def main() -> None:
     here = Path("inspected.yaml")  # where a configuration would lie
     name = command_line.input_file(args.path, here, "PATH")
 
-    from guided_diffusion import dist_util
+    from guided_diffusion.runs.best import local_weights
     from guided_diffusion.setups.inspecting import check, inspect
 
     with redirect_stdout(sys.stderr):
-        inspected = inspect(dist_util.local_copy(name, command_line.fetched_path(here)), args.overrides)
+        _, weights = local_weights(name, command_line.fetched_path(here))
+        inspected = inspect(weights, args.overrides)
         print("\n".join(inspected.lines))
         if args.check:
             print(check(inspected))

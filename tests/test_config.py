@@ -77,6 +77,9 @@ def test_mistakes_are_told(config, override, told):
         ("base: ${nope}", "Interpolation key 'nope' not found"),
         ("model: part.yaml", "Interpolation key 'width' not found"),
         ("student: {}\n1: 2", "unknown key '1'"),
+        ("lr: 1\nlr: 2", "odd.yaml: not readable as YAML: line 2: found duplicate key lr"),
+        ("lr: 1\n  bad: 2", "line 2: mapping values are not allowed here"),
+        ("architecture: dit\nnum_channels: 8", "num_channels is a key of adm, and the architecture is dit"),
     ],
 )
 def test_odd_values_in_a_file_are_told(tmp_path, text, told):

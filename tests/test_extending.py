@@ -74,6 +74,9 @@ def test_a_network_is_a_teacher(modules, tmp_path):
     th.save(ConvNet(16, (3, 16, 16), 6).state_dict(), tmp_path / "teacher.pt")
     script_here("scripts/dynamic_prepare.py", "--config", config)
     script_here("scripts/image_kd.py", "--config", config, "--exp_dir", tmp_path / "run", "run.iterations=1")
+    labelled = ["teacher.class_cond=true", "teacher.num_classes=5", f"teacher.tempfile={tmp_path}/5.cache"]
+    done = script_here("scripts/dynamic_prepare.py", "--config", config, *labelled, check=False)
+    assert "teacher.architecture: my_networks:ConvNet is built for no classes" in one_line_error(done)
 
 
 def test_an_objective_reads_the_teachers_features_from_its_one_evaluation(modules, tmp_path, monkeypatch):
@@ -132,7 +135,10 @@ def test_heuns_order_is_two(modules):
         ("distill.objective=adm", "'adm' is none of tccd"),
         ("student.architecture=my_networks:ConvSettings", "has no Settings"),
         ("distill.objective=my_networks:ConvNet", "has no Settings that are config.settings.Distill's"),
-        ("student.architecture=my_networks:ConvNet", "unknown key 'student.attention_resolutions'"),
+        (
+            "student.architecture=my_networks:ConvNet",
+            "attention_resolutions is a key of adm, and",
+        ),
     ],
 )
 def test_mistakes_get_one_line(modules, tmp_path, override, told):

@@ -302,6 +302,8 @@ def test_a_missing_known_teacher_says_where_it_comes_from(tmp_path):
     line = one_line_error(script_here(SCRIPT, tmp_path / "DDPM_IP_celeba64.pt", check=False))
     assert "DDPM_IP_celeba64.pt of DDPM-IP" in line
     assert "no such file" in one_line_error(script_here(SCRIPT, tmp_path / "mine.pt", check=False))
+    line = one_line_error(script_here(SCRIPT, "mine.pt", check=False))
+    assert f"no such file: mine.pt in {os.getcwd()}" in line
     readme = (ROOT / "model/README.md").read_text()
     for path in ROOT.glob("yaml/*/distill.yaml"):
         file = yaml.safe_load(path.read_text())["teacher"]["model_path"].removeprefix("model/")

@@ -6,7 +6,6 @@ import torch as th
 from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
 from tiny import denoiser
 
-from guided_diffusion.errors import UserError
 from guided_diffusion.script_util import build_process, create_gaussian_diffusion
 
 KEYS = {"image_size": 8, "num_channels": 32, "channel_mult": "1", "attention_resolutions": "8"}
@@ -65,9 +64,3 @@ def test_a_perfect_model_has_no_loss(prediction):
 def test_a_prediction_that_nobody_knows_is_refused():
     with pytest.raises(ValueError, match="epsilon, sample, v_prediction, not 'x0'"):
         create_gaussian_diffusion(prediction_type="x0")
-
-
-def test_a_schedule_that_ends_in_noise_alone_is_refused():
-    """abar_T = 0: x_0 from a prediction of the noise would be 0 / 0."""
-    with pytest.raises(UserError, match="teacher: the linear schedule of 20 steps ends in noise alone"):
-        build_process(denoiser(image_size=8, diffusion_steps=20), "teacher.timestep_respacing")

@@ -178,6 +178,15 @@ def test_training_on_images(tmp_path, ranks):
     )
 
 
+def test_a_teacher_beside_its_configuration(tmp_path, monkeypatch):
+    """Whatever the working directory, where no yaml/ tree says what the project is."""
+    config = distillation(tmp_path, 8)
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    done = script_here("scripts/dynamic_prepare.py", "--config", config, "teacher.model_path=teacher.pt")
+    assert f"wrote {tmp_path / 'pool.cache'}" in done.stdout
+
+
 def test_mistakes_get_one_line(tmp_path):
     config = distillation(tmp_path)
     kd = ["scripts/image_kd.py", "--config", config]

@@ -275,6 +275,7 @@ def test_mistakes_get_one_line(tiny, tmp_path, monkeypatch):
         "--sampler ddim contradicts --use_ddim False": ["--sampler", "ddim", "--use_ddim", "False"],
         "--sampler: 'heun' is none of ancestral, ddim, dpmpp_2m, unipc": ["--sampler", "heun"],
         "--sampler: 'nowhere:HEUN' cannot be imported": ["--sampler", "nowhere:HEUN"],
+        "--sampler: math:sqrt is no Sampler": ["--sampler", "math:sqrt"],
         "timestep_respacing 'trailing30': cannot keep 30 of 20 steps": [
             *("--sampler", "unipc", "--timestep_respacing", "30"),
         ],

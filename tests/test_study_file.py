@@ -34,6 +34,13 @@ def test_what_is_not_said_has_defaults(tmp_path):
     assert found.experiment(found.runs["fast"]).student.training.lr == 0.01
 
 
+def test_the_images_of_latents_are_those_that_they_decode_to(tmp_path):
+    """So `reference: digits` is of 16x16 for a study in latents of 8x8."""
+    tiny.make_vae(tmp_path / "vae")
+    found = load_study(study(tmp_path, overrides={"teacher": {"vae_path": str(tmp_path / "vae")}}))
+    assert found.image_size == 16
+
+
 def test_overrides_of_all_runs_give_way_to_presets_and_those_to_the_runs_own(tmp_path):
     (tmp_path / "preset.yaml").write_text("student: {lr: 0.02, weight_decay: 0.3}\n")
     runs = {

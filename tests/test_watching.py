@@ -79,6 +79,8 @@ def test_scores_change_nothing_and_the_best_is_kept(project, tmp_path):
 
     flags = ["--num_samples", 11, "--batch_size", 4, "--timestep_respacing", 3, "--log_dir", tmp_path / "out"]
     script_here("scripts/image_sample.py", "--model_path", tmp_path / "scored/best.json", *flags)
+    said = script_here("scripts/inspect_checkpoint.py", tmp_path / "scored/best.json")
+    assert f"--model_path {tmp_path / 'scored' / best['scored']}" in said.stderr
     again = evaluate(folder / "digits.npz", tmp_path / "out/samples_11x16x16x3.npz", backend="digits")
     assert again.fd == pytest.approx(best["value"], rel=1e-3)
     assert again.samples_provenance["model"] == best["scored"]

@@ -339,7 +339,7 @@ def test_another_programs_needs_one(tmp_path):
     config = distillation(tmp_path)
     assert load_distillation(config).name == "tiny"
     done = script_here("scripts/image_sample.py", "--model_path", tmp_path / "teacher.pt", check=False)
-    assert "does not say what network it is of; give its configuration by --config" in one_line_error(done)
+    assert "does not say what network it is of; its configuration does (--config)" in one_line_error(done)
 
 
 def test_a_file_does_not_choose_what_is_imported(tmp_path):

@@ -9,7 +9,7 @@ from ..io.remote import is_url, local_path, normalised
 from ..io.shipped import SHIPPED
 from .foreign import find_folder
 from .known_models import whence
-from .loading import find_config, load_distillation, load_experiment, project_root
+from .loading import find_config, input_folders, load_distillation, load_experiment, project_root
 from .settings import SECTIONS, DistillationExperiment, Experiment, describe_keys
 
 
@@ -103,8 +103,8 @@ def positive(text: str) -> int:
 
 
 def input_file(name: str, config: Path, what: str) -> str:
-    """The model a key or flag names: from the working directory, the configuration's project, the library
-    (`model/digits_teacher.pt`), or the Hub.
+    """The model a key or flag names: in one of `loading.input_folders`, in the library
+    (`model/digits_teacher.pt`), or on the Hub.
 
     Returns:
         The path of an existing file or folder, or a URL, which `dist_util.local_copy` fetches.
@@ -116,12 +116,14 @@ def input_file(name: str, config: Path, what: str) -> str:
         raise UserError(f"{config}: {what} is not set")
     if is_url(name):
         return normalised(name)
-    for path in (Path(name), output_path(name, config), SHIPPED / name):
-        if path.is_file():
-            return str(path)
-    if folder := find_folder(name, [project_root(config)]):
-        return str(folder)
-    raise UserError(f"{what}: no such file: {name}{whence(name)}")
+    folders = input_folders(config)
+    for folder in (*folders, SHIPPED):
+        if (path := folder / name).is_file():
+            return name if folder == Path.cwd() else str(path)
+    if found := find_folder(name, folders):
+        return str(found)
+    places = "" if Path(name).is_absolute() else f" in {', '.join(map(str, folders))}"
+    raise UserError(f"{what}: no such file: {name}{places}{whence(name)}")
 
 
 def output_path(name: str | Path, config: Path) -> Path:

@@ -21,6 +21,7 @@ from yaml import (  # type: ignore[attr-defined]
     AliasEvent,
     CollectionEndEvent,
     CollectionStartEvent,
+    MarkedYAMLError,
     SafeLoader,
     ScalarEvent,
     YAMLError,
@@ -232,6 +233,11 @@ def project_root(config: Path) -> Path:
     return Path.cwd()
 
 
+def input_folders(config: Path) -> list[Path]:
+    """Where relative names of models and references that a configuration gives are looked for, in order."""
+    return list(dict.fromkeys([Path.cwd(), project_root(config), config.resolve().parent]))
+
+
 def experiment_keys(experiment: Experiment) -> dict[str, Any]:
     """The resolved configuration, section by section, as a file would give it."""
     if isinstance(experiment, DistillationExperiment):
@@ -255,6 +261,13 @@ def _existing(path: Path) -> Path:
     return path.with_name(f"{match[1]}.yaml")
 
 
+def _reason(error: Exception) -> str:
+    """What is wrong with a YAML file, and where."""
+    if isinstance(error, MarkedYAMLError) and error.problem and error.problem_mark:
+        return f"line {error.problem_mark.line + 1}: {error.problem}"
+    return first_line(error)
+
+
 def _load(path: Path) -> DictConfig:
     if not path.is_file():
         raise UserError(
@@ -264,7 +277,7 @@ def _load(path: Path) -> DictConfig:
         _require_modest(path)
         tree = OmegaConf.load(path)
     except _DAMAGE as error:
-        raise UserError(f"{path}: not readable as YAML: {first_line(error)}") from None
+        raise UserError(f"{path}: not readable as YAML: {_reason(error)}") from None
     if not isinstance(tree, DictConfig):
         raise UserError(f"{path}: must hold keys and values")
     return tree
@@ -370,7 +383,7 @@ def _build_found(section: type[_T], given: dict[str, Any], path: Path, where: st
         UserError: as there, or the two contradict each other.
     """
     model = str(given.get("model_path") or "")
-    if (folder := find_folder(model, [project_root(path)])) is None:
+    if (folder := find_folder(model, input_folders(path))) is None:
         return _build(section, given, path, where)
     found = folder_keys(read_model_folder(folder), given)
     built: Any = _build(section, found | given, path, where)
@@ -384,13 +397,13 @@ def _build_found(section: type[_T], given: dict[str, Any], path: Path, where: st
 
 
 def _with_space(values: dict[str, Any], path: Path) -> dict[str, Any]:
-    """A section's keys with its VAE's folder found: from the working directory, or the project's.
+    """A section's keys with its VAE's folder found; see `input_folders`.
 
     In a VAE's latents nothing is clipped unless the keys say so.
     """
     if not (name := values.get("vae_path")):
         return values
-    folders = [Path(str(name)), project_root(path) / str(name)]
+    folders = [folder / str(name) for folder in input_folders(path)]
     found = next((str(folder.resolve()) for folder in folders if folder.is_dir()), name)
     return {"clip_denoised": False} | values | {"vae_path": found}
 
@@ -425,8 +438,9 @@ def _build(section: type[_T], values: dict[str, Any], path: Path, where: str) ->
     """Sort a section's flat keys into its parts, and check their types."""
     given: Any = section
     if issubclass(section, Denoiser):
-        name = str(values.get("architecture", Architecture.architecture))
-        given = section(architecture=settings_of(ARCHITECTURES, name, f"{where}architecture", Architecture)())
+        architecture = str(values.get("architecture", Architecture.architecture))
+        kind = settings_of(ARCHITECTURES, architecture, f"{where}architecture", Architecture)
+        given = section(architecture=kind())
         values = _with_space(values, path)
     elif issubclass(section, Distill):
         name = str(values.get("objective", Distill.objective))
@@ -435,6 +449,9 @@ def _build(section: type[_T], values: dict[str, Any], path: Path, where: str) ->
     nested: dict[str, Any] = {}
     for name, value in values.items():
         if name not in parts:
+            if issubclass(section, Denoiser) and (others := _architectures_with(name)):
+                told = f"is a key of {' and '.join(others)}, and the architecture is {architecture}"
+                raise UserError(f"{path}: {where}{name} {told}")
             raise _unknown_key(path, where + str(name), [where + key for key in parts])
         if value is None:
             continue
@@ -449,6 +466,12 @@ def _build(section: type[_T], values: dict[str, Any], path: Path, where: str) ->
         raise UserError(f"{path}: {where}{name}: {first_line(error)}") from None
     assert isinstance(built, section)
     return built
+
+
+def _architectures_with(key: str) -> list[str]:
+    """The built-in architectures that have a key."""
+    settings = {name: settings_of(ARCHITECTURES, name, "", Architecture) for name in ARCHITECTURES}
+    return [name for name, kind in settings.items() if key in _keys(kind)]
 
 
 def _keys(section: type) -> list[str]:

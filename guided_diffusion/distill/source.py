@@ -1,6 +1,6 @@
 """Where the batches of a distillation come from."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ class TeacherSource:
         teacher: the teacher.
         batch_size: of this rank.
         settings: how entries advance.
+        belongs_to: whose states they are; written into the pools of checkpoints.
         prob: probability of training on a drawn batch instead of only advancing it.
         ramp: iterations over which `settings.on_policy` is reached.
         features, bottleneck: whether batches carry these maps of the teacher's.
@@ -37,6 +38,7 @@ class TeacherSource:
         teacher: Teacher,
         batch_size: int,
         settings: Distill,
+        belongs_to: Mapping[str, Any] | None = None,
         *,
         prob: float = 1.0,
         ramp: float = 0.0,
@@ -44,6 +46,7 @@ class TeacherSource:
         bottleneck: bool = False,
     ):
         self.pool, self.teacher, self.settings = pool, teacher, settings
+        self.belongs_to = {"T": pool.num_timesteps} if belongs_to is None else dict(belongs_to)
         self.batch_size, self.prob, self.ramp = batch_size, prob, ramp
         self.maps = {"features": features, "bottleneck": bottleneck}
         self.probability = 0.0  # of following the student
@@ -82,7 +85,7 @@ class TeacherSource:
             None if pool.y is None else gather(pool.y),
             replay=None if answers is None else answers.each(gather),
         )
-        return lambda path: write_pool(path, [whole], {"T": pool.num_timesteps})
+        return lambda path: write_pool(path, [whole], self.belongs_to)
 
     def pool_record(self) -> dict[str, Any]:
         """Where the entries of all ranks are, and how many were restarted since the record before.

@@ -72,14 +72,13 @@ def read_model_folder(path: str | Path) -> ModelFolder:
         pipeline = _known_pipeline(index, path)
         network, decoder = PIPELINES[pipeline]
         folder = _part(path, network)
-        scheduler = read_json(_part(path, "scheduler") / "scheduler_config.json")
         if decoder and _names_a_class(index.get(decoder)):
             vae = path / decoder
     else:
         folder = next((path / name for name in _NETWORKS if (path / name).is_dir()), path)
-        beside = path / "scheduler" / "scheduler_config.json"
-        if beside.is_file():
-            scheduler = read_json(beside)
+    beside = (_part(path, "scheduler") if pipeline else path / "scheduler") / "scheduler_config.json"
+    if beside.is_file():
+        scheduler = read_json(beside)
     if not (folder / "config.json").is_file():
         raise UserError(f"{path}: is no model's folder: it has neither model_index.json nor config.json")
     config = read_json(folder / "config.json")

@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from .. import dist_util
 from ..errors import UserError
 from ..io.files import read_object, write_text
 from .checkpoint import Checkpoint, add_file, file_step
@@ -74,6 +75,23 @@ def write_best(directory: Path, checkpoint: Checkpoint, score: Mapping[str, Any]
     path = directory / BEST
     if not path.is_file() or path.read_text(errors="replace") != text:
         write_text(path, text)
+
+
+def local_weights(name: str, fetched: Path) -> tuple[str, Path]:
+    """The weights that a name means, brought here by every host; of a best.json those that it names.
+
+    Args:
+        name: a path or a URL.
+        fetched: where local copies of files at URLs lie.
+
+    Returns:
+        Their name, and where they lie here.
+    """
+    weights = dist_util.local_copy(name, fetched)
+    if weights.name != BEST:
+        return name, weights
+    name = name.removesuffix(BEST) + read_best(weights)[1]
+    return name, dist_util.local_copy(name, fetched)
 
 
 def read_best(path: str | os.PathLike) -> tuple[int, str]:

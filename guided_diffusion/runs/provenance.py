@@ -6,11 +6,11 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from ..config.loading import experiment_of, project_root
+from ..config.loading import experiment_of
 from ..config.registry import ARCHITECTURES, settings_of
 from ..config.settings import Architecture, Denoiser, Experiment, Process, Space, flat, keys_of
 from ..errors import UserError
-from ..io.shipped import IS_INSTALLED
+from ..io.shipped import IS_INSTALLED, LIBRARY
 from ..script_util import build_space
 from .checkpoint import newest_checkpoint, read_description
 
@@ -25,7 +25,7 @@ def describe_network(name: str, denoiser: Denoiser, config: Path) -> dict[str, A
     """
     return {
         "config": name,
-        "revision": git_revision(project_root(config)),
+        "revision": git_revision(),
         "architecture": flat(denoiser.architecture),
         "process": flat(denoiser.process),
         "space": build_space(denoiser).describe(),
@@ -53,11 +53,11 @@ def described_experiment(weights: Path, overrides: Sequence[str] = ()) -> Experi
             raise UserError(f"{weights}: what it says of itself is damaged ({part} is no mapping)")
         keys |= told
     if not keys:
-        raise UserError(f"{weights}: does not say what network it is of; give its configuration by --config")
+        raise UserError(f"{weights}: does not say what network it is of; its configuration does (--config)")
     if (name := keys.get("architecture")) not in tuple(ARCHITECTURES):  # importing another would run it
         raise UserError(
-            f"{weights}: is of the architecture {name!r:.80}, which is not built in; if you trust that, "
-            "give its configuration by --config"
+            f"{weights}: is of the architecture {name!r:.80}, which is not built in; if you trust "
+            "that, sample or export it by its configuration (--config)"
         )
     parts = (settings_of(ARCHITECTURES, name, "architecture", Architecture), Process, Space)
     known = {key.name for part in parts for _, key in keys_of(part)}
@@ -71,10 +71,13 @@ def described_experiment(weights: Path, overrides: Sequence[str] = ()) -> Experi
     return experiment
 
 
-def git_revision(folder: Path) -> str | None:
-    """The commit checked out in a folder, "+changes" if files differ from it; None outside git.
+def git_revision(folder: Path = LIBRARY) -> str | None:
+    """The commit of the library, "+changes" if files differ from it; None outside git.
 
-    Where the library is installed, its version instead: the folder's commit is then of something else.
+    Where the library is installed, its version instead.
+
+    Args:
+        folder: the checkout.
     """
     if IS_INSTALLED:
         return f"version {metadata.version('guided-diffusion-tccd')}"

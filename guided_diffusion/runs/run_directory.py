@@ -9,6 +9,7 @@ import secrets
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ import torch as th
 
 from .. import dist_util
 from ..config import command_line
-from ..config.loading import experiment_keys, experiment_text, load_experiment, project_root
+from ..config.loading import experiment_keys, experiment_text, load_experiment
 from ..config.settings import DistillationExperiment, Experiment
 from ..errors import UserError
 from ..io.files import held, read_object, remove_leftovers, write_text
@@ -32,6 +33,27 @@ from .provenance import git_revision
 
 _NOT_YET = "not yet"  # in run.json, while the run goes on
 _LONGEST = 80  # characters of a directory's name that say what the command line changes
+
+
+@dataclass(frozen=True)
+class _Start:
+    """Where a run is, and how it goes on.
+
+    Attributes:
+        directory: the run's, in which no other run is writing.
+        has_been: whether there is a record of a run.
+        resume: what to continue from, or None.
+        changes: what is configured otherwise than before, as text.
+        before_flips: whether the run is of a version that did not mirror images.
+        threads: that it computes with; 0 if that is free.
+    """
+
+    directory: Path
+    has_been: bool
+    resume: Checkpoint | None = None
+    changes: str = ""
+    before_flips: bool = False
+    threads: int = 0
 
 
 @contextmanager
@@ -62,24 +84,22 @@ def start_run(
     mirror = _mirror(experiment, args)
     dist_util.setup_dist()
     with ExitStack() as lock:
-        directory, resume, before_flips, threads = dist_util.from_rank_zero(
-            lambda: _choose(kind, experiment, args, mirror, lock)
-        )
-        if threads:
-            dist_util.use_threads(threads)
-        if before_flips and experiment.student.training.random_flip:
+        start = dist_util.from_rank_zero(lambda: _choose(kind, experiment, args, mirror, lock))
+        if start.threads:
+            dist_util.use_threads(start.threads)
+        if start.before_flips:
             experiment.student.training.random_flip = False
         with (
             ExitStack() as ending,
             _copied(mirror),
-            _recorded(directory, experiment, args, batch_size, resume) as log,
+            _recorded(start, experiment, args, batch_size) as log,
         ):
             if mirror is not None:
                 log.publish = mirror.push
                 log.info(f"copied to {mirror.url} with each checkpoint")
-            if before_flips:
+            if start.before_flips:
                 log.info("the run began before images were mirrored at random, and goes on without")
-            yield log, resume
+            yield log, start.resume
             # A run that has finished is recorded and copied, whatever signal comes.
             ending.enter_context(StopSignals())
 
@@ -125,14 +145,14 @@ def _copied(mirror: Mirror | None) -> Iterator[None]:
 
 @contextmanager
 def _recorded(
-    directory: Path,
-    experiment: Experiment,
-    args: argparse.Namespace,
-    batch_size: int,
-    resume: Checkpoint | None,
+    start: _Start, experiment: Experiment, args: argparse.Namespace, batch_size: int
 ) -> Iterator[RunLog]:
-    """Open a run's record, and close it with the reason for which the block ended."""
-    launch = dist_util.setup_dist()
+    """Open a run's record, and close it with the reason for which the block ended.
+
+    What the run is (config.yaml, run.json) is written at once; but where a run has been, only when it goes on
+    (`RunLog.begin`): of an attempt that is refused, the log alone tells.
+    """
+    launch, directory = dist_util.setup_dist(), start.directory
     log = RunLog(
         directory,
         active=launch.rank == 0,
@@ -140,19 +160,28 @@ def _recorded(
         name=run_name(experiment.name, args.overrides),
         config=experiment_keys(experiment),
     )
-    devices, changes = dist_util.describe(), ""
-    record = _record(experiment.name, args.config, devices)
+    devices = dist_util.describe()
+    record = _record(experiment.name, devices)
     if launch.rank == 0:
         remove_leftovers(directory)
-        changes = _changes(resume.directory, experiment) if resume else ""
-        write_text(directory / "config.yaml", experiment_text(experiment))
         record |= _starts(directory)
         wanted = args.resume_checkpoint or experiment.student.training.resume_checkpoint
         record["began_from"] = wanted or _began_from(directory)
-        _write(directory, record | {"ended": _NOT_YET})
+    begun = False
+
+    def begin() -> None:
+        nonlocal begun
+        if launch.rank == 0 and not begun:
+            _write(directory, record | {"ended": _NOT_YET})
+            write_text(directory / "config.yaml", experiment_text(experiment))
+        begun = True
+
+    log.begin = begin
+    if not start.has_been:
+        begin()
     log.info(f"{experiment.name}: writing to {directory}")
-    if changes:
-        log.info(f"goes on with other settings than before: {changes}")
+    if start.changes:
+        log.info(f"goes on with other settings than before: {start.changes}")
     for line in devices:
         log.info(line)
     log.info(
@@ -166,14 +195,14 @@ def _recorded(
         reason = str(error) if told else repr(error)
         log.info(f"ended: {reason} (at its peak {dist_util.peak_memory()})")
         with log.tolerant():
-            if launch.rank == 0 or not _together(error):
+            if begun and (launch.rank == 0 or not _together(error)):
                 who = f"rank {launch.rank}: " if launch.rank else ""
                 _write_end(directory, record, who + reason)
         raise
     else:
         log.info(f"finished; at its peak {dist_util.peak_memory()}")
         if launch.rank == 0:
-            _write(directory, record | _ending("finished"))
+            _write_finished(directory, record if begun else None)
     finally:
         with log.tolerant():
             if launch.rank == 0 and (directory / "progress.csv").exists():
@@ -203,20 +232,49 @@ def _push(mirror: Mirror) -> None:
 
 def _choose(
     kind: str, experiment: Experiment, args: argparse.Namespace, mirror: Mirror | None, lock: ExitStack
-) -> tuple[Path, Checkpoint | None, bool, int]:
-    """The run's directory, which `lock` holds from here on, and what to continue from.
+) -> _Start:
+    """Where to begin; `lock` holds the directory from here on.
 
-    Returns:
-        The directory, the checkpoint, whether the run is of a version that did not mirror images, and the
-        number of threads that it computes with; 0 if that is free.
+    Raises:
+        UserError: as `start_run`, or the directory is of something else.
     """
     directory, resume = _find(kind, experiment, args, mirror, lock)
-    is_old = resume is not None and _before_flips(resume.directory, experiment)
+    has_been = (directory / "run.json").is_file()
+    if resume is None:
+        if (directory / "config.yaml").is_file() and not has_been:
+            raise UserError(
+                f"{directory}: its config.yaml is not a run's, and would be replaced; give another --exp_dir"
+            )
+        return _Start(directory, has_been)
+    try:
+        earlier = load_experiment(resume.directory / "config.yaml")
+    except (OSError, UserError):
+        return _Start(directory, has_been, resume)  # an original's run, which has none
+    _require_same_kind(earlier, experiment, resume.directory)
+    before_flips, threads = _before_flips(resume.directory, experiment), 0
     with suppress(OSError, ValueError):
-        if resume is not None:
-            threads = _read(resume.directory).get("threads", 0)
-            return directory, resume, is_old, threads if type(threads) is int and threads > 0 else 0
-    return directory, resume, is_old, 0
+        threads = _read(resume.directory).get("threads", 0)
+    return _Start(
+        directory,
+        has_been,
+        resume,
+        _changes(earlier, experiment),
+        before_flips and experiment.student.training.random_flip,
+        threads if type(threads) is int and threads > 0 else 0,
+    )
+
+
+def _require_same_kind(earlier: Experiment, now: Experiment, directory: Path) -> None:
+    """Raise `UserError` if a distillation is to go on as a training on images, or the other way."""
+    was_distilled, is_distilled = (isinstance(one, DistillationExperiment) for one in (earlier, now))
+    if was_distilled != is_distilled:
+        kind, script = (
+            ("a distillation", "image_kd.py") if was_distilled else ("a training on images", "image_train.py")
+        )
+        raise UserError(
+            f"{directory}: is {kind}, which {script} continues; to begin from its weights instead, give "
+            "student.model_path and another --exp_dir"
+        )
 
 
 def _find(
@@ -343,12 +401,8 @@ def _is_of(directory: Path, experiment: Experiment) -> bool:
     return earlier == experiment
 
 
-def _changes(directory: Path, experiment: Experiment) -> str:
+def _changes(earlier: Experiment, experiment: Experiment) -> str:
     """What a run that goes on is configured otherwise than it was: "section.key before -> now", ..."""
-    try:
-        earlier = load_experiment(directory / "config.yaml")
-    except (OSError, UserError):
-        return ""  # an original's run, which has none
     before, now = (
         {
             f"{name}.{key}": found
@@ -368,12 +422,12 @@ def _before_flips(directory: Path, experiment: Experiment) -> bool:
     return plain and config.is_file() and "random_flip" not in config.read_text(errors="replace")
 
 
-def _record(name: str, config: Path, devices: list[str]) -> dict[str, Any]:
+def _record(name: str, devices: list[str]) -> dict[str, Any]:
     """What a run's results may depend on besides its configuration."""
     return {
         "name": name,
         "command": sys.argv,
-        "git_revision": git_revision(project_root(config)),
+        "git_revision": git_revision(),
         "versions": installed_versions("torch", "numpy", "omegaconf", "safetensors", "mpi4py"),
         "ranks": devices,
         "threads": th.get_num_threads(),
@@ -410,6 +464,18 @@ def _write_end(directory: Path, record: dict[str, Any], reason: str) -> None:
         present = record | {"ended": _NOT_YET}
     if present["ended"] == _NOT_YET:
         _write(directory, present | _ending(reason))
+
+
+def _write_finished(directory: Path, record: dict[str, Any] | None) -> None:
+    """Record that a run has finished; if it had nothing left to do (None), unless it is known already."""
+    if record is None:
+        try:
+            record = _read(directory)
+        except (OSError, ValueError):
+            return  # an original's run
+        if record["ended"] == "finished":
+            return
+    _write(directory, record | _ending("finished"))
 
 
 def _ending(reason: str) -> dict[str, str]:

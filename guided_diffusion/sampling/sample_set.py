@@ -156,6 +156,7 @@ class SampleSet:
                     seed=self.seed,
                     sampler=self.sampler,
                     clip_denoised=self.clip_denoised,
+                    require_finite=True,
                 )
                 shard = self.shards / f"{indices.start}-{indices.stop}.npz"
                 with create_npz(shard, len(images)) as writer:

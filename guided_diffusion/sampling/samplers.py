@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch as th
 
+from ..errors import UserError
 from ..gaussian_diffusion import GaussianDiffusion
 from ..networks.base import DenoisingNetwork
 from ..spaces import SampleSpace
@@ -83,6 +84,7 @@ def sample_images(
     seed: int = 0,
     sampler: Sampler = ANCESTRAL,
     clip_denoised: bool = True,
+    require_finite: bool = False,
 ) -> tuple[np.ndarray, np.ndarray | None]:
     """Sample a batch of images with the network on its device, in eval mode.
 
@@ -94,9 +96,13 @@ def sample_images(
         seed: the set's seed.
         sampler: how.
         clip_denoised: clip the predicted x_0 to the process's bounds in every step.
+        require_finite: raise where numbers that are not finite would become black pixels.
 
     Returns:
         Images uint8 [B, H, W, 3], and labels int64 [B] if the network is class-conditional, else None.
+
+    Raises:
+        UserError: see `require_finite`.
     """
     device = next(network.parameters()).device
     noise = SeededNoise(seed, indices, device)
@@ -114,4 +120,7 @@ def sample_images(
         )
     finally:
         network.train(was_training)
+    if require_finite and not x.isfinite().all():
+        which = f"samples {indices[0]} to {indices[-1]}"
+        raise UserError(f"{which}: the network gives no finite numbers{process.why_not_finite()}")
     return space.decode(x), None if y is None else y.cpu().numpy()

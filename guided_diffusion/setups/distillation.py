@@ -99,7 +99,19 @@ def pool_file(experiment: DistillationExperiment, tempfile: Path) -> Path:
 
 
 def pool_identity(experiment: DistillationExperiment, weights: Path, size: int) -> dict[str, Any]:
-    """What a pool belongs to: written into its file, and compared when it is read."""
+    """What a prepared pool belongs to: written into its file, and compared when it is read."""
+    return teacher_identity(experiment, weights) | {
+        "iter_choice": experiment.teacher.iter_choice,
+        "rho": experiment.teacher.BATCH,
+        "batch_size": experiment.student.training.batch_size,
+        "size": size,
+        "stride": experiment.distill.stride,
+        "seed": pool_seed(experiment),
+    }
+
+
+def teacher_identity(experiment: DistillationExperiment, weights: Path) -> dict[str, Any]:
+    """Whose states a pool holds: what a pool in a checkpoint belongs to."""
     teacher = experiment.teacher
     identity = {
         "T": teacher.process.diffusion_steps,
@@ -107,12 +119,6 @@ def pool_identity(experiment: DistillationExperiment, weights: Path, size: int) 
         "timestep_respacing": teacher.process.timestep_respacing,
         "image_size": teacher.architecture.image_size,
         "class_cond": teacher.architecture.class_cond,
-        "iter_choice": teacher.iter_choice,
-        "rho": teacher.BATCH,
-        "batch_size": experiment.student.training.batch_size,
-        "size": size,
-        "stride": experiment.distill.stride,
-        "seed": pool_seed(experiment),
         "teacher_sha256": weights_sha256(weights),
     }
     said = flat(teacher.process) | {"guidance_scale": teacher.guidance_scale}
@@ -230,7 +236,7 @@ def distillation_loop(
         load_judge: gives what scores images of a size, while the student trains; None for no scores.
     """
     student, run, device = experiment.student, experiment.run, dist_util.dev()
-    teacher = load_teacher(experiment, weights)
+    teacher, belongs_to = load_teacher(experiment, weights), teacher_identity(experiment, weights)
     scorer = None
     if load_judge is not None:
         scorer = Scorer(load_judge, run, sampling_process(student, run), teacher.space, batch_size)
@@ -251,8 +257,10 @@ def distillation_loop(
 
     if resume is not None and resume.has("pool"):
         rank, world = dist_util.rank(), dist_util.world_size()
-        total = teacher.process.num_timesteps
-        pool = read_pool(resume.path("pool"), total, teacher.space.shape, rank=rank, world_size=world)
+        kept, total = resume.path("pool"), teacher.process.num_timesteps
+        says = "teacher_sha256" in read_pool_header(kept)  # one of an earlier version does not
+        expected = belongs_to if says else None
+        pool = read_pool(kept, total, teacher.space.shape, expected=expected, rank=rank, world_size=world)
     else:
         pool = open_pool(experiment, weights, pool_path, teacher, batch_size)
     pool = stored(pool, experiment)
@@ -269,6 +277,7 @@ def distillation_loop(
         teacher,
         batch_size,
         experiment.distill,
+        belongs_to,
         prob=experiment.teacher.prob,
         ramp=(run.iterations or student.training.lr_anneal_steps) / 3,
         **objective.teacher_maps,

@@ -127,7 +127,7 @@ def require_hub_name(name: str) -> None:
 
 
 def scheduler_config(denoiser: Denoiser, network: str) -> dict[str, Any]:
-    """The class and arguments of the scheduler whose process is a configured one, without its respacing.
+    """The class and arguments of the scheduler whose process is a configured one.
 
     It is a DDPMScheduler; but DiTPipeline drops a learned variance, so there it is a DDIMScheduler.
 
@@ -135,6 +135,11 @@ def scheduler_config(denoiser: Denoiser, network: str) -> dict[str, Any]:
         ValueError: there is none, and why.
     """
     process = denoiser.process
+    if process.timestep_respacing:
+        raise ValueError(
+            f"it knows some of its steps only (timestep_respacing {process.timestep_respacing}), which no "
+            "scheduler says; if it was trained on all of them, give student.timestep_respacing="
+        )
     if process.rescale_timesteps and process.diffusion_steps != 1000:
         raise ValueError("its timesteps are rescaled to 0..1000 (rescale_timesteps), which no scheduler does")
     config = {
@@ -248,7 +253,7 @@ def model_card(
         "## How to load",
         "",
         "```python",
-        *_code(theirs, conditional, bool(student.space.vae_path), name),
+        *_code(theirs, conditional, bool(student.space.vae_path), name, student.process.diffusion_steps),
         "```",
         "",
     ]
@@ -277,9 +282,9 @@ def _method(distill: Distill) -> str:
     return "distilled by TCCD" if stages else "distilled by DKDM (TCCD with both stages off)"
 
 
-def _code(theirs: ForDiffusers, conditional: bool, latent: bool, name: str) -> list[str]:
+def _code(theirs: ForDiffusers, conditional: bool, latent: bool, name: str, total: int) -> list[str]:
     """How to sample, in Python; where no pipeline of diffusers' knows how, step by step."""
-    transformer = theirs.class_name != "UNet2DModel"
+    transformer, steps = theirs.class_name != "UNet2DModel", min(50, total)
     call = "batch_size=4"
     if transformer and latent:
         call = f"class_labels={[0, 1, 2, 3] if conditional else [0] * 4}, guidance_scale=1.0"
@@ -288,7 +293,7 @@ def _code(theirs: ForDiffusers, conditional: bool, latent: bool, name: str) -> l
             "from diffusers import DiffusionPipeline",
             "",
             f'pipeline = DiffusionPipeline.from_pretrained("{name}")',
-            f"images = pipeline({call}, num_inference_steps=50).images",
+            f"images = pipeline({call}, num_inference_steps={steps}).images",
         ]
     decode = ["x = pipeline.vqvae.decode(x / pipeline.vqvae.config.scaling_factor).sample.detach()"]
     labels = "torch.arange(4)" if conditional else "torch.zeros(4, dtype=torch.long)  # its only class"
@@ -301,7 +306,7 @@ def _code(theirs: ForDiffusers, conditional: bool, latent: bool, name: str) -> l
         "model, scheduler = pipeline.unet, pipeline.scheduler",
         f"labels = {labels}",
         f"x = torch.randn(4, {theirs.config['in_channels']}, {size}, {size})",
-        "scheduler.set_timesteps(50)",
+        f"scheduler.set_timesteps({steps})",
         "for t in scheduler.timesteps:",
         "    with torch.no_grad():",
         "        output = model(x, t.expand(len(x)), class_labels=labels).sample",

@@ -49,6 +49,8 @@ def prepare_pool(
     rank, world = dist_util.rank(), dist_util.world_size()
     teacher = load_teacher(experiment, weights)
     total, shape = teacher.process.num_timesteps, teacher.space.shape
+    if path.is_dir():
+        raise UserError(f"teacher.tempfile: {path} is a folder; name a file to write")
     if total < 2:
         raise UserError("teacher.timestep_respacing: leaves one step; a pool is prepared for two or more")
     size = pool_size(settings.iter_choice, settings.BATCH, total, batch_size)
@@ -84,6 +86,9 @@ def prepare_pool(
             if not _denoise(pool, goal, teacher, experiment, signals):
                 _write_partial(partial, pool, goal, belongs_to)
                 raise Stopped(f"stopped by {signals.received or 'a signal to another rank'}")
+            if dist_util.any_rank(not bool(pool.x.isfinite().all())):
+                told = f"{weights}: the teacher gives no finite numbers{teacher.process.why_not_finite()}"
+                raise UserError(f"{told}; no pool is written")
             _write(path, stored(pool, experiment), total, shape, identity)
     _say(f"wrote {path} ({path.stat().st_size / 1e6:.1f} MB)")
 

@@ -43,7 +43,7 @@ class Runner:
         self.shared = Shared(study, out, root, score)
         self.failures: list[str] = []
         self._lock = threading.Lock()
-        self._about: dict[str, Any] = {"revision": git_revision(root)}
+        self._about: dict[str, Any] = {"revision": git_revision()}
 
     def run(self, only: Sequence[str] = ()) -> list[str]:
         """Run all cells, or those whose run's or own name has one of the patterns `only`, in their order.

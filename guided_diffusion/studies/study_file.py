@@ -133,8 +133,10 @@ class Study:
 
     @property
     def image_size(self) -> int:
-        """Of the networks' images, in pixels."""
-        return self.experiment(self.runs[self.baseline]).student.architecture.image_size
+        """Of the images that the networks' samples are, or decode to, in pixels."""
+        from ..script_util import build_space
+
+        return build_space(self.experiment(self.runs[self.baseline]).student).image_size
 
     def seeds(self, run: StudyRun, budget: str) -> tuple[int, ...]:
         """Those that a run has with a budget, by its name."""
