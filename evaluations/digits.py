@@ -4,9 +4,8 @@ import numpy as np
 
 # Roughness above which an image counts as noise. Measured on the 1,797 real digits at 16x16: 99.9 % lie
 # below 0.11, all below 0.14; at 32x32 all below 0.15. White noise lies at 0.81 +- 0.02 at 16x16 (207 of the
-# 255 frequencies that are not constant) and at 0.95 at 32x32. A real digit
-# crosses the line when noise of standard deviation 0.6 is added to it, on the scale where black is -1 and
-# white is 1 (at 16x16).
+# 255 frequencies that are not constant) and at 0.95 at 32x32. A real digit of 16x16 crosses the line when
+# noise of standard deviation 0.6 is added to it, on the scale where black is -1 and white is 1.
 NOISE_ROUGHNESS = 0.35
 
 

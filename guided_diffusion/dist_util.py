@@ -19,7 +19,7 @@ from typing import Any, NoReturn, TypeVar
 import torch as th
 import torch.distributed as dist
 
-from .errors import UserError
+from .errors import UserError, message_of
 from .io import files
 from .io.remote import fetch, is_url
 from .processes.cores import since_start, usable_cores
@@ -283,7 +283,7 @@ def from_rank_zero(function: Callable[[], _T]) -> _T:
         try:
             answer = function(), ""
         except (UserError, OSError) as error:
-            answer = None, str(error) or type(error).__name__  # some have no text
+            answer = None, message_of(error)
     _wait_for_rank_zero()
     result, mistake = broadcast_object(answer)
     if mistake:

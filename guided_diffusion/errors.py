@@ -8,3 +8,10 @@ class UserError(Exception):
 def first_line(error: BaseException) -> str:
     """The first line of what an error says; its kind where it says nothing."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def message_of(error: Exception) -> str:
+    """An error as a user is told it; its kind where it says nothing."""
+    if isinstance(error, (FileExistsError, NotADirectoryError)) and error.filename:
+        return f"{error.filename} is a file, and a folder is wanted"
+    return str(error) or type(error).__name__

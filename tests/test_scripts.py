@@ -207,6 +207,7 @@ def test_mistakes_get_one_line(tmp_path):
             *("scripts/image_train.py", "--config", config, "--data_dir", "x", "--num_workers", "-1"),
         ],
         "run.eval_reference: no such file": [*kd, "run.eval_interval=1", "run.eval_reference=a/absent.npz"],
+        f"{config} is a file, and a folder is wanted": [*kd, "--exp_dir", config],
         "gs://a/b: a URL cannot be used here": ["scripts/report.py", tmp_path, "--out", "gs://a/b"],
         "the demo is of the digits": ["scripts/demo.py", "--config", "digits_32/exp/digits32-TCCD.yaml"],
         "timestep_respacing '30'": [

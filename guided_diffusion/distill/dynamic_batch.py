@@ -190,8 +190,8 @@ class DynamicBatch:
         Their x_s is shifted by the difference of the two predicted x_0 times the step's factor of x_0. Both
         are clipped to the process's bounds, the student's also to the least and greatest values of the
         teacher's (a latent space has no bounds); the noise and its variance stay the teacher's. So an
-        untrained student cannot throw them far. Where its
-        prediction is not finite they stay where the teacher led them.
+        untrained student cannot throw them far. Where its prediction is not finite they stay where the
+        teacher led them.
 
         Args:
             batch: what `advance` returned, or a piece of it.

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NoReturn
 
-from ..errors import UserError
+from ..errors import UserError, message_of
 from . import cores  # noqa: F401 - which counts from now on, before torch is imported
 from .stopping import EXIT_STOPPED, GRACE, Stopped, StoppedHere, stoppable
 
@@ -143,7 +143,7 @@ def _rank() -> int:
 def _tell_and_leave(error: Exception) -> None:
     """Tell a mistake in one line, and end together with the other ranks, if there are any."""
     who = "" if _others is None else f"[rank {_rank()}] "
-    print(f"error: {who}{error}", file=sys.stderr, flush=True)
+    print(f"error: {who}{message_of(error)}", file=sys.stderr, flush=True)
     if _others is not None:
         _others.leave_together(1)
 

@@ -240,11 +240,12 @@ def _choose(
     """
     directory, resume = _find(kind, experiment, args, mirror, lock)
     has_been = (directory / "run.json").is_file()
+    is_of_a_run = has_been or (resume is not None and resume.directory == directory)
+    if (directory / "config.yaml").is_file() and not is_of_a_run:
+        raise UserError(
+            f"{directory}: its config.yaml is not a run's, and would be replaced; give another --exp_dir"
+        )
     if resume is None:
-        if (directory / "config.yaml").is_file() and not has_been:
-            raise UserError(
-                f"{directory}: its config.yaml is not a run's, and would be replaced; give another --exp_dir"
-            )
         return _Start(directory, has_been)
     try:
         earlier = load_experiment(resume.directory / "config.yaml")
