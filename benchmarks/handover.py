@@ -23,8 +23,9 @@ from evaluations.evaluation import evaluate_files
 from evaluations.results import values
 from evaluations.settings import Settings
 from guided_diffusion import dist_util
-from guided_diffusion.config.command_line import input_file, make_bare_parser, positive
+from guided_diffusion.config.command_line import make_bare_parser, positive
 from guided_diffusion.config.loading import find_config, load_distillation
+from guided_diffusion.config.paths import input_file
 from guided_diffusion.errors import UserError
 from guided_diffusion.gaussian_diffusion import GaussianDiffusion
 from guided_diffusion.io.files import NpzFile, atomic_path

@@ -23,7 +23,7 @@ from .errors import UserError, message_of
 from .io import files
 from .io.remote import fetch, is_url
 from .processes.cores import since_start, usable_cores
-from .processes.launch import Launch, OtherRanks, detect_launch, meet
+from .processes.launch import Launch, OtherRanks, detect_launch, register_other_ranks
 from .processes.rendezvous import TIMEOUT, abort_mpi, exchange, rendezvous
 from .processes.stopping import ranks_have_met
 
@@ -48,7 +48,7 @@ def setup_dist() -> Launch:
         _state["device"] = _choose_device(0)
         use_threads(max(1, round(since_start.free_cores())))
         return launch
-    meet(OtherRanks(leave_together, abort))
+    register_other_ranks(OtherRanks(leave_together, abort))
     store, local_rank = rendezvous(launch)
     _state["store"] = store
     ranks_have_met()

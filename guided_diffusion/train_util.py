@@ -197,7 +197,7 @@ class TrainLoop:
         """
         found = self._gradients(batch)
         dist_util.average_gradients(self.parameters)
-        self.metrics.take(found | self._update(self._rate()))
+        self.metrics.take(found | self._update(self._learning_rate()))
         self.step += 1
         self._set_lr()
 
@@ -370,12 +370,13 @@ class TrainLoop:
         asked = self.run_settings.cuda_graphs and not self.run_settings.ema_warmup
         return asked and self.network.capturable and self.objective.capturable
 
-    def _rate(self) -> float | th.Tensor:
+    def _learning_rate(self) -> float | th.Tensor:
         """The present learning rate, on a GPU as float32 [] in its place there."""
         rate = self.optimizer.param_groups[0]["lr"]
         return rate if self._lr is None else self._lr.fill_(rate)
 
     def _log(self, rate: float, seconds: float) -> None:
+        """Record this step: `rate` in iterations per second, `seconds` of training so far."""
         values = self.metrics.read()
         values["lr"] = self.optimizer.param_groups[0]["lr"]
         values["samples"] = float(self.step * self.training.batch_size)

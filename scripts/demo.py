@@ -11,7 +11,7 @@ import sys
 import time
 from pathlib import Path
 
-from guided_diffusion.config import command_line
+from guided_diffusion.config import command_line, paths
 from guided_diffusion.config.loading import find_config, load_distillation
 from guided_diffusion.errors import UserError
 from guided_diffusion.io.files import sha256_of, write_text
@@ -52,11 +52,11 @@ def main() -> None:
     if experiment.teacher.architecture.image_size != 16:
         raise UserError(f"--config {args.config}: the demo is of the digits, which are 16x16")
     teacher = Path(
-        command_line.input_file(experiment.teacher.model_path, args.config, "teacher.model_path")
+        paths.input_file(experiment.teacher.model_path, args.config, "teacher.model_path")
     ).resolve()
     text = f"{experiment} {sha256_of(teacher)}"
     own = f"{experiment.name}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
-    folder = command_line.output_path(f"experiments/demo/{own}", args.config)
+    folder = paths.output_path(f"experiments/demo/{own}", args.config)
     folder.mkdir(parents=True, exist_ok=True)
     distill = experiment.distill
     print(f"Distilling {teacher.name} into a smaller student, without any data. Everything goes to {folder}")
@@ -88,7 +88,7 @@ def main() -> None:
             f"Sampling {args.num_samples} images from the {name}", "scripts/image_sample.py",
             "--config", config, *overrides, "--model_path", weights, *sample, "--log_dir", folder / name,
         )  # fmt: skip
-    digits = command_line.output_path("datasets/digits/digits.npz", args.config)
+    digits = paths.output_path("datasets/digits/digits.npz", args.config)
     if not digits.is_file():
         run("Writing the real digits, for scoring only", "datasets/digits.py", "--out", digits.parent)
     report(folder, digits, checkpoint.step, teacher, student, args.num_samples, seconds, args.quick)

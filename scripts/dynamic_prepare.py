@@ -1,6 +1,6 @@
 """Prepare the dynamic batch: the teacher denoises a pool of noise to mixed levels, without any data."""
 
-from guided_diffusion.config import command_line
+from guided_diffusion.config import command_line, paths
 from guided_diffusion.processes.launch import detect_launch, run_script
 
 
@@ -16,17 +16,17 @@ def main() -> None:
         raise UserError(f"{args.config}: iterative_distillation starts from noise: nothing to prepare")
     if not teacher.tempfile:
         raise UserError(f"{args.config}: teacher.tempfile is not set: where should the pool be written?")
-    weights_name = command_line.input_file(teacher.model_path, args.config, "teacher.model_path")
+    weights_name = paths.input_file(teacher.model_path, args.config, "teacher.model_path")
     batch_size = command_line.per_rank(
         experiment.student.training.batch_size, detect_launch().world_size, "student.batch_size"
     )
-    tempfile = command_line.output_path(teacher.tempfile, args.config)
+    tempfile = paths.output_path(teacher.tempfile, args.config)
 
     from guided_diffusion import dist_util
     from guided_diffusion.setups.preparing import prepare_pool
 
     dist_util.setup_dist()
-    weights = dist_util.local_copy(weights_name, command_line.fetched_path(args.config))
+    weights = dist_util.local_copy(weights_name, paths.fetched_path(args.config))
     prepare_pool(
         experiment, weights=weights, tempfile=tempfile, batch_size=batch_size, overwrite=args.overwrite
     )

@@ -1,6 +1,6 @@
 """Export a trained network as a folder of diffusers': DiffusionPipeline.from_pretrained(DIR) loads it."""
 
-from guided_diffusion.config import command_line
+from guided_diffusion.config import command_line, paths
 from guided_diffusion.io.remote import local_path
 from guided_diffusion.processes.launch import run_script
 
@@ -16,7 +16,7 @@ def main() -> None:
         "--score", action="append", default=[], help="a line for the model card, 'FID 5.1'; may be repeated"
     )
     args, experiment = command_line.parse(parser)
-    weights = command_line.input_file(args.model_path, args.config, "--model_path")
+    weights = paths.input_file(args.model_path, args.config, "--model_path")
 
     from pathlib import Path
 
@@ -26,7 +26,7 @@ def main() -> None:
     if args.push:
         require_hub_name(args.push)
     out = Path(args.out)
-    _, local = local_weights(weights, command_line.fetched_path(args.config))
+    _, local = local_weights(weights, paths.fetched_path(args.config))
     export_pipeline(experiment, local, out, scores=args.score, overwrite=args.overwrite)
     print(f"wrote {out}: diffusers loads it, and gives the same")
     if args.push:

@@ -2,31 +2,20 @@
 
 from functools import partial
 
-from guided_diffusion.config import command_line
+from guided_diffusion.config import command_line, paths
 from guided_diffusion.processes.launch import detect_launch, run_script
 
 
 def main() -> None:
     """Parse, build, run."""
     parser = command_line.make_parser(__doc__, ["teacher", "student", "distill", "run"])
-    parser.add_argument(
-        "--resume_checkpoint", help="continue from this run directory or modelNNNNNN.pt; a path or a URL"
-    )
-    parser.add_argument(
-        "--exp_dir", help="the run's directory, a path or a URL (default: a new one in experiments/kd)"
-    )
-    parser.add_argument("--wandb", action="store_true", help="also record to Weights & Biases")
+    command_line.add_run_options(parser, "kd")
     args, experiment = command_line.parse_distillation(parser)
     teacher, training = experiment.teacher, experiment.student.training
-    weights_name = command_line.input_file(teacher.model_path, args.config, "teacher.model_path")
-    initial_name = ""
-    if training.model_path:
-        initial_name = command_line.input_file(training.model_path, args.config, "student.model_path")
-    run, reference_name = experiment.run, ""
-    if run.eval_interval:
-        reference_name = command_line.input_file(run.eval_reference, args.config, "run.eval_reference")
+    weights_name = paths.input_file(teacher.model_path, args.config, "teacher.model_path")
+    initial_name, reference_name = command_line.run_inputs(experiment, args.config)
     batch_size = command_line.per_rank(training.batch_size, detect_launch().world_size, "student.batch_size")
-    tempfile = command_line.output_path(teacher.tempfile, args.config)
+    tempfile = paths.output_path(teacher.tempfile, args.config)
 
     from guided_diffusion import dist_util
     from guided_diffusion.runs.provenance import describe_network
@@ -34,14 +23,14 @@ def main() -> None:
     from guided_diffusion.setups.distillation import distillation_loop, pool_file
 
     dist_util.setup_dist()
-    cache = command_line.fetched_path(args.config)
+    cache = paths.fetched_path(args.config)
     weights = dist_util.local_copy(weights_name, cache)
     initial = dist_util.local_copy(initial_name, cache) if initial_name else None
     load_judge = None
     if reference_name:
         from evaluations.judge import Judge
 
-        load_judge = partial(Judge, dist_util.local_copy(reference_name, cache), run)
+        load_judge = partial(Judge, dist_util.local_copy(reference_name, cache), experiment.run)
     with start_run("kd", experiment, args, batch_size) as (log, resume):
         distillation_loop(
             experiment,

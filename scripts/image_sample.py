@@ -1,6 +1,6 @@
 """Sample images from a trained model, into samples_NxHxWx3.npz (uint8, arr_0; labels in arr_1)."""
 
-from guided_diffusion.config import command_line
+from guided_diffusion.config import command_line, paths
 from guided_diffusion.config.loading import load_experiment
 from guided_diffusion.config.registry import SAMPLERS, look_up, require_known
 from guided_diffusion.errors import UserError
@@ -62,7 +62,7 @@ def main() -> None:
     from pathlib import Path
 
     config = args.config or Path(args.model_path)
-    weights_name = command_line.input_file(args.model_path, config, "--model_path")
+    weights_name = paths.input_file(args.model_path, config, "--model_path")
 
     from guided_diffusion import dist_util
     from guided_diffusion.io.remote import is_url
@@ -76,16 +76,16 @@ def main() -> None:
     from guided_diffusion.script_util import build_network, build_space
 
     dist_util.setup_dist()
-    cache = command_line.fetched_path(config)
+    cache = paths.fetched_path(config)
     weights_name, weights = local_weights(weights_name, cache)
     if experiment is None:
         experiment = described_experiment(weights, args.overrides)
     experiment.student.architecture.require_guidable(args.guidance_scale, "--guidance_scale", "")
     folder = args.name or f"{experiment.name}-{Path(weights_name).stem}"
-    default = command_line.output_path(f"experiments/sample/{folder}", config)
+    default = paths.output_path(f"experiments/sample/{folder}", config)
     mirror = None
     if args.log_dir and is_url(args.log_dir):
-        mirror = Mirror(args.log_dir, command_line.remote_path(config))
+        mirror = Mirror(args.log_dir, paths.remote_path(config))
     sampler = look_up(SAMPLERS, name, "--sampler")
     if not isinstance(sampler, Sampler):
         raise UserError(f"--sampler: {name} is no Sampler; name a Sampler(function)")

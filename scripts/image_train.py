@@ -3,7 +3,7 @@
 from functools import partial
 from pathlib import Path
 
-from guided_diffusion.config import command_line
+from guided_diffusion.config import command_line, paths
 from guided_diffusion.processes.launch import detect_launch, run_script
 
 
@@ -13,19 +13,13 @@ def main() -> None:
     parser.add_argument(
         "--data_dir", required=True, help="folder of images, an .npz with arr_0, or a folder of .npz"
     )
-    parser.add_argument(
-        "--resume_checkpoint", help="continue from this run directory or modelNNNNNN.pt; a path or a URL"
-    )
-    parser.add_argument(
-        "--exp_dir", help="the run's directory, a path or a URL (default: a new one in experiments/train)"
-    )
+    command_line.add_run_options(parser, "train")
     parser.add_argument(
         "--num_workers",
         type=command_line.not_negative,
         default=0,
         help="processes that load images (default 0)",
     )
-    parser.add_argument("--wandb", action="store_true", help="also record to Weights & Biases")
     args, experiment = command_line.parse(parser)
     from guided_diffusion.config.settings import DistillationExperiment
     from guided_diffusion.errors import UserError
@@ -35,12 +29,7 @@ def main() -> None:
         raise UserError(f"{args.config}: has a 'teacher' section; image_kd.py distils, this trains on images")
     if not Path(args.data_dir).exists():
         raise UserError(f"--data_dir: no such file or folder: {args.data_dir}")
-    initial_name = ""
-    if training.model_path:
-        initial_name = command_line.input_file(training.model_path, args.config, "model_path")
-    run, reference_name = experiment.run, ""
-    if run.eval_interval:
-        reference_name = command_line.input_file(run.eval_reference, args.config, "run.eval_reference")
+    initial_name, reference_name = command_line.run_inputs(experiment, args.config)
     batch_size = command_line.per_rank(training.batch_size, detect_launch().world_size, "batch_size")
 
     from guided_diffusion import dist_util
@@ -49,20 +38,20 @@ def main() -> None:
     from guided_diffusion.setups.image_training import training_loop
 
     dist_util.setup_dist()
-    cache = command_line.fetched_path(args.config)
+    cache = paths.fetched_path(args.config)
     initial = dist_util.local_copy(initial_name, cache) if initial_name else None
     load_judge = None
     if reference_name:
         from evaluations.judge import Judge
 
-        load_judge = partial(Judge, dist_util.local_copy(reference_name, cache), run)
+        load_judge = partial(Judge, dist_util.local_copy(reference_name, cache), experiment.run)
     with start_run("train", experiment, args, batch_size) as (log, resume):
         training_loop(
             experiment,
             data_dir=args.data_dir,
             batch_size=batch_size,
             num_workers=args.num_workers,
-            cache=command_line.output_path("experiments/cache", args.config),
+            cache=paths.output_path("experiments/cache", args.config),
             log=log,
             initial=initial,
             resume=resume,

@@ -1,6 +1,6 @@
 """Say what a checkpoint or a diffusers folder is: a configuration on stdout, explanations on stderr."""
 
-from guided_diffusion.config import command_line
+from guided_diffusion.config import command_line, paths
 from guided_diffusion.processes.launch import run_script
 
 
@@ -30,13 +30,13 @@ def main() -> None:
     from pathlib import Path
 
     here = Path("inspected.yaml")  # where a configuration would lie
-    name = command_line.input_file(args.path, here, "PATH")
+    name = paths.input_file(args.path, here, "PATH")
 
     from guided_diffusion.runs.best import local_weights
     from guided_diffusion.setups.inspecting import check, inspect
 
     with redirect_stdout(sys.stderr):
-        _, weights = local_weights(name, command_line.fetched_path(here))
+        _, weights = local_weights(name, paths.fetched_path(here))
         inspected = inspect(weights, args.overrides)
         print("\n".join(inspected.lines))
         if args.check:

@@ -7,8 +7,9 @@ docs/studies.md describes the study's file and everything that is written.
 import os
 from pathlib import Path
 
-from guided_diffusion.config.command_line import make_bare_parser, output_path, positive
+from guided_diffusion.config.command_line import make_bare_parser, positive
 from guided_diffusion.config.loading import find_config, project_root
+from guided_diffusion.config.paths import output_path
 from guided_diffusion.errors import UserError
 from guided_diffusion.io.remote import local_path
 from guided_diffusion.processes.launch import run_script

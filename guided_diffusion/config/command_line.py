@@ -5,11 +5,8 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from ..errors import UserError
-from ..io.remote import is_url, local_path, normalised
-from ..io.shipped import SHIPPED
-from .foreign import find_folder
-from .known_models import whence
-from .loading import find_config, input_folders, load_distillation, load_experiment, project_root
+from .loading import find_config, load_distillation, load_experiment
+from .paths import input_file
 from .settings import SECTIONS, DistillationExperiment, Experiment, describe_keys
 
 
@@ -59,6 +56,39 @@ def make_bare_parser(description: str | None, epilog: str = "") -> argparse.Argu
     )
 
 
+def add_run_options(parser: argparse.ArgumentParser, kind: str) -> None:
+    """Add what every training takes: --resume_checkpoint, --exp_dir and --wandb.
+
+    Args:
+        parser: the script's.
+        kind: the folder under experiments/ in which new runs lie.
+    """
+    parser.add_argument(
+        "--resume_checkpoint", help="continue from this run directory or modelNNNNNN.pt; a path or a URL"
+    )
+    parser.add_argument(
+        "--exp_dir", help=f"the run's directory, a path or a URL (default: a new one in experiments/{kind})"
+    )
+    parser.add_argument("--wandb", action="store_true", help="also record to Weights & Biases")
+
+
+def run_inputs(experiment: Experiment, config: Path) -> tuple[str, str]:
+    """Names, as of `input_file`, of the student's initial weights and of the reference that scores it; "" for
+    what is not wanted.
+
+    Raises:
+        UserError: as there.
+    """
+    training, run = experiment.student.training, experiment.run
+    initial = reference = ""
+    if training.model_path:
+        where = "student." if isinstance(experiment, DistillationExperiment) else ""
+        initial = input_file(training.model_path, config, f"{where}model_path")
+    if run.eval_interval:
+        reference = input_file(run.eval_reference, config, "run.eval_reference")
+    return initial, reference
+
+
 def parse(parser: argparse.ArgumentParser) -> tuple[argparse.Namespace, Experiment]:
     """Parse the command line and load the configuration it names.
 
@@ -100,49 +130,6 @@ def positive(text: str) -> int:
     if not text.isdigit() or int(text) == 0:
         raise argparse.ArgumentTypeError(f"'{text}' is no whole number above 0")
     return int(text)
-
-
-def input_file(name: str, config: Path, what: str) -> str:
-    """The model a key or flag names: in one of `loading.input_folders`, in the library
-    (`model/digits_teacher.pt`), or on the Hub.
-
-    Returns:
-        The path of an existing file or folder, or a URL, which `dist_util.local_copy` fetches.
-
-    Raises:
-        UserError: no name, no such file, or no URL that is known.
-    """
-    if not name:
-        raise UserError(f"{config}: {what} is not set")
-    if is_url(name):
-        return normalised(name)
-    folders = input_folders(config)
-    for folder in (*folders, SHIPPED):
-        if (path := folder / name).is_file():
-            return name if folder == Path.cwd() else str(path)
-    if found := find_folder(name, folders):
-        return str(found)
-    places = "" if Path(name).is_absolute() else f" in {', '.join(map(str, folders))}"
-    raise UserError(f"{what}: no such file: {name}{places}{whence(name)}")
-
-
-def output_path(name: str | Path, config: Path) -> Path:
-    """A path of a configuration that is written: relative ones lie in the configuration's project.
-
-    Raises:
-        UserError: it is a URL.
-    """
-    return project_root(config) / local_path(str(name))
-
-
-def remote_path(config: Path) -> Path:
-    """Where the local directories of URLs lie."""
-    return output_path("experiments/remote", config)
-
-
-def fetched_path(config: Path) -> Path:
-    """Where the local copies of files at URLs lie."""
-    return remote_path(config) / "files"
 
 
 def per_rank(batch_size: int, world_size: int, what: str) -> int:

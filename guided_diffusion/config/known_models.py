@@ -180,7 +180,7 @@ KNOWN_MODELS = (
 )
 
 
-def whence(path: str | Path) -> str:
+def download_hint(path: str | Path) -> str:
     """Where to get a known model's file from, as the end of a message that it is missing; "" for others."""
     for model in KNOWN_MODELS:
         if model.file and Path(path).name == model.file:

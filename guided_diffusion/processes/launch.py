@@ -58,7 +58,7 @@ class OtherRanks:
 _others: OtherRanks | None = None
 
 
-def meet(others: OtherRanks) -> None:
+def register_other_ranks(others: OtherRanks) -> None:
     """Tell `run_script` that from now on there are other ranks."""
     global _others
     _others = others

@@ -16,7 +16,7 @@ from typing import Any
 import torch as th
 
 from .. import dist_util
-from ..config import command_line
+from ..config import paths
 from ..config.loading import experiment_keys, experiment_text, load_experiment
 from ..config.settings import DistillationExperiment, Experiment
 from ..errors import UserError
@@ -114,7 +114,7 @@ def _mirror(experiment: Experiment, args: argparse.Namespace) -> Mirror | None:
     else:
         return None
     return Mirror(
-        url, command_line.remote_path(args.config), Retention.of(experiment.student.training, experiment.run)
+        url, paths.remote_path(args.config), Retention.of(experiment.student.training, experiment.run)
     )
 
 
@@ -299,7 +299,7 @@ def _find(
             )
         return directory, named
     if own is None:
-        parent = command_line.output_path(f"experiments/{kind}", args.config)
+        parent = paths.output_path(f"experiments/{kind}", args.config)
         found = _unfinished(parent, experiment, lock)
         return found or (_new_directory(parent, run_name(experiment.name, args.overrides), lock), None)
     directory = _hold(own, lock)
@@ -312,8 +312,8 @@ def _find(
 def _open_named(wanted: str, config: Path) -> Checkpoint:
     """The checkpoint that --resume_checkpoint, or the key of that name, means."""
     if is_url(wanted):
-        return fetch_checkpoint(wanted, command_line.fetched_path(config))
-    found = [path for path in (Path(wanted), command_line.output_path(wanted, config)) if path.exists()]
+        return fetch_checkpoint(wanted, paths.fetched_path(config))
+    found = [path for path in (Path(wanted), paths.output_path(wanted, config)) if path.exists()]
     return open_checkpoint(found[0] if found else wanted)
 
 

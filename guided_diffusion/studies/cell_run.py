@@ -31,7 +31,7 @@ from .ledger import Ledger, ledger_of
 from .results import plain, primary_name
 from .study_file import Study
 
-Scorer = Callable[[Path, Path], dict[str, float]]
+ScoreFiles = Callable[[Path, Path], dict[str, float]]
 _DIVERGED = "gradients were not finite"  # what train_util says of a run that gives up
 _SHOWN = 16  # samples in the report's pictures
 _TIMED_ITERATIONS = 60  # of the trial run that tells how many iterations some seconds are
@@ -59,7 +59,7 @@ class Shared:
         iterations: what budgets in seconds have bought.
     """
 
-    def __init__(self, study: Study, out: Path, root: Path, score: Scorer):
+    def __init__(self, study: Study, out: Path, root: Path, score: ScoreFiles):
         self.study, self.out, self.score = study, out, score
         self.commands = Commands(root)
         self.iterations = Steps(out / "iterations.json")

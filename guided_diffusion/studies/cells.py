@@ -11,7 +11,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from ..config import command_line
+from ..config import paths
 from ..config.settings import SECTIONS, Denoiser, DistillationExperiment, flat
 from ..errors import UserError
 from ..io.digits import digits_file
@@ -86,7 +86,7 @@ def teacher_path(study: Study, experiment: DistillationExperiment) -> Path:
     Raises:
         UserError: it is not there, or a URL.
     """
-    name = command_line.input_file(experiment.teacher.model_path, study.config, "teacher.model_path")
+    name = paths.input_file(experiment.teacher.model_path, study.config, "teacher.model_path")
     if is_url(name):
         raise UserError(f"{study.path}: teacher.model_path must be a file or folder here, not {name}")
     return Path(name).resolve()
@@ -97,7 +97,7 @@ def reference_path(study: Study) -> Path:
     name = study.reference
     if name == "digits":
         name = f"datasets/digits/{digits_file(study.image_size)}"
-    return command_line.output_path(name, study.path)
+    return paths.output_path(name, study.path)
 
 
 def changed_keys(experiment: DistillationExperiment) -> dict[str, dict[str, Any]]:

@@ -19,7 +19,7 @@ from ..io.files import held
 from ..processes.stopping import Stopped, StopSignals
 from ..runs.provenance import git_revision
 from ..script_util import build_process
-from .cell_run import CellRun, Scorer, Shared
+from .cell_run import CellRun, ScoreFiles, Shared
 from .cells import Cell, cells_of
 from .commands import Steps, StudyStopped
 from .results import Results
@@ -38,7 +38,7 @@ class Runner:
         jobs: cells at a time.
     """
 
-    def __init__(self, study: Study, out: Path, root: Path, results: Results, score: Scorer, jobs: int):
+    def __init__(self, study: Study, out: Path, root: Path, results: Results, score: ScoreFiles, jobs: int):
         self.study, self.out, self.results, self.jobs = study, out, results, jobs
         self.shared = Shared(study, out, root, score)
         self.failures: list[str] = []
