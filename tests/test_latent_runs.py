@@ -13,6 +13,7 @@ from tiny import ROOT, T, distillation, make_vae, network, one_line_error
 
 from guided_diffusion.config.loading import load_distillation, load_experiment
 from guided_diffusion.distill.pool_file import read_pool, read_pool_header
+from guided_diffusion.io import files
 from guided_diffusion.io.files import NpzFile
 from guided_diffusion.runs.checkpoint import load_network, load_state_dict, read_description
 from guided_diffusion.sampling.samplers import SeededNoise
@@ -251,7 +252,8 @@ def test_images_are_encoded_once(baseline, monkeypatch):
     assert calls == [9] * 5 + [8, 8] and len(encoded(baseline)) == 4
 
 
-def test_a_second_run_waits_while_the_first_encodes_the_same_images(baseline):
+def test_a_second_run_waits_while_the_first_encodes_the_same_images(baseline, monkeypatch):
+    monkeypatch.setattr(files, "_PATIENCE", 0.5)  # after which who waits is told
     train(baseline, "a")
     (path,) = encoded(baseline)
     moments = path.read_bytes()
@@ -262,8 +264,9 @@ def test_a_second_run_waits_while_the_first_encodes_the_same_images(baseline):
     )
     with subprocess.Popen([sys.executable, "-c", first, path], cwd=ROOT, stdout=subprocess.PIPE) as other:
         assert other.stdout.readline() == b"held\n" and other.poll() is None
-        train(baseline, "b")
+        told = train(baseline, "b").stderr
         assert other.poll() == 0
+    assert f"{path}: waiting: another process is writing there (process {other.pid} on " in told
     assert encoded(baseline) == [path] and path.read_bytes() == moments
 
 

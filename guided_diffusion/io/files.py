@@ -11,6 +11,7 @@ import re
 import secrets
 import socket
 import struct
+import sys
 import time
 import tokenize
 import zipfile
@@ -24,6 +25,7 @@ import numpy as np
 from numpy.lib import format as npy_format
 
 from ..errors import UserError, first_line
+from .progress import say
 
 # What the zip and npy readers raise on damaged or foreign contents.
 _DAMAGE = (
@@ -117,13 +119,14 @@ def held(path: Path, *, patience: float | None = None) -> Iterator[None]:
     Args:
         path: an existing directory, or a file in one.
         patience: seconds that a process which holds it has to end; by default ten, since one that is being
-            stopped takes some.
+            stopped takes some. Who waits longer is told.
 
     Raises:
         UserError: another process holds it; one line says which.
     """
     lock = path / ".lock" if path.is_dir() else path.with_name(f".{path.name}.lock")
     deadline = time.monotonic() + (_PATIENCE if patience is None else patience)
+    told_at = time.monotonic() + _PATIENCE
     while True:
         file = open(lock, "a+")  # noqa: SIM115 (closing it is what ends the lock)
         try:
@@ -138,11 +141,14 @@ def held(path: Path, *, patience: float | None = None) -> Iterator[None]:
             if error.errno not in (errno.EAGAIN, errno.EACCES):
                 file.close()
                 raise
+            file.seek(0)
+            who = f"another process is writing there ({file.read(100).strip() or 'unknown'})"
             if time.monotonic() >= deadline:
-                file.seek(0)
-                holder = file.read(100).strip() or "unknown"
                 file.close()
-                raise UserError(f"{path}: another process is writing there ({holder})") from None
+                raise UserError(f"{path}: {who}") from None
+            if time.monotonic() >= told_at:
+                say(f"{path}: waiting: {who}", sys.stderr)
+                told_at = math.inf
             time.sleep(0.1)
         file.close()
     try:
