@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import subprocess
 
 import pytest
 import torch as th
@@ -9,6 +10,7 @@ from driver import distil, run, train
 from tiny import ROOT, distillation
 
 from guided_diffusion.distill.pool_file import read_pool_header
+from guided_diffusion.runs.provenance import git_revision
 
 
 def records(folder):
@@ -102,9 +104,14 @@ def test_another_teachers_pool_is_refused(copied, finished):
 
 def test_the_revision_is_the_librarys(tmp_path):
     """Not that of a repository in which a user keeps configurations."""
-    from guided_diffusion.runs.provenance import git_revision
-
-    assert git_revision() == git_revision(ROOT)
+    folder, git = tmp_path / "yaml", ["git", "-C", tmp_path, "-c", "user.name=a", "-c", "user.email=a@b.c"]
+    folder.mkdir()
+    subprocess.run([*git, "init", "-q"], check=True)
+    subprocess.run([*git, "commit", "-q", "--allow-empty", "-m", "mine"], check=True)
+    code, text = run(folder, *distil(folder), "--exp_dir", tmp_path / "run", "run.iterations=1")
+    assert code == 0, text
+    found = json.loads((tmp_path / "run/run.json").read_text())["git_revision"]
+    assert found == git_revision(ROOT) != git_revision(tmp_path)
 
 
 def test_a_teacher_without_finite_numbers(tmp_path):
