@@ -8,7 +8,7 @@
 ARG BASE=nvidia/cuda:13.0.1-base-ubuntu24.04
 FROM ${BASE}
 
-# The compiler is for Triton, which run.compile and the fused kernels use.
+# The compiler is for the fused kernels, those in C and those by Triton, and for run.compile.
 RUN apt-get update \
     && apt-get install --yes --no-install-recommends python3 python3-dev python3-venv gcc libc6-dev \
     && rm -rf /var/lib/apt/lists/*

@@ -12,6 +12,7 @@ setup(
     package_dir={f"tccd.{folder}": folder for folder in FOLDERS},
     package_data={
         "guided_diffusion": ["py.typed"],
+        "guided_diffusion.kernels": ["*.c"],
         "guided_diffusion.reports": ["page.*"],
         "evaluations": ["py.typed"],
         "tccd.yaml": ["**/*.yaml"],

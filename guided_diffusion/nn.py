@@ -3,6 +3,7 @@
 import functools
 import math
 from collections.abc import Callable
+from importlib import import_module
 from typing import TypeVar
 
 import torch as th
@@ -12,30 +13,42 @@ from torch.utils.checkpoint import checkpoint
 
 from .errors import first_line
 from .io.progress import warn
-from .kernels.norm_silu import keep_mask, norm_silu
+from .kernels.dropout import keep_mask
 
 _M = TypeVar("_M", bound=nn.Module)
 
 
 @functools.cache
-def gpu_kernel() -> Callable[..., th.Tensor] | None:
-    """`kernels.norm_silu_gpu.norm_silu`, where Triton is there and works; it comes with torch for GPUs."""
-    try:
-        from .kernels import norm_silu_gpu
+def norm_kernel(device: str) -> Callable[..., th.Tensor] | None:
+    """`norm_silu` of `kernels.norm_silu_cpu` or `kernels.norm_silu_gpu`, where it can be compiled.
 
-        norm_silu_gpu.try_out()
+    Args:
+        device: "cpu", for which a C compiler is needed, or "cuda", for which Triton is.
+    """
+    compiler = "the C compiler" if device == "cpu" else "Triton"
+    try:
+        module = import_module(f".kernels.norm_silu_{'cpu' if device == 'cpu' else 'gpu'}", __package__)
+        module.try_out()
     except ImportError:
         return None
     except Exception as error:  # whatever is amiss with the machine's compilers
-        reason = first_line(error)
-        warn(f"Triton does not work here ({reason}); normalising by torch's slower kernels")
+        warn(f"{compiler} does not work here ({first_line(error)}); normalising by torch's slower kernels")
         return None
-    return norm_silu_gpu.norm_silu
+    return module.norm_silu
 
 
 def fused(x: th.Tensor) -> Callable[..., th.Tensor] | None:
-    """`gpu_kernel` where it is for x: on a GPU, not in float64, and not where torch.compile does the same."""
-    return gpu_kernel() if x.is_cuda and x.dtype != th.float64 and not th.compiler.is_compiling() else None
+    """`norm_kernel`, if it is for x and torch.compile does not do the same.
+
+    On a GPU it is for all but float64, on the CPU for float32 and bfloat16 in channels last: contiguous,
+    torch's kernels are the ones whose digits the originals' numbers have.
+    """
+    last = x.is_contiguous(memory_format=th.channels_last)
+    fits = {
+        "cuda": x.dtype != th.float64 and (last or x.is_contiguous()),
+        "cpu": x.dtype in (th.float32, th.bfloat16) and last,
+    }
+    return norm_kernel(x.device.type) if fits.get(x.device.type) and not th.compiler.is_compiling() else None
 
 
 class GroupNorm32(nn.GroupNorm):
@@ -64,27 +77,18 @@ class GroupNorm32(nn.GroupNorm):
         Returns:
             [B, C, H, W] of the dtype of x.
         """
-        channels_last = x.is_contiguous(memory_format=th.channels_last)
-        kernel = fused(x) if channels_last or x.is_contiguous() else None
+        kernel = fused(x)
         if kernel is not None:
             rows = self.weight, self.bias, scale, shift, before
             return kernel(x, *rows, self.num_groups, self.eps, silu, dropout)
         if before is not None:
             x = x + before.expand(x.shape[:2])[:, :, None, None].type(x.dtype)
-        eager = not th.compiler.is_compiling()
-        # On the CPU torch's kernels are the faster ones in another layout.
-        if x.device.type == "cpu" and channels_last and eager:
-            gain, bias = self.weight.expand(x.shape[:2]), self.bias.expand(x.shape[:2])
-            if scale is not None and shift is not None:
-                scale = 1 + scale.float()
-                gain, bias = gain * scale, bias * scale + shift
-            return norm_silu(x, gain, bias, self.num_groups, self.eps, silu, dropout)
         h = super().forward(x.float()).type(x.dtype)
         if scale is not None and shift is not None:
             scale, shift = (part[:, :, None, None].type(x.dtype) for part in (scale, shift))
             h = h * (1 + scale) + shift
         h = F.silu(h) if silu else h
-        if dropout and h.device.type == "cpu" and eager:
+        if dropout and h.device.type == "cpu" and not th.compiler.is_compiling():
             return h * keep_mask(h, dropout).to(h.dtype).mul_(1 / (1 - dropout))
         return F.dropout(h, dropout, dropout > 0)
 
@@ -96,7 +100,7 @@ def convolved(conv: nn.Module, x: th.Tensor) -> tuple[th.Tensor, th.Tensor | Non
     way. Elsewhere it is None.
     """
     assert isinstance(conv, nn.Conv2d)
-    if fused(x) is None:
+    if not x.is_cuda or fused(x) is None:
         return conv(x), None
     return F.conv2d(x, conv.weight, None, conv.stride, conv.padding), conv.bias
 

@@ -70,9 +70,9 @@ def test_both_compile_for_a_gpu(flags):
 def test_where_triton_does_not_work_torchs_kernels_do(monkeypatch, capsys):
     module = pytest.importorskip("guided_diffusion.kernels.norm_silu_gpu", reason="needs pip install triton")
     monkeypatch.setattr(module, "try_out", lambda: 1 / 0)
-    nn.gpu_kernel.cache_clear()
-    assert nn.gpu_kernel() is None and nn.gpu_kernel() is None
-    nn.gpu_kernel.cache_clear()
+    nn.norm_kernel.cache_clear()
+    assert nn.norm_kernel("cuda") is None and nn.norm_kernel("cuda") is None
+    nn.norm_kernel.cache_clear()
     assert capsys.readouterr().err.count("WARNING: Triton does not work here (division by zero)") == 1
 
 

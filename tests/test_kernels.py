@@ -1,12 +1,18 @@
 """The networks' own operations on the CPU against torch's."""
 
+import itertools
+import shutil
+import subprocess
+import sys
+
 import pytest
 import torch as th
 from torch.nn import functional as F
 
-from guided_diffusion.kernels import norm_silu as module
+from guided_diffusion import nn
+from guided_diffusion.kernels import native, norm_silu_cpu
 from guided_diffusion.kernels.attention import attention
-from guided_diffusion.kernels.norm_silu import keep_mask, norm_silu
+from guided_diffusion.kernels.dropout import keep_mask
 from guided_diffusion.nn import GroupNorm32
 
 LAYOUTS = [th.channels_last, th.contiguous_format]
@@ -27,9 +33,8 @@ def plain(norm, x, scale, shift):
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtype, rough", [(th.float32, 2e-6), (th.bfloat16, 4e-3)])
-def test_norm_with_all_that_follows_equals_the_single_operations(dtype, rough, layout, monkeypatch):
+def test_norm_with_all_that_follows_equals_the_single_operations(dtype, rough, layout):
     th.manual_seed(0)
-    monkeypatch.setattr(module, "_PIECE", 2 * 8 * 6 * 5)  # the batch of 5 goes in three pieces
     norm = random_norm()
     x = (th.randn(5, 8, 6, 5) + 10).to(dtype).contiguous(memory_format=layout)
     scale, shift, weights = th.randn(5, 8), th.randn(5, 8), th.randn(5, 8, 6, 5)
@@ -58,20 +63,154 @@ def test_a_norm_alone_is_torchs():
     th.testing.assert_close(norm(x), exact, atol=1e-6, rtol=1e-5)
 
 
-@pytest.mark.parametrize("dropout", [0.0, 0.3])
+needs_compiler = pytest.mark.skipif(not shutil.which("cc"), reason="needs a C compiler")
+SIZES = [  # batch, channels, height and width, groups: even shares for vectors and threads, and uneven ones
+    (2, 64, 24, 32),
+    (1, 192, 5, 32),
+    (3, 20, 1, 4),
+    (1, 160, 9, 2),
+]
+WITHOUT = None, None, None  # scale, shift and what is added before
+
+
+@needs_compiler
+@pytest.mark.parametrize("before", [None, "channels", "samples"])
 @pytest.mark.parametrize("silu", [False, True])
-def test_gradients_of_the_norm(silu, dropout, monkeypatch):
+@pytest.mark.parametrize("dtype", [th.float32, th.bfloat16])
+def test_the_kernel_equals_the_single_operations(dtype, silu, before):
+    for (batch, channels, size, groups), scaled in itertools.product(SIZES, (False, True)):
+        th.manual_seed(0)
+        x = (
+            (2 * th.randn(batch, channels, size, size) + 5)
+            .to(dtype)
+            .contiguous(memory_format=th.channels_last)
+        )
+        inputs = [x, th.randn(channels), th.randn(channels), th.randn(batch, 2 * channels)]
+        inputs.append(3 * th.randn(channels) if before == "channels" else 3 * th.randn(batch, channels))
+        weights = th.randn_like(x)
+        ends = []
+        for wide in (False, True):
+            ours = [value.double() if wide else value.clone() for value in inputs]
+            x, weight, bias, condition, added = (value.requires_grad_() for value in ours)
+            scale, shift = condition.chunk(2, dim=1) if scaled else (None, None)
+            if wide:
+                h = x if before is None else x + added.expand(batch, -1)[..., None, None]
+                out = F.group_norm(h, groups, weight, bias, 1e-5)
+                if scaled:
+                    out = out * (1 + scale[..., None, None]) + shift[..., None, None]
+                out = F.silu(out) if silu else out
+            else:
+                more = None if before is None else added
+                out = norm_silu_cpu.norm_silu(x, weight, bias, scale, shift, more, groups, 1e-5, silu, 0.0)
+                assert out.dtype == dtype and out.stride() == x.stride()
+            asked = [*ours[: 3 + scaled], *(ours[4:] if before else [])]
+            ends.append([out.detach(), *th.autograd.grad(out, asked, weights.to(out))])
+        for mine, exact in zip(*ends, strict=True):
+            assert float((mine - exact).norm() / exact.norm()) < (1e-6 if dtype == th.float32 else 8e-3)
+
+
+@needs_compiler
+def test_the_kernel_gives_the_same_with_any_number_of_threads_and_in_any_company():
+    x = th.randn(3, 48, 16, 16).contiguous(memory_format=th.channels_last).requires_grad_()
+    affine, weights = (th.randn(48), th.randn(48)), th.randn(3, 48, 16, 16)
+    threads, ends = th.get_num_threads(), []
+    try:
+        for count, samples in ((1, 3), (2, 3), (7, 3), (2, 1)):
+            th.set_num_threads(count)
+            th.manual_seed(0)
+            out = norm_silu_cpu.norm_silu(x[:samples], *affine, *WITHOUT, 16, 1e-5, True, 0.3)
+            (gradient,) = th.autograd.grad(out, x, weights[:samples])
+            ends.append((out[:1].detach(), gradient[:1]))
+    finally:
+        th.set_num_threads(threads)
+    for out, gradient in ends[1:]:
+        assert th.equal(out, ends[0][0]) and th.equal(gradient, ends[0][1])
+
+
+@needs_compiler
+@pytest.mark.parametrize("channels", [64, 20])
+def test_what_the_kernel_drops(channels):
+    x = th.randn(4, channels, 32, 32).contiguous(memory_format=th.channels_last).requires_grad_()
     th.manual_seed(0)
-    monkeypatch.setattr(module, "_PIECE", 20)
-    inputs = [
-        th.randn(shape, dtype=th.float64, requires_grad=True) for shape in ((3, 4, 3, 2), (3, 4), (3, 4))
-    ]
+    dropped, again, whole = (
+        norm_silu_cpu.norm_silu(x, th.ones(channels), th.zeros(channels), *WITHOUT, 4, 1e-5, True, p)
+        for p in (0.3, 0.3, 0.0)
+    )
+    kept = dropped != 0
+    assert not th.equal(kept, again != 0)
+    bound = 5 / kept.numel() ** 0.5
+    assert float(kept.float().mean()) == pytest.approx(0.7, abs=bound * 0.21**0.5)
+    th.testing.assert_close(dropped, whole * kept / 0.7, rtol=1e-4, atol=0)
+    in_memory = kept.permute(0, 2, 3, 1).flatten().float() - 0.7
+    for lag in (1, 2, 4, 8, 16, 128, channels, 1024 * channels):  # bits of a draw, draws, positions, samples
+        assert abs(float((in_memory[lag:] * in_memory[:-lag]).mean())) < 0.21 * bound
+    weights = th.randn_like(x)
+    ours, exact = (th.autograd.grad(out, x, weights)[0] for out in (dropped, whole * kept / 0.7))
+    th.testing.assert_close(ours, exact, rtol=1e-4, atol=1e-5)
+    th.manual_seed(0)
+    same = norm_silu_cpu.norm_silu(x, th.ones(channels), th.zeros(channels), *WITHOUT, 4, 1e-5, True, 0.3)
+    assert th.equal(same, dropped)
 
-    def seeded(x, gain, bias):
-        th.manual_seed(1)
-        return norm_silu(x, gain, bias, 2, 1e-5, silu, dropout)
 
-    assert th.autograd.gradcheck(seeded, inputs)
+@needs_compiler
+@pytest.mark.parametrize("dtype", [th.float32, th.bfloat16])
+def test_the_kernel_hides_nothing_that_is_not_finite(dtype):
+    for value in (float("nan"), float("inf"), -float("inf")):
+        x = th.randn(2, 8, 4, 4).contiguous(memory_format=th.channels_last).to(dtype)
+        x[0, 0, 1, 1] = value
+        out = norm_silu_cpu.norm_silu(x, th.ones(8), th.zeros(8), *WITHOUT, 4, 1e-5, True, 0.0)
+        assert out[0, :2].isnan().all() and out[0, 2:].isfinite().all() and out[1].isfinite().all()
+
+
+@needs_compiler
+def test_the_kernel_far_from_zero():
+    x = th.linspace(-1, 1, 64).view(1, 1, 8, 8).contiguous(memory_format=th.channels_last).requires_grad_()
+    for gain in (10.0, 1e3, 1e30):
+        out = norm_silu_cpu.norm_silu(x, th.tensor([gain]), th.zeros(1), *WITHOUT, 1, 1e-5, True, 0.0)
+        h = gain * F.group_norm(x, 1)
+        th.testing.assert_close(out, F.silu(h), rtol=1e-5, atol=1e-6 * gain)
+        assert th.autograd.grad(out.sum(), x)[0].isfinite().all()
+
+
+@needs_compiler
+def test_what_is_compiled_is_kept_for_the_next_time(tmp_path, monkeypatch):
+    source = tmp_path / "seven.c"
+    source.write_text("int seven(void) { return 7; }\n")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    runs = []
+    run = subprocess.run
+    monkeypatch.setattr(subprocess, "run", lambda *args, **more: runs.append(args) or run(*args, **more))
+    for _ in range(2):
+        assert native.compiled(source).seven() == 7
+    (kept,) = (tmp_path / "cache/tccd").iterdir()
+    assert kept.name.startswith("seven-") and len(runs) == 1
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "other"))
+    damaged = tmp_path / "other/tccd" / kept.name
+    damaged.parent.mkdir(parents=True)
+    damaged.write_bytes(kept.read_bytes()[:100])
+    assert native.compiled(source).seven() == 7 and len(runs) == 2
+    assert damaged.read_bytes() == kept.read_bytes()
+    source.write_text("int seven(void) { return 6 + 1; }\n")
+    assert native.compiled(source).seven() == 7 and len(runs) == 3
+    monkeypatch.setenv("XDG_CACHE_HOME", str(source))  # no folder can be made there
+    assert native.compiled(source).seven() == 7 and len(runs) == 4
+
+
+@pytest.mark.parametrize("compiler", ["no-such-compiler", "false", f"{sys.executable} -c pass --"])
+def test_without_a_compiler_torchs_kernels_normalise(compiler, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("CC", compiler)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    norm_silu_cpu._library.cache_clear()
+    nn.norm_kernel.cache_clear()
+    try:
+        norm, x = random_norm(), th.randn(3, 8, 4, 4).contiguous(memory_format=th.channels_last)
+        scale, shift = th.randn(3, 8), th.randn(3, 8)
+        for _ in range(2):
+            th.testing.assert_close(norm(x, scale, shift, silu=True), plain(norm, x, scale, shift))
+    finally:
+        norm_silu_cpu._library.cache_clear()
+        nn.norm_kernel.cache_clear()
+    assert capsys.readouterr().err.count("WARNING: the C compiler does not work here (") == 1
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
