@@ -108,7 +108,7 @@ def test_the_wheel_holds_what_the_commands_need_and_nothing_else(installed):
     library = [
         p for folder in ("guided_diffusion", "evaluations", "tccd") for p in ROOT.glob(f"{folder}/**/*.py")
     ]
-    library += ROOT.glob("guided_diffusion/reports/page.*")
+    library += [*ROOT.glob("guided_diffusion/reports/page.*"), *ROOT.glob("guided_diffusion/kernels/*.c")]
     shipped = [
         p for pattern in ("scripts/*.py", "datasets/*.py", "yaml/**/*.yaml") for p in ROOT.glob(pattern)
     ]
