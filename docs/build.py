@@ -26,8 +26,9 @@ folder that holds `yaml/`) and in the configuration's folder. What is written to
 project.
 
 A student that gives no process, or no space, has its teacher's. A key that does nothing where it stands
-(`dropout` of a teacher) is accepted from a file, where it describes a network, and refused as an override. Every
-command takes the whole configuration, so that all can be given the same; what only others need changes nothing.
+(`dropout` of a teacher) is accepted from a file, where it describes a network, and refused as an override.
+Every command takes the whole configuration, so that all can be given the same; what only others need
+changes nothing.
 """
 
 

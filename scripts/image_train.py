@@ -55,7 +55,7 @@ def main() -> None:
             log=log,
             initial=initial,
             resume=resume,
-            description=describe_network(experiment.name, experiment.student, args.config),
+            description=describe_network(experiment.name, experiment.student),
             load_judge=load_judge,
         ).run()
 

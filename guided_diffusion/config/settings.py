@@ -409,7 +409,7 @@ class Run:
     precision: str = key("auto", "auto, fp32, bf16 or fp16 (auto: fp32, or the device's best if use_fp16)")
     channels_last: bool = key(
         False,
-        "lay float32 networks out channels last, as 16-bit ones are: faster on CPUs, rounds a little more",
+        "lay float32 networks out channels last, as 16-bit ones are: faster on CPUs, rounds more",
     )
     compile: bool = key(False, "torch.compile the networks' blocks: minutes at the start, for GPUs")
     cuda_graphs: bool = key(

@@ -160,9 +160,9 @@ class DynamicBatch:
         Args:
             index: int64 [B], which entries.
             teacher: the teacher.
-            stride: how far each goes in the mean: one step each (1, as published), or by a random number of
-                steps in {1..2 stride - 1}, at most to the clean image. The more, the more different images
-                the student sees the way to; the states are those of a sampler with as few steps.
+            stride: mean number of steps that an entry advances: always 1 (as published), or uniform in
+                {1..2 stride - 1}, ending at the clean image. The more, the more different images the student
+                sees the way to; the states are those of a sampler with as few steps.
             features, bottleneck: the batch carries these maps of the teacher's too.
         """
         x_t, level, y = self.take(index)

@@ -5,7 +5,6 @@ import hashlib
 import os
 import platform
 import shlex
-import shutil
 import subprocess
 import tempfile
 from contextlib import suppress
@@ -15,8 +14,9 @@ from ..errors import first_line
 from ..io.files import atomic_path
 
 _FLAGS = (
-    *("-O2", "-march=native", "-mprefer-vector-width=512", "-fno-math-errno", "-fno-trapping-math"),
-    *("-fno-strict-aliasing", "-fopenmp", "-fPIC", "-shared"),
+    *("-O2", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-fno-strict-aliasing"),
+    *("-fopenmp", "-fPIC", "-shared"),
+    *(["-mprefer-vector-width=512"] if platform.machine() in ("x86_64", "AMD64") else []),
 )
 
 
@@ -31,20 +31,32 @@ def compiled(source: Path) -> ctypes.CDLL:
         RuntimeError: it cannot compile this, or the user has no home.
     """
     compiler = shlex.split(os.environ.get("CC") or "cc")
-    named_by = (source.read_bytes(), compiler, _FLAGS, _processor())
-    name = f"{source.stem}-{hashlib.sha256(repr(named_by).encode()).hexdigest()[:16]}.so"
-    library = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tccd" / name
-    with suppress(OSError):  # it is not there, or damaged
-        return ctypes.CDLL(str(library))
-    with tempfile.TemporaryDirectory() as folder:
-        made = Path(folder, name)
-        command = [*compiler, *_FLAGS, "-o", str(made), str(source), "-lm"]
-        done = subprocess.run(command, capture_output=True, text=True)
-        if done.returncode:
-            raise RuntimeError(first_line(RuntimeError(done.stderr or f"{compiler[0]} failed")))
-        with suppress(OSError), atomic_path(library) as temporary:
-            shutil.copyfile(made, temporary)
-        return ctypes.CDLL(str(made))
+    named_by = repr((source.read_bytes(), compiler, _FLAGS, _processor())).encode()
+    caches = Path(os.environ.get("XDG_CACHE_HOME") or "")
+    caches = caches if caches.is_absolute() else Path.home() / ".cache"
+    library = caches / "tccd" / f"{source.stem}-{hashlib.sha256(named_by).hexdigest()[:16]}.so"
+    if not _is_whole(library):
+        with tempfile.TemporaryDirectory() as folder:
+            made = Path(folder, library.name)
+            command = [*compiler, *_FLAGS, "-o", str(made), str(source), "-lm"]
+            done = subprocess.run(command, capture_output=True, text=True)
+            if done.returncode or not made.exists():
+                raise RuntimeError(first_line(RuntimeError(done.stderr or f"{compiler[0]} made nothing")))
+            content = made.read_bytes()
+            with suppress(OSError), atomic_path(library) as temporary:
+                temporary.write_bytes(content + hashlib.sha256(content).digest())
+            if not _is_whole(library):
+                return ctypes.CDLL(str(made))
+    return ctypes.CDLL(str(library))
+
+
+def _is_whole(library: Path) -> bool:
+    """Whether it ends in the digest of what stands before: loading a damaged one would end the process."""
+    try:
+        content = library.read_bytes()
+    except OSError:
+        return False
+    return hashlib.sha256(content[:-32]).digest() == content[-32:]
 
 
 def _processor() -> str:

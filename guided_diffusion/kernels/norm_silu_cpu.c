@@ -256,6 +256,7 @@ INLINE void run(const Norm norm, const Part part, int back, int bfloat16, int si
 
 INLINE void for_each_part(const Norm *norm, const int back)
 {
+    if (!norm->batch) return;
     int64_t parts = (4 * norm->threads + norm->batch - 1) / norm->batch;  // of a sample
     parts = parts < norm->groups ? parts : norm->groups;
     const int64_t channels = norm->channels, width = channels / norm->groups;

@@ -43,7 +43,7 @@ def norm_silu(
     Returns:
         [B, C, H, W] of the dtype and layout of x, the same for any number of threads.
     """
-    seed = int(th.randint(2**63 - 1, ())) if dropout else 0
+    seed = int(th.randint(2**63 - 1, (), device="cpu")) if dropout else 0
     if before is not None:
         x = x + before.expand(x.shape[:2])[:, :, None, None].type(x.dtype)
     gain, bias = (part.float().expand(x.shape[:2]) for part in (weight, bias))
@@ -79,7 +79,8 @@ class _Norm(ctypes.Structure):
         groups, eps, silu, dropout, seed = options
         x, threads = tensors["x"], th.get_num_threads()
         batch, channels, height, width = x.shape
-        self.tensors = tensors | {"scratch": th.empty(threads, 6 * channels + 4, dtype=th.float64)}
+        scratch = th.empty(threads, 6 * channels + 4, dtype=th.float64, device="cpu")
+        self.tensors = tensors | {"scratch": scratch}
         super().__init__(
             **{name: tensor.data_ptr() for name, tensor in self.tensors.items()},
             batch=batch,
@@ -102,7 +103,7 @@ class _NormSilu(th.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: th.Tensor, gain: th.Tensor, bias: th.Tensor, *options: Any) -> th.Tensor:
         out = th.empty_like(x)
-        mean, rstd = th.empty(2, len(x), options[0])
+        mean, rstd = th.empty(2, len(x), options[0], dtype=th.float32, device="cpu")
         norm = _Norm(options, x=x, gain=gain, bias=bias, mean=mean, rstd=rstd, out=out)
         _library().norm_silu_forward(ctypes.byref(norm))
         ctx.save_for_backward(x, gain, bias, mean, rstd)
@@ -114,9 +115,11 @@ class _NormSilu(th.autograd.Function):
     def backward(ctx: Any, *gradients: th.Tensor) -> tuple[th.Tensor | None, ...]:
         names = ("x", "gain", "bias", "mean", "rstd")
         saved = dict(zip(names, ctx.saved_tensors, strict=True))
+        saved["x"], gradient = (
+            part.contiguous(memory_format=th.channels_last) for part in (saved["x"], gradients[0])
+        )
         g_x = th.empty_like(saved["x"])
         g_gain, g_bias = (th.empty_like(saved[name]) for name in ("gain", "bias"))
-        gradient = gradients[0].contiguous(memory_format=th.channels_last)
         norm = _Norm(ctx.options, **saved, gradient=gradient, out=g_x, g_gain=g_gain, g_bias=g_bias)
         _library().norm_silu_backward(ctypes.byref(norm))
         return g_x, g_gain, g_bias, None, None, None, None, None

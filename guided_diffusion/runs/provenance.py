@@ -15,13 +15,12 @@ from ..script_util import build_space
 from .checkpoint import newest_checkpoint, read_description
 
 
-def describe_network(name: str, denoiser: Denoiser, config: Path) -> dict[str, Any]:
+def describe_network(name: str, denoiser: Denoiser) -> dict[str, Any]:
     """What a checkpoint says of its network; see `checkpoint.read_description`.
 
     Args:
         name: of the configuration.
         denoiser: the network's architecture, process and space.
-        config: the configuration's file.
     """
     return {
         "config": name,

@@ -124,11 +124,26 @@ def run_ranks(folder, ranks, *args, tamper=None, expect=0):
     return children[0].text()
 
 
+_prepared = {}  # the pools there are: what they depend on -> files by name
+
+
 def distil(folder, **keys):
-    """A small distillation: its command, without --exp_dir."""
+    """A small distillation, its pool prepared, anew only if no test before had the same: its command, without
+    --exp_dir.
+    """
     config = distillation(folder, **({"student__dropout": 0.1, "distill__role_vector": True} | keys))
-    code, text = run(folder, "scripts/dynamic_prepare.py", "--config", config)
-    assert code == 0, text
+    content = yaml.safe_load(config.read_text())
+    del content["student"]
+    pool = yaml.safe_dump(content).replace(str(folder), "")
+    if pool not in _prepared:
+        before = {*folder.iterdir()}
+        code, text = run(folder, "scripts/dynamic_prepare.py", "--config", config)
+        assert code == 0, text
+        files = {*folder.glob("pool*")} - before
+        assert files
+        _prepared[pool] = {file.name: file.read_bytes() for file in files}
+    for name, content in _prepared[pool].items():
+        (folder / name).write_bytes(content)
     return ["scripts/image_kd.py", "--config", config]
 
 
