@@ -279,7 +279,7 @@ class TestStages:
         objective = build(Distill(stage2_fraction=fraction))[2]
         batch = DistillationBatch(*[th.zeros(count)] * 5)
         shares = []
-        objective.together = lambda student, batch, part: shares.append(len(part))
+        objective.together = lambda student, batch, count, weight: shares.append(count)
         assert list(objective.passes(None, batch)) == [None] and shares == [seen]
 
     def test_the_alignment_may_see_a_share_of_the_batch(self):
@@ -316,8 +316,16 @@ def loop_for(model, diffusion, objective, tmp_path, **training):
     )
 
 
-@pytest.mark.parametrize("microbatch", [3, 4])
-@pytest.mark.parametrize("settings", [DKDM, Distill(stage1_weight=0, role_vector=True)])
+@pytest.mark.parametrize("microbatch", [1, 3, 4])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        DKDM,
+        Distill(stage1_weight=0, role_vector=True),
+        Distill(stage1_weight=0, role_vector=True, stage2_fraction=0.25),
+        Distill(stage1_weight=0, stage2_fraction=0.6),
+    ],
+)
 def test_microbatches_give_the_same_gradient(settings, microbatch, tmp_path):
     model, diffusion, objective = build(settings)
     batch = make_batch(diffusion)

@@ -31,6 +31,8 @@ class DistillationBatch:
         index: int64 [B], the pool's entries that these were, or None for samples of no pool, for
             answers that are used again, and where no entry follows the student.
         s: int64 [B], the steps at which those are now (-1: clean), or None.
+        place: of a microbatch, where its first sample stands in the iteration's batch, and the size of that;
+            None of a whole batch.
     """
 
     x_t: th.Tensor
@@ -43,6 +45,7 @@ class DistillationBatch:
     bottleneck: th.Tensor | None = None
     index: th.Tensor | None = None
     s: th.Tensor | None = None
+    place: tuple[int, int] | None = None
 
     def __len__(self) -> int:
         return len(self.t)
@@ -53,19 +56,19 @@ class DistillationBatch:
 
     def each(self, change: Callable[[th.Tensor], th.Tensor]) -> "DistillationBatch":
         """The same with all tensors changed alike."""
-        changed = {k: None if v is None else change(v) for k, v in vars(self).items()}
+        changed = {k: change(v) for k, v in vars(self).items() if isinstance(v, th.Tensor)}
         return DistillationBatch(**changed)  # type: ignore[arg-type]
 
     @classmethod
     def joined(cls, batches: Sequence["DistillationBatch"]) -> "DistillationBatch":
         """Batches with the same fields as one."""
-        fields = {k: [vars(batch)[k] for batch in batches] for k in vars(batches[0])}
-        return cls(**{k: None if v[0] is None else th.cat(v) for k, v in fields.items()})  # type: ignore[arg-type]
+        fields = [k for k, v in vars(batches[0]).items() if isinstance(v, th.Tensor)]
+        return cls(**{k: th.cat([vars(batch)[k] for batch in batches]) for k in fields})  # type: ignore[arg-type]
 
     def split(self, size: int) -> Iterator["DistillationBatch"]:
         """Yield consecutive pieces of at most `size` samples."""
         for start in range(0, len(self), size):
-            yield self[start : start + size]
+            yield replace(self[start : start + size], place=(start, len(self)))
 
 
 class DynamicBatch:

@@ -123,16 +123,19 @@ class Distillation(Objective):
         """Stage 1 (or DKDM's only pass), then stage 2; their terms are "stage1_mse", "stage2_vb" and so on.
 
         Where stage 2 sees a share of the batch, one pass takes both: a small one of its own would cost nearly
-        as much time as a large one.
+        as much time as a large one. The share is of the iteration's batch, whose first samples it is: a
+        microbatch holds some of them, or none.
         """
-        part = batch[: _share(self.settings.stage2_fraction, len(batch))]
-        if self.settings.stage2_weight == 0:
+        first, whole = batch.place or (0, len(batch))
+        share = _share(self.settings.stage2_fraction, whole)
+        count = min(max(share - first, 0), len(batch))
+        if self.settings.stage2_weight == 0 or not count:
             yield self.stage1(student, batch)
-        elif len(part) == len(batch):
+        elif share == whole:
             yield self.stage1(student, batch)
             yield self.stage2(student, batch)
         else:
-            yield self.together(student, batch, part)
+            yield self.together(student, batch, count, count / len(batch) * whole / share)
 
     def stage1(self, student: DenoisingNetwork, batch: DistillationBatch) -> PassLoss:
         """The student at (x_t, t): MSE + KL, plus the weighted alignment of h with the timestep."""
@@ -153,15 +156,19 @@ class Distillation(Objective):
         return self.stage2_loss(call, call.of(student, self.process), batch)
 
     def together(
-        self, student: DenoisingNetwork, batch: DistillationBatch, part: DistillationBatch
+        self, student: DenoisingNetwork, batch: DistillationBatch, count: int, weight: float
     ) -> PassLoss:
-        """Stage 1 on a batch and stage 2 on a part of it, in one pass; the loss is the sum of their means."""
+        """Stage 1 on a batch and stage 2 on its first `count` samples, in one pass.
+
+        The loss is the sum of their means, the latter times `weight`, which is 1 but for microbatches.
+        """
+        part = batch[:count]
         first, second = self.stage1_call(batch), self.stage2_call(part)
         out = first.joined(second).of(student, self.process)
         n = len(batch)
         one = self.stage1_loss(first, out[:n], batch)
         two = self.stage2_loss(second, out[n:], part)
-        return PassLoss(one.loss + two.loss.mean(), {}, one.t, (one, two))
+        return PassLoss(one.loss + weight * two.loss.mean(), {}, one.t, (one, two))
 
     def stage1_call(self, batch: DistillationBatch) -> "_Call":
         """What stage 1 applies the student to."""

@@ -8,6 +8,7 @@ class labels, and `answers_NAME` [M, ...] what a run keeps of the teacher's answ
 import json
 import os
 from collections.abc import Mapping
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -131,14 +132,18 @@ def _answers(
         return None
     images, numbers = ("x_t", "eps", "mean", "log_variance"), ("t", "y") if "total_y" in arrays else ("t",)
     t = found.get("t", th.zeros(0))
-    fits = {*images, *numbers} <= found.keys() and all(v.shape[:1] == t.shape for v in found.values())
+    known = {field.name for field in fields(DistillationBatch)} - {"place"}
+    fits = {*images, *numbers} <= found.keys() <= known and all(
+        v.shape[:1] == t.shape for v in found.values()
+    )
     fits = fits and all(found[name].dtype == th.int64 for name in numbers)
     fits = fits and all(found[name].shape[1:] == shape for name in images)
     fits = fits and all(found[name].dtype == th.float32 for name in images)
     if not fits or len(t) < world or int(t.min()) < 0 or int(t.max()) >= num_timesteps:
         raise UserError("the teacher's answers in it do not belong to this run")
     share = len(t) // world
-    return DistillationBatch(**found)[rank * share : (rank + 1) * share].each(th.clone)
+    batch = DistillationBatch(**found)  # type: ignore[arg-type]
+    return batch[rank * share : (rank + 1) * share].each(th.clone)
 
 
 def read_pool_header(path: str | os.PathLike) -> dict[str, Any]:
