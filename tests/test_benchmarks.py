@@ -10,6 +10,7 @@ from tiny import ROOT, denoiser, network, script
 from guided_diffusion.script_util import build_network
 
 
+@pytest.mark.slow
 def test_the_table():
     out = script("benchmarks/run.py", "--quick").stdout
     for name in ("image_kd.py", "dynamic_prepare.py", "image_sample.py", "plain PyTorch"):

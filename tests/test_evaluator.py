@@ -135,6 +135,7 @@ def _path(extractor, folder):
     return unpack_golden_graph(folder / "graph.pb")
 
 
+@pytest.mark.slow
 def test_identical_sets(folder, graph):
     same = evaluate(folder / "ref.npz", folder / "ref.npz", weights=graph)
     assert same.fid < 1e-9
@@ -152,6 +153,7 @@ def test_a_collapsed_set_is_precise_but_recalls_nothing(small, graph, images):
     assert collapsed.fid > spread.fid
 
 
+@pytest.mark.slow
 def test_fid_grows_with_added_noise(small, graph, images):
     generator = np.random.default_rng(0)
     fids = []

@@ -122,6 +122,7 @@ def test_options_of_the_pool_work_in_latents_and_resume_exactly(run):
     assert not th.equal(pools[0].x, read_pool(run / "run/teacher-state-000006.cache", T, LATENTS).x)
 
 
+@pytest.mark.slow
 def test_two_ranks(run, tmp_path):
     from tiny import script
 

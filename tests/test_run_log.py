@@ -112,6 +112,7 @@ def told(folder):
         yield path.parent, run, rows
 
 
+@pytest.mark.slow
 @needs_wandb
 def test_a_run_and_its_continuation_are_one(tmp_path):
     config, folder = distillation(tmp_path), tmp_path / "run"

@@ -59,6 +59,7 @@ def test_prepare_distil_sample(tmp_path, ranks):
     assert (tmp_path / "samples" / "samples.png").exists()
 
 
+@pytest.mark.slow
 def test_a_run_resumes_exactly(tmp_path):
     """Six iterations straight, and four, then two more by the same command: the same bits."""
     config = distillation(tmp_path, student__dropout=0.1, distill__role_vector=True)
@@ -97,6 +98,7 @@ def assert_same(a, b):
         assert a == b
 
 
+@pytest.mark.slow
 def test_two_ranks_equal_one(tmp_path):
     """One iteration on the same pool entries: two ranks with half the batch each give one rank's step."""
     config = distillation(

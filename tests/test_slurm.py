@@ -80,6 +80,7 @@ def sbatch(tmp_path):
     return run
 
 
+@pytest.mark.slow
 def test_a_run_finishes(sbatch, tmp_path):
     done, log = sbatch("student.lr=1e-4")
     assert done.returncode == 0, done.stdout + done.stderr

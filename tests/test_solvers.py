@@ -257,6 +257,7 @@ def test_use_ddim_is_the_sampler_ddim(tiny, tmp_path):
     assert np.array_equal(images_of(tmp_path / "a")[0], images_of(tmp_path / "b")[0])
 
 
+@pytest.mark.slow
 def test_two_ranks_draw_what_one_does(tiny, tmp_path):
     flags = ["--sampler", "unipc", "--batch_size", 2]
     script(*sample_flags(tiny, tmp_path / "two", *flags), ranks=2)

@@ -152,7 +152,7 @@ def test_blocks_stay_with_those_whose_maps_they_read(blocks, down, up):
                         assert th.equal(weights[name], large.selectable_weights().state[source])
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("ranks", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_a_distillation_starts_from_the_selected_weights(tmp_path, ranks):
     config = distillation(tmp_path, SIZE, distill__initial_weights="teacher", student__num_channels=16)
     more = ["student.save_interval=1", "run.iterations=2", "student.ema_rate=0.9"]
