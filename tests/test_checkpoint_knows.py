@@ -16,7 +16,7 @@ from guided_diffusion.distill.dynamic_batch import DynamicBatch
 from guided_diffusion.distill.pool_file import read_pool_header, write_pool
 from guided_diffusion.errors import UserError
 from guided_diffusion.io.torch_file import StateDict
-from guided_diffusion.runs.checkpoint import described, read_description
+from guided_diffusion.runs.checkpoint import described, read_description, require_agreement
 from guided_diffusion.runs.provenance import described_experiment, git_revision
 from guided_diffusion.script_util import build_network
 
@@ -213,6 +213,49 @@ def test_a_pool_is_of_a_seed(tmp_path):
     assert "(seed 1)" in done.stdout
     done = script_here(*kd, "run.seed=1", "distill.pool_seed=0", "--exp_dir", tmp_path / "zero")
     assert "(seed 0)" in done.stdout
+
+
+@pytest.mark.parametrize(
+    "override, told",
+    [
+        ("teacher.prediction_type=v_prediction", "prediction_type 'epsilon', this run has 'v_prediction'"),
+        ("teacher.num_heads=1", "architecture.num_heads 2, this run has 1"),
+        ("teacher.use_new_attention_order=true", "use_new_attention_order False, this run has True"),
+    ],
+)
+def test_a_pool_is_of_one_reading_of_the_teacher(tmp_path, override, told):
+    """Neither a name nor a shape of the weights shows it, nor does a bare state dict say it."""
+    config = distillation(tmp_path, 8)
+    script_here("scripts/dynamic_prepare.py", "--config", config)
+    for script in ("scripts/dynamic_prepare.py", "scripts/image_kd.py"):
+        line = one_line_error(script_here(script, "--config", config, override, check=False))
+        assert f"was made for {told}" in line or f"was made for architecture.{told}" in line
+    header = read_pool_header(tmp_path / "pool.cache")
+    older = {key: value for key, value in header.items() if not key.startswith(("arch", "pred"))}
+    pool = DynamicBatch.of_noise(header["size"], (3, 8, 8), 20)
+    pool.levels.fill_(7)
+    write_pool(tmp_path / "pool.cache", [pool], older)  # which did not say it
+    script_here("scripts/image_kd.py", "--config", config, "--exp_dir", tmp_path / "run", "run.iterations=1")
+
+
+def test_betas_of_the_schedule_itself_are_the_same_said_or_not(tmp_path):
+    keys = {"diffusion_steps": 1000, "noise_schedule": "linear"}
+    more = {f"{section}__{k}": v for section in ("teacher", "student") for k, v in keys.items()}
+    config = distillation(tmp_path, 8, **more)
+    said = ["teacher.beta_start=1e-4", "teacher.beta_end=0.020000000000000018"]
+    plain, given = load_distillation(config), load_distillation(config, said)
+    assert plain == given and given.teacher.process.beta_range == (0.0001, 0.02)
+    other = load_distillation(config, [f"{section}.beta_end=0.03" for section in ("teacher", "student")])
+    assert other.teacher.process.beta_range == (0.0001, 0.03)
+    network, _ = build_network(plain.student)
+    description = {"process": {"beta_start": 0.0001, "beta_end": 0.02, "diffusion_steps": 1000}}
+    th.save(described(network.state_dict(), description), tmp_path / "older.pt")
+    require_agreement(plain.student, tmp_path / "older.pt")
+    with pytest.raises(UserError, match=r"was trained with beta_end 0\.0, but beta_end is 0\.03"):
+        require_agreement(other.student, tmp_path / "older.pt")
+    pool = DynamicBatch.of_noise(8, (3, 8, 8), 1000)
+    write_pool(tmp_path / "p.cache", [pool], {"T": 1000, "noise_schedule": "linear", "beta_end": 0.02})
+    assert read_pool_header(tmp_path / "p.cache") == {"T": 1000, "noise_schedule": "linear"}
 
 
 def test_a_pool_that_does_not_say_its_seed_serves_all(tmp_path):

@@ -40,6 +40,8 @@ CASES = {
     "unet2d, classes, unclipped": UNET | CLASSES | {"clip_denoised": False},
     "dit": DIT,
     "dit, classes": DIT | CLASSES,
+    "adm, linear": ADM | {"noise_schedule": "linear", "diffusion_steps": 1000, "learn_sigma": False},
+    "adm, two classes": ADM | {"class_cond": True, "num_classes": 2},
 }
 
 
@@ -80,16 +82,17 @@ def test_an_export_loads_and_comes_back(tmp_path, name):
         "sigma_small",
         "clip_denoised",
     )
+    process += ("beta_start", "beta_end")
     assert all(getattr(settings.process, key) == getattr(original.process, key) for key in process)
     before, _ = build_network(original)
     before.load_state_dict(load_state_dict(tmp_path / "model.pt"))
     x, t = th.randn(2, 3, 8, 8), th.tensor([3, 17])
-    y = th.tensor([0, 4]) if network.num_classes else None
+    y = th.tensor([0, network.num_classes - 1]) if network.num_classes else None
     with th.no_grad():
         th.testing.assert_close(network(x, t, y), before.eval()(x, t, y), atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("name", ["adm", "adm, classes", "dit", "dit, classes"])
+@pytest.mark.parametrize("name", ["adm", "adm, classes", "adm, two classes", "dit", "dit, classes"])
 def test_the_cards_code_runs(tmp_path, name):
     script_here(*prepared(tmp_path, CASES[name]), "--score", "FID 5.1")
     card = (tmp_path / "out/README.md").read_text()

@@ -329,7 +329,7 @@ def _process(config: _Config, learn_sigma: bool) -> dict[str, Any]:
     if schedule != "squaredcos_cap_v2":
         keys |= {"beta_start": config.real("beta_start", 0.0001), "beta_end": config.real("beta_end", 0.02)}
         for name in ("beta_start", "beta_end"):
-            if not 0 < keys[name] < 1:
+            if not 0 < keys[name] <= 1:
                 raise UserError(f"{config.where}{name} must be between 0 and 1, not {keys[name]}")
     variance = config.text("variance_type", "learned_range" if learn_sigma else "fixed_small")
     config.require("variance_type", *_FIXED, "learned_range")

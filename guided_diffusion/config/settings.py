@@ -139,6 +139,12 @@ class AdmArchitecture(Architecture):
                 raise UserError(f"{where}{name} must be numbers such as '16,8', not '{value}'") from None
 
 
+def own_betas(process: "Process") -> tuple[float, float]:
+    """First and last beta of DDPM's linear schedule, scaled by 1000 / T, or of a scaled_linear one."""
+    scale = 1000 / process.diffusion_steps if process.noise_schedule == "linear" else 1.0
+    return scale * 0.0001, scale * 0.02
+
+
 @dataclass
 class Process:
     """The diffusion process."""
@@ -160,9 +166,19 @@ class Process:
     )
 
     def __post_init__(self) -> None:
-        """Give `predict_xstart` its one meaning."""
+        """Give `predict_xstart` its one meaning, and betas that are the schedule's own their one form, 0."""
         if self.predict_xstart and self.prediction_type == "epsilon":
             self.prediction_type = "sample"
+        if self.noise_schedule != "cosine" and self.diffusion_steps > 0:
+            for name, own in zip(("beta_start", "beta_end"), own_betas(self), strict=True):
+                if math.isclose(getattr(self, name), own, rel_tol=1e-9):
+                    setattr(self, name, 0.0)
+
+    @property
+    def beta_range(self) -> tuple[float, float]:
+        """First and last beta of a linear or scaled_linear schedule."""
+        start, end = own_betas(self)
+        return self.beta_start or start, self.beta_end or end
 
     def check(self, where: str) -> None:
         """Raise `UserError` for values that cannot be right."""

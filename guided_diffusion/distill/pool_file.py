@@ -16,6 +16,7 @@ import numpy as np
 import torch as th
 from safetensors.torch import save_file
 
+from ..config.settings import Process
 from ..errors import UserError
 from ..io.files import atomic_path
 from ..io.safe_pickle import load_arrays
@@ -189,6 +190,10 @@ def _belongs_to(file: Any) -> dict[str, Any]:
     belongs_to = json.loads((file.metadata() or {}).get("pool", "{}"))
     if not isinstance(belongs_to, dict):
         raise ValueError("its header does not say what it belongs to")
+    if "T" in belongs_to:  # earlier versions said betas too that are the schedule's own
+        names = [name for name in ("noise_schedule", "beta_start", "beta_end") if name in belongs_to]
+        process = Process(belongs_to["T"], **{name: belongs_to[name] for name in names})
+        return {k: v for k, v in belongs_to.items() if k not in names or getattr(process, k)}
     return belongs_to
 
 

@@ -152,7 +152,7 @@ def require_agreement(denoiser: Denoiser, path: str | os.PathLike, where: str = 
             raise UserError(f"{path}: what it says of itself is damaged ({part} is no mapping)")
     for part in ("architecture", "process"):
         told, configured = description.get(part, {}), getattr(denoiser, part)
-        for name, value in told.items():
+        for name, value in _as_configured(told, configured).items():
             ours = getattr(configured, name, value)
             if ours != value and not free_to_differ(name, configured):
                 raise UserError(
@@ -167,6 +167,15 @@ def require_agreement(denoiser: Denoiser, path: str | os.PathLike, where: str = 
                     f"{path}: was trained on {told.get('kind')} with {name} {value!r}, but here it is "
                     f"{ours.get(name)!r}; {where}vae_path and {where}vae_scale say what they are"
                 )
+
+
+def _as_configured(told: Mapping[str, Any], configured: Any) -> dict[str, Any]:
+    """What a checkpoint says of a part, betas in the form that a configured process has them."""
+    try:
+        alike = type(configured)(**{name: value for name, value in told.items() if hasattr(configured, name)})
+    except (TypeError, ValueError, ArithmeticError):
+        return dict(told)
+    return {name: getattr(alike, name, value) for name, value in told.items()}
 
 
 def _told_by_folder(denoiser: Denoiser, path: str | os.PathLike) -> dict[str, Any]:

@@ -8,7 +8,7 @@ import torch as th
 
 from .. import dist_util
 from ..config.registry import OBJECTIVES, look_up
-from ..config.settings import DistillationExperiment, flat
+from ..config.settings import DistillationExperiment, flat, free_to_differ
 from ..distill.dynamic_batch import DynamicBatch, pool_size
 from ..distill.objectives import Distillation
 from ..distill.pool_file import read_pool, read_pool_header
@@ -116,11 +116,17 @@ def teacher_identity(experiment: DistillationExperiment, weights: Path) -> dict[
     identity = {
         "T": teacher.process.diffusion_steps,
         "noise_schedule": teacher.process.noise_schedule,
+        "prediction_type": teacher.process.prediction_type,
         "timestep_respacing": teacher.process.timestep_respacing,
         "image_size": teacher.architecture.image_size,
         "class_cond": teacher.architecture.class_cond,
         "teacher_sha256": weights_sha256(weights),
     }
+    for name, value in flat(
+        teacher.architecture
+    ).items():  # such as the number of heads, which no weights show
+        if name not in identity and not free_to_differ(name, teacher.architecture):
+            identity[f"architecture.{name}"] = value
     said = flat(teacher.process) | {"guidance_scale": teacher.guidance_scale}
     for name in ("beta_start", "beta_end", "sigma_small", "guidance_scale"):
         if said[name]:

@@ -152,8 +152,7 @@ def scheduler_config(denoiser: Denoiser, network: str) -> dict[str, Any]:
         "steps_offset": 0,
     }
     if process.noise_schedule != "cosine":
-        betas = build_process(denoiser, "timestep_respacing", "").betas
-        config |= {"beta_start": float(betas[0]), "beta_end": float(betas[-1])}
+        config |= dict(zip(("beta_start", "beta_end"), process.beta_range, strict=True))
     if process.learn_sigma and denoiser.space.vae_path and network != "UNet2DModel":
         if process.clip_denoised:
             raise ValueError("clip_denoised is true, and DiTPipeline clips otherwise with a learned variance")
@@ -228,7 +227,8 @@ def model_card(
 ) -> str:
     """The README.md of an exported folder."""
     description = read_description(weights) if weights.is_file() else {}
-    student, conditional = experiment.student, experiment.student.architecture.class_cond
+    student, architecture = experiment.student, experiment.student.architecture
+    classes = architecture.num_classes if architecture.class_cond else 0
     size = build_space(student).image_size
     lines = [
         "---",
@@ -241,7 +241,7 @@ def model_card(
         f"# {name}",
         "",
         f"A {theirs.class_name} for {size}x{size} images"
-        + (f" of {student.architecture.num_classes} classes" if conditional else "")
+        + (f" of {classes} classes" if classes else "")
         + f", {sum(v.numel() for v in theirs.state.values()) / 1e6:.2f}M parameters.",
         "",
         *(f"- {key}: {value}" for key, value in _facts(experiment, weights, description).items()),
@@ -253,7 +253,7 @@ def model_card(
         "## How to load",
         "",
         "```python",
-        *_code(theirs, conditional, bool(student.space.vae_path), name, student.process.diffusion_steps),
+        *_code(theirs, classes, bool(student.space.vae_path), name, student.process.diffusion_steps),
         "```",
         "",
     ]
@@ -282,13 +282,14 @@ def _method(distill: Distill) -> str:
     return "distilled by TCCD" if stages else "distilled by DKDM (TCCD with both stages off)"
 
 
-def _code(theirs: ForDiffusers, conditional: bool, latent: bool, name: str, total: int) -> list[str]:
+def _code(theirs: ForDiffusers, classes: int, latent: bool, name: str, total: int) -> list[str]:
     """How to sample, in Python; where no pipeline of diffusers' knows how, step by step."""
     transformer, steps = theirs.class_name != "UNet2DModel", min(50, total)
+    labels = [k % classes if classes else 0 for k in range(4)]
     call = "batch_size=4"
     if transformer and latent:
-        call = f"class_labels={[0, 1, 2, 3] if conditional else [0] * 4}, guidance_scale=1.0"
-    if (transformer and latent) or not (transformer or conditional):
+        call = f"class_labels={labels}, guidance_scale=1.0"
+    if (transformer and latent) or not (transformer or classes):
         return [
             "from diffusers import DiffusionPipeline",
             "",
@@ -296,7 +297,6 @@ def _code(theirs: ForDiffusers, conditional: bool, latent: bool, name: str, tota
             f"images = pipeline({call}, num_inference_steps={steps}).images",
         ]
     decode = ["x = pipeline.vqvae.decode(x / pipeline.vqvae.config.scaling_factor).sample.detach()"]
-    labels = "torch.arange(4)" if conditional else "torch.zeros(4, dtype=torch.long)  # its only class"
     size = theirs.config["sample_size"]
     return [
         "import torch",
@@ -304,7 +304,7 @@ def _code(theirs: ForDiffusers, conditional: bool, latent: bool, name: str, tota
         "",
         f'pipeline = DiffusionPipeline.from_pretrained("{name}")',
         "model, scheduler = pipeline.unet, pipeline.scheduler",
-        f"labels = {labels}",
+        f"labels = torch.tensor({labels})",
         f"x = torch.randn(4, {theirs.config['in_channels']}, {size}, {size})",
         f"scheduler.set_timesteps({steps})",
         "for t in scheduler.timesteps:",
