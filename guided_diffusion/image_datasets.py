@@ -176,9 +176,15 @@ def class_names(paths: list[Path]) -> list[str]:
     """The class of each image; see `open_dataset`.
 
     Raises:
-        UserError: all lie in one folder and a name has no "_".
+        UserError: all lie in one folder and a name has no "_"; or a folder of images lies in another.
     """
-    if len({path.parent for path in paths}) > 1:
+    folders = {path.parent for path in paths}
+    if mixed := sorted(folder for folder in folders if folders & {*folder.parents}):
+        raise UserError(
+            f"{mixed[0]}: images lie here and in a folder above; for labels use a folder per class, or one "
+            "folder of CLASS_number.png"
+        )
+    if len(folders) > 1:
         return [path.parent.name for path in paths]
     for path in paths:
         if "_" not in path.name:

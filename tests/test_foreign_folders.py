@@ -220,6 +220,16 @@ def test_a_student_begins_with_a_folders_weights(folder, tmp_path):
     assert all(th.allclose(value, begun[name], atol=1e-6) for name, value in state.items())
 
 
+@pytest.mark.parametrize("name", ["use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas"])
+def test_what_steps_a_scheduler_visits_is_not_read(folder, name):
+    plain, _, _ = loaded(folder)
+    edited(
+        folder / "scheduler/scheduler_config.json", _class_name="DPMSolverMultistepScheduler", **{name: True}
+    )
+    said = json.loads((folder / "scheduler/scheduler_config.json").read_text())
+    assert said[name] is True and loaded(folder)[0].process.diffusion_steps == plain.process.diffusion_steps
+
+
 @pytest.mark.parametrize(
     "keys, told",
     [

@@ -141,6 +141,13 @@ def test_a_folder_per_class(tmp_path):
     assert dataset.num_classes == 3
 
 
+def test_images_beside_folders_of_images_have_no_class(tmp_path):
+    write_images(tmp_path, ["dog_1.png", "bird_1.png", "sub/cat_1.png"])
+    assert len(open_dataset(tmp_path, 4, class_cond=False)) == 3
+    with pytest.raises(UserError, match="sub: images lie here and in a folder above"):
+        open_dataset(tmp_path, 4, class_cond=True)
+
+
 def test_links_to_folders_are_followed_where_their_images_do_not_lie_there_anyway(tmp_path):
     for folder in ("tree/cat", "elsewhere/dog", "elsewhere/emu"):
         (tmp_path / folder).mkdir(parents=True)

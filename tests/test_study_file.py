@@ -6,6 +6,7 @@ import yaml
 from in_process import script_here
 
 from guided_diffusion.errors import UserError
+from guided_diffusion.studies.cells import reference_path
 from guided_diffusion.studies.study_file import Budget, load_study
 
 
@@ -39,6 +40,16 @@ def test_the_images_of_latents_are_those_that_they_decode_to(tmp_path):
     tiny.make_vae(tmp_path / "vae")
     found = load_study(study(tmp_path, overrides={"teacher": {"vae_path": str(tmp_path / "vae")}}))
     assert found.image_size == 16
+
+
+def test_a_reference_is_looked_for_beside_the_study(tmp_path, monkeypatch):
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    found = load_study(study(tmp_path, reference="real.npz"))
+    with pytest.raises(UserError, match=r"reference: no such file: real\.npz"):
+        reference_path(found)
+    (tmp_path / "real.npz").touch()
+    assert reference_path(found) == tmp_path / "real.npz"
 
 
 def test_overrides_of_all_runs_give_way_to_presets_and_those_to_the_runs_own(tmp_path):

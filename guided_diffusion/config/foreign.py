@@ -301,13 +301,7 @@ def _process(config: _Config, learn_sigma: bool) -> dict[str, Any]:
     if kind not in _SCHEDULERS:
         raise UserError(f"{config.where}class is {kind!r:.60}, not one of {', '.join(_SCHEDULERS)}")
     config.require("trained_betas")
-    for name in (
-        "thresholding",
-        "rescale_betas_zero_snr",
-        "use_karras_sigmas",
-        "use_exponential_sigmas",
-        "use_beta_sigmas",
-    ):
+    for name in ("thresholding", "rescale_betas_zero_snr"):
         config.require(name, False)
     schedule = config.text("beta_schedule", "linear")
     config.require("beta_schedule", *_SCHEDULES)

@@ -62,6 +62,11 @@ def training_loop(
         raise UserError(
             f"{data_dir}: has {dataset.num_classes} classes, num_classes is {architecture.num_classes}"
         )
+    if architecture.class_cond and dataset.num_classes < architecture.num_classes:
+        log.info(
+            f"WARNING: {data_dir}: has {dataset.num_classes} classes, num_classes is "
+            f"{architecture.num_classes}: the others are never trained"
+        )
     scorer = grids = None
     if load_judge is not None:
         scorer = Scorer(load_judge, run, sampling_process(student, run), space, batch_size)
@@ -94,6 +99,7 @@ def training_loop(
     count = sum(p.numel() for p in network.parameters())
     log.info(
         f"objective: {objective.describe()}; {count / 1e6:.2f}M parameters; {len(dataset)} images"
+        f"{f' of {dataset.num_classes} classes' if architecture.class_cond else ''}"
         f"{', mirrored at random' if training.random_flip else ''}"
     )
     return TrainLoop(

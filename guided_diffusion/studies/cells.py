@@ -93,11 +93,17 @@ def teacher_path(study: Study, experiment: DistillationExperiment) -> Path:
 
 
 def reference_path(study: Study) -> Path:
-    """Where the real images lie; "digits", of the size of the networks, `datasets/digits.py` writes there."""
-    name = study.reference
-    if name == "digits":
-        name = f"datasets/digits/{digits_file(study.image_size)}"
-    return paths.output_path(name, study.path)
+    """Where the real images lie; "digits", of the size of the networks, `datasets/digits.py` writes there.
+
+    Raises:
+        UserError: they are not there, or at a URL.
+    """
+    if study.reference == "digits":
+        return paths.output_path(f"datasets/digits/{digits_file(study.image_size)}", study.path)
+    name = paths.input_file(study.reference, study.path, "reference")
+    if is_url(name):
+        raise UserError(f"{study.path}: reference must be a file here, not {name}")
+    return Path(name).resolve()
 
 
 def changed_keys(experiment: DistillationExperiment) -> dict[str, dict[str, Any]]:
