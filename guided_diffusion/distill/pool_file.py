@@ -134,9 +134,8 @@ def _answers(
     images, numbers = ("x_t", "eps", "mean", "log_variance"), ("t", "y") if "total_y" in arrays else ("t",)
     t = found.get("t", th.zeros(0))
     known = {field.name for field in fields(DistillationBatch)} - {"place"}
-    fits = {*images, *numbers} <= found.keys() <= known and all(
-        v.shape[:1] == t.shape for v in found.values()
-    )
+    fits = {*images, *numbers} <= found.keys() <= known
+    fits = fits and all(value.shape[:1] == t.shape for value in found.values())
     fits = fits and all(found[name].dtype == th.int64 for name in numbers)
     fits = fits and all(found[name].shape[1:] == shape for name in images)
     fits = fits and all(found[name].dtype == th.float32 for name in images)

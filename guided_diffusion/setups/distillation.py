@@ -122,11 +122,9 @@ def teacher_identity(experiment: DistillationExperiment, weights: Path) -> dict[
         "class_cond": teacher.architecture.class_cond,
         "teacher_sha256": weights_sha256(weights),
     }
-    for name, value in flat(
-        teacher.architecture
-    ).items():  # such as the number of heads, which no weights show
+    for name, value in flat(teacher.architecture).items():
         if name not in identity and not free_to_differ(name, teacher.architecture):
-            identity[f"architecture.{name}"] = value
+            identity[f"architecture.{name}"] = value  # some, such as the number of heads, no weights show
     said = flat(teacher.process) | {"guidance_scale": teacher.guidance_scale}
     for name in ("beta_start", "beta_end", "sigma_small", "guidance_scale"):
         if said[name]:
