@@ -14,13 +14,11 @@ def main() -> None:
     teacher = experiment.teacher
     if teacher.iter_choice == "iterative_distillation":
         raise UserError(f"{args.config}: iterative_distillation starts from noise: nothing to prepare")
-    if not teacher.tempfile:
-        raise UserError(f"{args.config}: teacher.tempfile is not set: where should the pool be written?")
     weights_name = paths.input_file(teacher.model_path, args.config, "teacher.model_path")
     batch_size = command_line.per_rank(
         experiment.student.training.batch_size, detect_launch().world_size, "student.batch_size"
     )
-    tempfile = paths.output_path(teacher.tempfile, args.config)
+    tempfile = command_line.pool_path(experiment, args.config)
 
     from guided_diffusion import dist_util
     from guided_diffusion.setups.preparing import prepare_pool

@@ -15,7 +15,7 @@ def main() -> None:
     weights_name = paths.input_file(teacher.model_path, args.config, "teacher.model_path")
     initial_name, reference_name = command_line.run_inputs(experiment, args.config)
     batch_size = command_line.per_rank(training.batch_size, detect_launch().world_size, "student.batch_size")
-    tempfile = paths.output_path(teacher.tempfile, args.config)
+    tempfile = command_line.pool_path(experiment, args.config)
 
     from guided_diffusion import dist_util
     from guided_diffusion.runs.provenance import describe_network

@@ -316,3 +316,12 @@ def test_the_evaluators_record_has_it_too(tmp_path):
     result = json.loads(record.read_text())
     result = result[0] if isinstance(result, list) else result.get("results", [result])[0]
     assert result["samples_provenance"] == json.loads((tmp_path / "sampling.json").read_text())
+
+
+def test_a_pool_without_a_file_is_told(tmp_path):
+    config = distillation(tmp_path, 8)
+    for script in ("scripts/dynamic_prepare.py", "scripts/image_kd.py"):
+        line = one_line_error(script_here(script, "--config", config, "teacher.tempfile=", check=False))
+        assert "teacher.tempfile is not set" in line
+    chain = ["teacher.iter_choice=iterative_distillation", "teacher.tempfile=", "run.iterations=1"]
+    script_here("scripts/image_kd.py", "--config", config, "--exp_dir", tmp_path / "run", *chain)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from ..errors import UserError
 from .loading import find_config, load_distillation, load_experiment
-from .paths import input_file
+from .paths import input_file, output_path
 from .settings import SECTIONS, DistillationExperiment, Experiment, describe_keys
 
 
@@ -87,6 +87,18 @@ def run_inputs(experiment: Experiment, config: Path) -> tuple[str, str]:
     if run.eval_interval:
         reference = input_file(run.eval_reference, config, "run.eval_reference")
     return initial, reference
+
+
+def pool_path(experiment: DistillationExperiment, config: Path) -> Path:
+    """Where `teacher.tempfile` lies, which an iterative distillation has no use for.
+
+    Raises:
+        UserError: it is not set, or a URL.
+    """
+    teacher = experiment.teacher
+    if not teacher.tempfile and teacher.iter_choice != "iterative_distillation":
+        raise UserError(f"{config}: teacher.tempfile is not set: where is the pool to lie?")
+    return output_path(teacher.tempfile, config)
 
 
 def parse(parser: argparse.ArgumentParser) -> tuple[argparse.Namespace, Experiment]:

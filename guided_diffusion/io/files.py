@@ -200,6 +200,8 @@ class NpzFile:
 
     def __init__(self, path: str | os.PathLike):
         self.path = Path(path)
+        if self.path.is_dir():
+            raise UserError(f"{self.path} is a folder, and an npz file is wanted")
         if not self.path.is_file():
             raise UserError(f"no such file: {self.path}")
         self.headers: dict[str, tuple[tuple[int, ...], np.dtype]] = {}

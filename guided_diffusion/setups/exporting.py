@@ -242,6 +242,7 @@ def model_card(
         "",
         f"A {theirs.class_name} for {size}x{size} images"
         + (f" of {classes} classes" if classes else "")
+        + (f" (label {classes}: no class)" if architecture.has_null_class else "")
         + f", {sum(v.numel() for v in theirs.state.values()) / 1e6:.2f}M parameters.",
         "",
         *(f"- {key}: {value}" for key, value in _facts(experiment, weights, description).items()),
