@@ -14,6 +14,7 @@ from typing import Any, NamedTuple, TypedDict
 import numpy as np
 import torch as th
 
+from .config.settings import own_betas
 from .losses import discretized_gaussian_log_likelihood, normal_kl
 from .nn import mean_flat
 from .spaces import PixelSpace
@@ -42,8 +43,8 @@ def get_named_beta_schedule(
     if schedule_name == "cosine":
         # The offset 0.008 keeps beta_0 from vanishing; 0.999 keeps beta_{T-1} below 1.
         return betas_for_alpha_bar(steps, lambda u: math.cos((u + 0.008) / 1.008 * math.pi / 2) ** 2)
-    scale = 1000 / steps if schedule_name == "linear" else 1.0
-    start, end = beta_start or scale * 0.0001, beta_end or scale * 0.02
+    own_start, own_end = own_betas(schedule_name, steps)
+    start, end = beta_start or own_start, beta_end or own_end
     if schedule_name == "linear":
         return np.linspace(start, end, steps, dtype=np.float64)
     if schedule_name == "scaled_linear":

@@ -4,8 +4,8 @@ import itertools
 
 import pytest
 import torch as th
+from norm_cases import norm_errors
 from tiny import denoiser, network, randomise
-from torch.nn import functional as F
 
 from guided_diffusion import nn
 from guided_diffusion.kernels.norm_silu_gpu import norm_silu, try_out
@@ -26,32 +26,9 @@ SIZES = [  # batch, channels, height and width, groups: that fill tiles and bloc
 @pytest.mark.parametrize("silu", [False, True])
 def test_the_kernel_equals_the_single_operations(silu, before, scaled, layout):
     dtypes = (th.float32, th.bfloat16) if silu and scaled else (th.float32,)
-    for (batch, channels, size, groups), dtype in itertools.product(SIZES, dtypes):
-        th.manual_seed(0)
-        x = (2 * th.randn(batch, channels, size, size) + 5).to(dtype).contiguous(memory_format=layout)
-        inputs = [x, th.randn(channels), th.randn(channels), th.randn(batch, 2 * channels).to(dtype)]
-        inputs.append(3 * th.randn(channels) if before == "channels" else 3 * th.randn(batch, channels))
-        weights = th.randn_like(x)
-        ends = []
-        for wide in (False, True):
-            ours = [value.double() if wide else value.clone() for value in inputs]
-            x, weight, bias, condition, added = (value.requires_grad_() for value in ours)
-            scale, shift = condition.chunk(2, dim=1) if scaled else (None, None)
-            if wide:
-                h = x if before is None else x + added.expand(batch, -1)[..., None, None]
-                out = F.group_norm(h, groups, weight, bias, 1e-5)
-                if scaled:
-                    out = out * (1 + scale[..., None, None]) + shift[..., None, None]
-                out = F.silu(out) if silu else out
-            else:
-                more = None if before is None else added
-                out = norm_silu(x, weight, bias, scale, shift, more, groups, 1e-5, silu, 0.0)
-                assert out.dtype == dtype and out.stride() == x.stride()
-            asked = [*ours[: 3 + scaled], *(ours[4:] if before else [])]
-            gradients = th.autograd.grad(out, asked, weights.to(out))
-            ends.append([out.detach(), *gradients])
-        for mine, exact in zip(*ends, strict=True):
-            assert float((mine - exact).norm() / exact.norm()) < (1e-6 if dtype == th.float32 else 6e-3)
+    for shape, dtype in itertools.product(SIZES, dtypes):
+        errors = norm_errors(norm_silu, shape, dtype, layout, silu=silu, scaled=scaled, before=before)
+        assert max(errors) < (1e-6 if dtype == th.float32 else 6e-3)
 
 
 def test_what_the_kernel_drops():

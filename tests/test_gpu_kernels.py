@@ -34,7 +34,7 @@ def test_the_kernel_interpreted():
         text=True,
         timeout=500,
     )
-    assert done.returncode == 0 and "35 passed" in done.stdout, done.stdout
+    assert done.returncode == 0 and "36 passed" in done.stdout, done.stdout
 
 
 @pytest.mark.slow

@@ -139,9 +139,9 @@ class AdmArchitecture(Architecture):
                 raise UserError(f"{where}{name} must be numbers such as '16,8', not '{value}'") from None
 
 
-def own_betas(process: "Process") -> tuple[float, float]:
-    """First and last beta of DDPM's linear schedule, scaled by 1000 / T, or of a scaled_linear one."""
-    scale = 1000 / process.diffusion_steps if process.noise_schedule == "linear" else 1.0
+def own_betas(noise_schedule: str, steps: int) -> tuple[float, float]:
+    """First and last beta where none are given: DDPM's 1e-4 and 0.02, which "linear" scales by 1000 / T."""
+    scale = 1000 / steps if noise_schedule == "linear" else 1.0
     return scale * 0.0001, scale * 0.02
 
 
@@ -170,14 +170,15 @@ class Process:
         if self.predict_xstart and self.prediction_type == "epsilon":
             self.prediction_type = "sample"
         if self.noise_schedule != "cosine" and self.diffusion_steps > 0:
-            for name, own in zip(("beta_start", "beta_end"), own_betas(self), strict=True):
+            betas = own_betas(self.noise_schedule, self.diffusion_steps)
+            for name, own in zip(("beta_start", "beta_end"), betas, strict=True):
                 if math.isclose(getattr(self, name), own, rel_tol=1e-9):
                     setattr(self, name, 0.0)
 
     @property
     def beta_range(self) -> tuple[float, float]:
         """First and last beta of a linear or scaled_linear schedule."""
-        start, end = own_betas(self)
+        start, end = own_betas(self.noise_schedule, self.diffusion_steps)
         return self.beta_start or start, self.beta_end or end
 
     def check(self, where: str) -> None:
