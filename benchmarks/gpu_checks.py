@@ -18,6 +18,7 @@ import numpy as np
 import torch as th
 from driver import Child, distil, kill_in_step
 from gpu_device import on_gpu, use_tf32
+from norm_cases import by_module, norm_errors
 from parts import loop_of
 from tiny import T, distillation, randomise
 
@@ -112,32 +113,15 @@ def norm(tiny: bool) -> list[Row]:
     ]
     layouts = (th.contiguous_format, th.channels_last)
     for dtype, allowed in ((th.float32, 1e-6), (th.bfloat16, 0.015), (th.float16, 0.003)):
-        worst = 0.0
-        for (batch, channels, size, groups, scaled), layout in itertools.product(cases, layouts):
-            th.manual_seed(0)
-            module = GroupNorm32(groups, channels)
-            for parameter in module.parameters():
-                th.nn.init.normal_(parameter)
-            x = (2 * th.randn(batch, channels, size, size) + 5).to(dtype)
-            condition, more = th.randn(batch, 2 * channels).to(dtype), th.randn(channels).to(dtype)
-            ends = []
-            for place, kind in ((device, dtype), ("cpu", th.float64)):
-                one = module.to(place, th.float64 if kind == th.float64 else th.float32)
-                inputs = [part.to(place, kind).requires_grad_() for part in (x, more, condition)]
-                scale, shift = inputs[2].chunk(2, dim=1) if scaled else (None, None)
-                h, before = inputs[0].contiguous(memory_format=layout), inputs[1]
-                if kind == th.float64:
-                    h = h + before[:, None, None]
-                    out = th.nn.functional.group_norm(h, groups, one.weight, one.bias, one.eps)
-                    if scale is not None and shift is not None:
-                        out = out * (1 + scale[..., None, None]) + shift[..., None, None]
-                    out = th.nn.functional.silu(out)
-                else:
-                    out = one(h, scale, shift, before=before, silu=True)
-                wanted = [*inputs[: 2 + scaled], *one.parameters()]
-                gradients = th.autograd.grad(out, wanted, x.to(place, kind))
-                ends.append([part.detach().double().cpu() for part in (out, *gradients)])
-            worst = max(worst, *(relative_error(*pair) for pair in zip(*ends, strict=True)))
+        worst = max(
+            max(
+                norm_errors(
+                    *(by_module, shape, dtype, layout),
+                    **{"silu": True, "scaled": scaled, "before": "channels", "device": device},
+                )
+            )
+            for (*shape, scaled), layout in itertools.product(cases, layouts)
+        )
         rows.append(row(f"{dtype}: largest relative error of outputs and gradients", worst, allowed))
 
     th.manual_seed(0)

@@ -350,7 +350,7 @@ def rank_zero_first() -> Iterator[bool]:
 
 
 @contextmanager
-def held(path: Path) -> Iterator[None]:
+def held_by_rank_zero(path: Path) -> Iterator[None]:
     """Rank 0 keeps other jobs from writing to a directory or file (`files.held`) until the block ends."""
     with ExitStack() as lock:
         with rank_zero_first() as first:

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple, TypedDict
 import numpy as np
 import torch as th
 
-from .config.settings import own_betas
+from .config.settings import beta_range
 from .losses import discretized_gaussian_log_likelihood, normal_kl
 from .nn import mean_flat
 from .spaces import PixelSpace
@@ -43,8 +43,7 @@ def get_named_beta_schedule(
     if schedule_name == "cosine":
         # The offset 0.008 keeps beta_0 from vanishing; 0.999 keeps beta_{T-1} below 1.
         return betas_for_alpha_bar(steps, lambda u: math.cos((u + 0.008) / 1.008 * math.pi / 2) ** 2)
-    own_start, own_end = own_betas(schedule_name, steps)
-    start, end = beta_start or own_start, beta_end or own_end
+    start, end = beta_range(schedule_name, steps, beta_start, beta_end)
     if schedule_name == "linear":
         return np.linspace(start, end, steps, dtype=np.float64)
     if schedule_name == "scaled_linear":
@@ -131,7 +130,7 @@ class GaussianDiffusion:
     Args:
         betas: [T], each in (0, 1].
         model_mean_type: what the model predicts.
-        model_var_type: how the reverse variance is had.
+        model_var_type: which reverse variance is used: learned, beta or the posterior's.
         loss_type: what `training_losses` returns.
         rescale_timesteps: feed the model timesteps scaled to 0..1000, as float32.
         bounds: where the predicted x_0 is clipped when clipping is asked for; None for never.
@@ -586,11 +585,11 @@ class GaussianDiffusion:
 
     def p_sample_loop(self, model: Model, shape: Sequence[int], **options: Any) -> th.Tensor:
         """Ancestral samples [B, C, H, W] from noise; options as `p_sample_loop_progressive`."""
-        return _last(self.p_sample_loop_progressive(model, shape, **options))
+        return last_sample(self.p_sample_loop_progressive(model, shape, **options))
 
     def ddim_sample_loop(self, model: Model, shape: Sequence[int], **options: Any) -> th.Tensor:
         """DDIM samples [B, C, H, W] from noise; options as `ddim_sample_loop_progressive`."""
-        return _last(self.ddim_sample_loop_progressive(model, shape, **options))
+        return last_sample(self.ddim_sample_loop_progressive(model, shape, **options))
 
     def p_sample_loop_progressive(
         self,
@@ -679,7 +678,8 @@ class GaussianDiffusion:
             x = out["sample"]
 
 
-def _last(samples: Iterator[Sample]) -> th.Tensor:
+def last_sample(samples: Iterator[Sample]) -> th.Tensor:
+    """The state at which sampling ends."""
     for out in samples:
         final = out["sample"]
     return final

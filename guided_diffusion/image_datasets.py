@@ -36,7 +36,7 @@ class ImageDataset(Protocol):
     def __len__(self) -> int: ...
 
     def batch(self, indices: np.ndarray, mirrored: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
-        """Images uint8 [B, H, W, 3], those mirrored that a bool [B] says, and labels int64 [B] (or zeros)."""
+        """Images uint8 [B, H, W, 3], mirrored where a bool [B] is true, and labels int64 [B] (or zeros)."""
         ...
 
     def files(self) -> list[Path]:
@@ -138,7 +138,7 @@ class FolderDataset:
 
 
 def _mirrored(images: np.ndarray, mirrored: np.ndarray | None) -> np.ndarray:
-    """Images [B, H, W, 3] with those mirrored, in place, that a bool [B] says."""
+    """Mirror, in place, the images of [B, H, W, 3] where a bool [B] is true."""
     if mirrored is not None:
         images[mirrored] = images[mirrored, :, ::-1]
     return images
@@ -261,14 +261,9 @@ def sample_batches(
     Raises:
         UserError: an unreadable image.
     """
-    indices = _BatchIndices(len(dataset), batch_size, seed, rank, world_size, start_step, random_flip)
-    fetch = _Fetch(dataset)
-    if num_workers == 0:
-        for batch in indices:
-            yield fetch.load(batch)
     loader = th.utils.data.DataLoader(
-        fetch,
-        sampler=indices,
+        _Fetch(dataset),
+        sampler=_batches(len(dataset), batch_size, seed, rank, world_size, start_step, random_flip),
         batch_size=None,
         num_workers=num_workers,
         pin_memory=th.cuda.is_available(),
@@ -282,60 +277,42 @@ def sample_batches(
         yield loaded
 
 
-class _BatchIndices(th.utils.data.Sampler[_Batch]):
+def _batches(
+    size: int, batch_size: int, seed: int, rank: int, world_size: int, start_step: int, random_flip: bool
+) -> Iterator[_Batch]:
     """For each step from `start_step` on, this rank's share of the global batch."""
+    position = (start_step * world_size + rank) * batch_size
+    orders: dict[int, np.ndarray] = {}
+    while True:
+        positions = np.arange(position, position + batch_size)
+        epochs = (positions // size).tolist()
+        for epoch in sorted(set(epochs)):
+            if epoch not in orders:
+                orders[epoch] = np.random.default_rng([seed, epoch]).permutation(size)
+        orders = {epoch: order for epoch, order in orders.items() if epoch >= epochs[0]}
+        indices = np.array([orders[e][p % size] for e, p in zip(epochs, positions, strict=True)])
+        yield indices, _flips(positions, seed) if random_flip else np.zeros(batch_size, dtype=bool)
+        position += world_size * batch_size
 
-    def __init__(
-        self,
-        size: int,
-        batch_size: int,
-        seed: int,
-        rank: int,
-        world_size: int,
-        start_step: int,
-        random_flip: bool,
-    ):
-        self.size, self.batch_size, self.seed = size, batch_size, seed
-        self.rank, self.world_size, self.start_step = rank, world_size, start_step
-        self.random_flip = random_flip
 
-    def __iter__(self) -> Iterator[_Batch]:
-        position = (self.start_step * self.world_size + self.rank) * self.batch_size
-        orders: dict[int, np.ndarray] = {}
-        while True:
-            positions = np.arange(position, position + self.batch_size)
-            epochs = (positions // self.size).tolist()
-            for epoch in sorted(set(epochs)):
-                if epoch not in orders:
-                    orders[epoch] = np.random.default_rng([self.seed, epoch]).permutation(self.size)
-            orders = {epoch: order for epoch, order in orders.items() if epoch >= epochs[0]}
-            indices = np.array([orders[e][p % self.size] for e, p in zip(epochs, positions, strict=True)])
-            yield indices, self._mirrored(positions)
-            position += self.world_size * self.batch_size
-
-    def _mirrored(self, positions: np.ndarray) -> np.ndarray:
-        """Bool [B]; any number of ranks decides alike, since places are counted over all ranks and steps."""
-        if not self.random_flip:
-            return np.zeros(len(positions), dtype=bool)
-        blocks = np.unique(positions // _FLIPS)
-        draws = {b: np.random.default_rng([self.seed, 1, b]).random(_FLIPS) < 0.5 for b in blocks.tolist()}
-        return np.array([draws[p // _FLIPS][p % _FLIPS] for p in positions.tolist()])
+def _flips(positions: np.ndarray, seed: int) -> np.ndarray:
+    """Which are mirrored, bool [B]: any number of ranks decides alike, since places are counted over all."""
+    blocks = np.unique(positions // _FLIPS)
+    draws = {b: np.random.default_rng([seed, 1, b]).random(_FLIPS) < 0.5 for b in blocks.tolist()}
+    return np.array([draws[p // _FLIPS][p % _FLIPS] for p in positions.tolist()])
 
 
 class _Fetch(th.utils.data.Dataset[tuple[th.Tensor, th.Tensor] | UserError]):
     def __init__(self, dataset: ImageDataset):
         self.dataset = dataset
 
-    def load(self, batch: _Batch) -> tuple[th.Tensor, th.Tensor]:
-        """Images uint8 [B, H, W, 3] and labels int64 [B]."""
-        images, labels = self.dataset.batch(*batch)
-        return th.from_numpy(images), th.from_numpy(labels)
-
     def __getitem__(self, batch: _Batch) -> tuple[th.Tensor, th.Tensor] | UserError:
+        """Images uint8 [B, H, W, 3] and labels int64 [B]."""
         try:
-            return self.load(batch)
+            images, labels = self.dataset.batch(*batch)
         except UserError as error:
             return error  # raised by `sample_batches`: the loader would wrap it in a traceback
+        return th.from_numpy(images), th.from_numpy(labels)
 
 
 def _mapped(archive: NpzFile) -> np.ndarray:

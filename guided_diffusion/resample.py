@@ -67,7 +67,7 @@ class LossSecondMomentResampler(ScheduleSampler):
         self.register_buffer("counts", th.zeros(num_timesteps, dtype=th.int64))
 
     def probabilities(self) -> th.Tensor:
-        """The mixture of the two."""
+        """Probability of each timestep, float64 [T]."""
         losses, counts = self.losses.cpu(), self.counts.cpu()
         uniform = th.full((self.num_timesteps,), 1 / self.num_timesteps, dtype=th.float64)
         if (counts < losses.shape[1]).any():

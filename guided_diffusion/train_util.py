@@ -404,10 +404,8 @@ class TrainLoop:
         for rate, ema in self.emas.items():
             name = f"ema_{rate}"
             if checkpoint.has(name):
-                own = {k: v.clone() for k, v in self.network.state_dict().items()}
-                load_network(self.network, checkpoint.path(name))
-                ema.load_state_dict(self.network.state_dict())
-                self.network.load_state_dict(own)
+                with ema.swapped():  # what is loaded ends in the average
+                    load_network(self.network, checkpoint.path(name))
             else:
                 ema.load_state_dict(self.network.state_dict())
         if checkpoint.has("head"):

@@ -188,25 +188,20 @@ class UNetModel(DenoisingNetwork):
                 asked = value != -1 or name == "num_heads"  # -1: as many as on the way down
                 if used and asked and (value <= 0 or width % value):
                     raise ValueError(f"{name} {value} does not divide the attention width {width}")
+        same = (
+            *("num_res_blocks", "dropout", "use_checkpoint", "num_heads", "num_head_channels"),
+            *("num_heads_upsample", "use_scale_shift_norm", "resblock_updown", "use_new_attention_order"),
+            *("null_class", "class_dropout_prob"),
+        )
         return cls(
             image_size=image_size,
             in_channels=channels,
             model_channels=settings.num_channels,
             out_channels=out_channels,
-            num_res_blocks=settings.num_res_blocks,
             attention_resolutions=[image_size // size for size in sizes],
-            dropout=settings.dropout,
             channel_mult=levels,
             num_classes=settings.num_classes if settings.class_cond else None,
-            use_checkpoint=settings.use_checkpoint,
-            num_heads=settings.num_heads,
-            num_head_channels=settings.num_head_channels,
-            num_heads_upsample=settings.num_heads_upsample,
-            use_scale_shift_norm=settings.use_scale_shift_norm,
-            resblock_updown=settings.resblock_updown,
-            use_new_attention_order=settings.use_new_attention_order,
-            null_class=settings.null_class,
-            class_dropout_prob=settings.class_dropout_prob,
+            **{name: getattr(settings, name) for name in same},
         )
 
     def evaluate(

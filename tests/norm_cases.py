@@ -3,8 +3,10 @@
 import torch as th
 from torch.nn import functional as F
 
+from guided_diffusion.nn import GroupNorm32
 
-def norm_errors(norm_silu, shape, dtype, layout, *, silu, scaled, before):
+
+def norm_errors(norm_silu, shape, dtype, layout, *, silu, scaled, before, device="cpu"):
     """Relative errors of a kernel's result and of all its gradients.
 
     Args:
@@ -15,6 +17,7 @@ def norm_errors(norm_silu, shape, dtype, layout, *, silu, scaled, before):
         silu: with SiLU.
         scaled: with scale and shift.
         before: what is added before: None, "channels" or "samples".
+        device: where the kernel runs; torch's operations run on the CPU.
     """
     batch, channels, size, groups = shape
     th.manual_seed(0)
@@ -24,7 +27,7 @@ def norm_errors(norm_silu, shape, dtype, layout, *, silu, scaled, before):
     weights = th.randn_like(x)
     ends = []
     for wide in (False, True):
-        ours = [value.double() if wide else value.clone() for value in inputs]
+        ours = [value.double() if wide else value.to(device, copy=True) for value in inputs]
         x, weight, bias, condition, added = (value.requires_grad_() for value in ours)
         scale, shift = condition.chunk(2, dim=1) if scaled else (None, None)
         if wide:
@@ -38,5 +41,13 @@ def norm_errors(norm_silu, shape, dtype, layout, *, silu, scaled, before):
             out = norm_silu(x, weight, bias, scale, shift, more, groups, 1e-5, silu, 0.0)
             assert out.dtype == dtype and out.stride() == x.stride()
         asked = [*ours[: 3 + scaled], *(ours[4:] if before else [])]
-        ends.append([out.detach(), *th.autograd.grad(out, asked, weights.to(out))])
+        results = [out.detach(), *th.autograd.grad(out, asked, weights.to(out))]
+        ends.append([result.cpu() for result in results])
     return [float((mine - exact).norm() / exact.norm()) for mine, exact in zip(*ends, strict=True)]
+
+
+def by_module(x, weight, bias, scale, shift, before, groups, eps, silu, dropout):
+    """The networks' module, called as a kernel."""
+    norm = GroupNorm32(groups, len(weight), eps)
+    more = {"before": before, "silu": silu, "dropout": dropout}
+    return th.func.functional_call(norm, {"weight": weight, "bias": bias}, (x, scale, shift), more)

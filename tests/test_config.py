@@ -43,7 +43,7 @@ def test_overrides_win(config):
         ("student.image_size=32", "student.image_size is 32 but teacher.image_size is 16"),
         ("student.use_kl=true", "student.use_kl: distillation matches noise predictions"),
         ("teacher.prob=0", "prob must be in (0, 1]"),
-        ("teacher.iter_choice=dynamic", "iter_choice 'dynamic' is none of"),
+        ("teacher.iter_choice=dynamic", "iter_choice must be dynamic_iterative_distillation, "),
         ("teacher.noise_schedule=quadratic", "noise_schedule must be linear, cosine or scaled_linear"),
         ("distill.temperature=0", "temperature must be positive"),
         ("distill.stage1_weight=0 distill.stage2_align=true", "both weights must be positive"),

@@ -8,6 +8,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 _PLAIN_DOWN, _PLAIN_UP = ("DownBlock2D", "ResnetDownsampleBlock2D"), ("UpBlock2D", "ResnetUpsampleBlock2D")
+# What every UNet2DModel that is an ADM U-Net has.
+_SAME_IN_ALL = {"downsample_padding": 1, "norm_eps": 1e-5, "flip_sin_to_cos": True, "freq_shift": 0}
 
 
 def group_count(*widths: int) -> int:
@@ -46,11 +48,8 @@ def adm_keys(config: Mapping[str, Any]) -> dict[str, Any] | None:
         "add_attention": True,
         "mid_block_scale_factor": 1,
         "time_embedding_type": "positional",
-        "flip_sin_to_cos": True,
-        "freq_shift": 0,
         "center_input_sample": False,
-        "downsample_padding": 1,
-        "norm_eps": 1e-5,
+        **_SAME_IN_ALL,
         "norm_num_groups": group_count(*widths),
     }
     expressible = (
@@ -138,14 +137,11 @@ def unet2d_config(
         "up_block_types": ["AttnUpBlock2D" if has else _PLAIN_UP[plain] for has in reversed(attention)],
         "downsample_type": kind,
         "upsample_type": kind,
-        "downsample_padding": 1,
         "attention_head_dim": head_widths.pop() if len(head_widths) == 1 else None,
         "norm_num_groups": groups,
         "attn_norm_num_groups": groups,
-        "norm_eps": 1e-5,
         "resnet_time_scale_shift": "scale_shift" if use_scale_shift_norm else "default",
-        "flip_sin_to_cos": True,
-        "freq_shift": 0,
         "dropout": dropout,
         "num_class_embeds": labels,
+        **_SAME_IN_ALL,
     }

@@ -65,9 +65,7 @@ def folder_keys(folder: ModelFolder, given: Mapping[str, Any]) -> dict[str, Any]
             "UNet2DModel and DiTTransformer2DModel"
         )
     channels = config.number("in_channels", 3 if kind == "UNet2DModel" else 4)
-    out_channels = (
-        config.number("out_channels", 3) if kind == "UNet2DModel" else config.number("out_channels", channels)
-    )
+    out_channels = config.number("out_channels", 3 if kind == "UNet2DModel" else channels)
     if out_channels not in (channels, 2 * channels):
         raise UserError(
             f"{folder.path}: gives {out_channels} channels of {channels}, neither as many nor twice as many"

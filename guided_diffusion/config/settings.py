@@ -139,10 +139,10 @@ class AdmArchitecture(Architecture):
                 raise UserError(f"{where}{name} must be numbers such as '16,8', not '{value}'") from None
 
 
-def own_betas(noise_schedule: str, steps: int) -> tuple[float, float]:
-    """First and last beta where none are given: DDPM's 1e-4 and 0.02, which "linear" scales by 1000 / T."""
+def beta_range(noise_schedule: str, steps: int, start: float = 0.0, end: float = 0.0) -> tuple[float, float]:
+    """First and last beta; for those that are 0 DDPM's 1e-4 and 0.02, which "linear" scales by 1000 / T."""
     scale = 1000 / steps if noise_schedule == "linear" else 1.0
-    return scale * 0.0001, scale * 0.02
+    return start or scale * 0.0001, end or scale * 0.02
 
 
 @dataclass
@@ -170,7 +170,7 @@ class Process:
         if self.predict_xstart and self.prediction_type == "epsilon":
             self.prediction_type = "sample"
         if self.noise_schedule != "cosine" and self.diffusion_steps > 0:
-            betas = own_betas(self.noise_schedule, self.diffusion_steps)
+            betas = beta_range(self.noise_schedule, self.diffusion_steps)
             for name, own in zip(("beta_start", "beta_end"), betas, strict=True):
                 if math.isclose(getattr(self, name), own, rel_tol=1e-9):
                     setattr(self, name, 0.0)
@@ -178,8 +178,7 @@ class Process:
     @property
     def beta_range(self) -> tuple[float, float]:
         """First and last beta of a linear or scaled_linear schedule."""
-        start, end = own_betas(self.noise_schedule, self.diffusion_steps)
-        return self.beta_start or start, self.beta_end or end
+        return beta_range(self.noise_schedule, self.diffusion_steps, self.beta_start, self.beta_end)
 
     def check(self, where: str) -> None:
         """Raise `UserError` for values that cannot be right."""
@@ -267,13 +266,9 @@ class Teacher(Denoiser):
         _require(0 < self.BATCH < math.inf, f"{where}BATCH must be positive, not {self.BATCH}")
         _require(self.input_perturb >= 0, f"{where}input_perturb must not be negative")
         _require(self.batch_size > 0, f"{where}batch_size must be positive, not {self.batch_size}")
-        choices = [
-            f"{name}_distillation" for name in ("dynamic_iterative", "shuffled_iterative", "iterative")
-        ]
-        _require(
-            self.iter_choice in choices,
-            f"{where}iter_choice '{self.iter_choice}' is none of {', '.join(choices)}",
-        )
+        orders = ("dynamic_iterative", "shuffled_iterative", "iterative")
+        choices = tuple(f"{order}_distillation" for order in orders)
+        _require_one_of(self.iter_choice, choices, f"{where}iter_choice")
 
 
 @dataclass

@@ -7,7 +7,7 @@ class labels, and `answers_NAME` [M, ...] what a run keeps of the teacher's answ
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -24,10 +24,11 @@ from ..io.safetensors_file import arrays_sha256, open_safetensors, require_check
 from .dynamic_batch import DistillationBatch, DynamicBatch
 
 _SUFFIX_OF_PART = ".part"
+_REQUIRED = ("total_t", "total_x_t_1")
 _ANSWERS = "answers_"
 _ARRAYS = (
-    *("total_x_t_1", "total_t", "total_y"),
-    *(f"{_ANSWERS}{name}" for name in DistillationBatch.__dataclass_fields__),
+    *(*_REQUIRED, "total_y"),
+    *(f"{_ANSWERS}{field.name}" for field in fields(DistillationBatch)),
 )
 # What a pool says of itself only where it has it: one that does not say it has it not.
 _SAID_IF_SET = (
@@ -196,11 +197,14 @@ def _belongs_to(file: Any) -> dict[str, Any]:
     return belongs_to
 
 
+def _require_pool(path: Path, names: Iterable[str]) -> None:
+    if missing := set(_REQUIRED) - set(names):
+        raise UserError(f"{path}: is no pool, it has no {', '.join(sorted(missing))}")
+
+
 def _read_safetensors(path: Path) -> tuple[dict[str, th.Tensor], dict[str, Any]]:
     with open_safetensors(path, "pool") as file:
-        missing = {"total_t", "total_x_t_1"} - set(file.keys())
-        if missing:
-            raise UserError(f"{path}: is no pool, it has no {', '.join(sorted(missing))}")
+        _require_pool(path, file.keys())
         arrays = {name: file.get_tensor(name) for name in _ARRAYS if name in file.keys()}  # noqa: SIM118
         require_checksum(file, arrays)
         return arrays, _belongs_to(file)
@@ -208,9 +212,9 @@ def _read_safetensors(path: Path) -> tuple[dict[str, th.Tensor], dict[str, Any]]
 
 def _read_pickle(path: Path) -> tuple[dict[str, th.Tensor], dict[str, Any]]:
     content = load_arrays(path)
-    if not isinstance(content, dict) or not {"total_t", "total_x_t_1"} <= set(content):
-        raise UserError(f"{path}: is no pool, it has no total_t and total_x_t_1")
+    content = content if isinstance(content, dict) else {}
+    _require_pool(path, content)
     try:
-        return {name: th.from_numpy(np.array(content[name])) for name in ("total_t", "total_x_t_1")}, {}
+        return {name: th.from_numpy(np.array(content[name])) for name in _REQUIRED}, {}
     except (TypeError, ValueError, RuntimeError) as error:
         raise UserError(f"{path}: is no pool ({error})") from None

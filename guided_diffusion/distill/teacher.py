@@ -73,9 +73,9 @@ class Teacher:
             output = self.network(x_t, timesteps, y)
         out = self.process.p_distribution(output, x_t, t)
         eps = self.process.eps_of(output, x_t, t)
-        way = out if s is None else self.process.p_distribution(output, x_t, t, s=s)
-        noisy = (t > 0 if s is None else s >= 0).float().reshape(-1, 1, 1, 1)
-        x_next = way["mean"] + noisy * th.exp(0.5 * way["log_variance"]) * th.randn_like(x_t)
+        jump = out if s is None else self.process.p_distribution(output, x_t, t, s=s)
+        noise_mask = (t > 0 if s is None else s >= 0).float().reshape(-1, 1, 1, 1)
+        x_next = jump["mean"] + noise_mask * th.exp(0.5 * jump["log_variance"]) * th.randn_like(x_t)
         return TeacherStep(eps, out["mean"], out["log_variance"], x_next, *maps)
 
     @th.no_grad()
@@ -83,6 +83,4 @@ class Teacher:
         """Evaluate once, and draw x_s, float32 [B, C, H, W], for any earlier steps 0 <= s < t; arguments as
         `step`.
         """
-        output = self.network(x_t, self.process.model_timesteps(t), y)
-        out = self.process.p_distribution(output, x_t, t, s=s)
-        return out["mean"] + th.exp(0.5 * out["log_variance"]) * th.randn_like(x_t)
+        return self.step(x_t, t, y, s=s).x_next

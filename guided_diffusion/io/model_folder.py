@@ -36,7 +36,6 @@ class ModelFolder:
 
     Attributes:
         path: the folder as it was named.
-        pipeline: the pipeline's class; "" for a folder of the network alone.
         config: the network's config.json.
         scheduler: the scheduler's config; None where there is none.
         vae: the folder of the VAE; None for a pipeline in pixels.
@@ -45,7 +44,6 @@ class ModelFolder:
     """
 
     path: Path
-    pipeline: str
     config: dict[str, Any]
     scheduler: dict[str, Any] | None
     vae: Path | None
@@ -86,7 +84,7 @@ def read_model_folder(path: str | Path) -> ModelFolder:
     shapes: dict[str, tuple[int, ...]] = {}
     for file in weights:
         shapes |= weight_shapes(file)
-    return ModelFolder(path, pipeline, config, scheduler, vae, (folder / "config.json", *weights), shapes)
+    return ModelFolder(path, config, scheduler, vae, (folder / "config.json", *weights), shapes)
 
 
 def weights_sha256(path: str | Path) -> str:

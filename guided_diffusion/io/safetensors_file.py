@@ -46,13 +46,13 @@ def read_safetensors(path: str | os.PathLike, what: str = "checkpoint") -> dict[
         return {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
 
 
-def read_metadata(path: str | os.PathLike, what: str = "checkpoint") -> dict[str, str]:
+def read_metadata(path: str | os.PathLike) -> dict[str, str]:
     """The text in a file's header, by name; its tensors are not read.
 
     Raises:
         UserError: missing or damaged file.
     """
-    with open_safetensors(path, what) as file:
+    with open_safetensors(path, "checkpoint") as file:
         return dict(file.metadata() or {})
 
 

@@ -1,13 +1,10 @@
 """diffusers' network classes, and how one becomes a `DenoisingNetwork`."""
 
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch as th
 from torch import nn
-from torch.utils.hooks import RemovableHandle
 
 from ..io.diffusers_library import import_diffusers
 
@@ -45,14 +42,7 @@ def adopt(network: nn.Module, model_class: type[nn.Module], config: dict[str, An
                     f"{count / 1e9:.0f}e9 parameters are more than {MOST_PARAMETERS / 1e9:.0f}e9"
                 )
             model = model_class(**config)
-        except (
-            TypeError,
-            KeyError,
-            AttributeError,
-            ZeroDivisionError,
-            RuntimeError,
-            NotImplementedError,
-        ) as error:
+        except (TypeError, KeyError, AttributeError, ZeroDivisionError, RuntimeError) as error:
             raise ValueError(f"diffusers builds no {model_class.__name__} of it: {error}") from None
     for name, part in model.named_children():
         network.add_module(name, part)
@@ -62,12 +52,3 @@ def adopt(network: nn.Module, model_class: type[nn.Module], config: dict[str, An
 def attention_heads(network: nn.Module) -> dict[str, int]:
     """How many heads each attention in a network has, by its name there."""
     return {name: part.heads for name, part in network.named_modules() if isinstance(part, Attention)}
-
-
-@contextmanager
-def hooked(handle: RemovableHandle) -> Iterator[None]:
-    """A hook for as long as the context is open."""
-    try:
-        yield
-    finally:
-        handle.remove()

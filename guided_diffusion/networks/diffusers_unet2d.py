@@ -8,7 +8,7 @@ from torch import nn
 
 from ..config.architectures import UNet2DArchitecture
 from .base import DenoisingNetwork, Evaluation, ForDiffusers
-from .diffusers_models import Attention, ResnetBlock2D, UNet2DModel, adopt, attention_heads, hooked
+from .diffusers_models import Attention, ResnetBlock2D, UNet2DModel, adopt, attention_heads
 from .weight_selection import UNet2DWeights
 
 
@@ -81,10 +81,10 @@ class DiffusersUNet2D(DenoisingNetwork):
             seen["bottleneck"] = out.float()
 
         with ExitStack() as stack:
-            stack.enter_context(hooked(self.model.time_embedding.register_forward_hook(embed)))
-            stack.enter_context(hooked(self.model.conv_norm_out.register_forward_pre_hook(keep)))
+            stack.enter_context(self.model.time_embedding.register_forward_hook(embed))
+            stack.enter_context(self.model.conv_norm_out.register_forward_pre_hook(keep))
             if self.model.mid_block is not None:
-                stack.enter_context(hooked(self.model.mid_block.register_forward_hook(keep_middle)))
+                stack.enter_context(self.model.mid_block.register_forward_hook(keep_middle))
             stack.enter_context(self.autocast(x))
             output = self.model(x, timesteps, class_labels=y).sample
         return Evaluation(output.float(), seen["features"], seen["emb"], seen.get("bottleneck"))
@@ -96,9 +96,9 @@ class DiffusersUNet2D(DenoisingNetwork):
         return [part for part in parts if part is not None]
 
     def selectable_weights(self) -> UNet2DWeights:
-        """As they are."""
+        """The weights under diffusers' own names, unchanged."""
         return UNet2DWeights(self.state_dict(), attention_heads(self), self.config["norm_num_groups"])
 
     def for_diffusers(self) -> ForDiffusers:
-        """As it is."""
+        """The configuration, which is diffusers' already."""
         return ForDiffusers("UNet2DModel", self.config, self.state_dict())

@@ -7,7 +7,7 @@ from torch import nn
 
 from ..config.architectures import DiTArchitecture
 from .base import DenoisingNetwork, Evaluation, ForDiffusers
-from .diffusers_models import BasicTransformerBlock, DiTTransformer2DModel, adopt, attention_heads, hooked
+from .diffusers_models import BasicTransformerBlock, DiTTransformer2DModel, adopt, attention_heads
 from .weight_selection import SelectableWeights
 
 
@@ -136,7 +136,7 @@ class DiT(DenoisingNetwork):
             emb = first.timestep_embedder.forward(first.time_proj(timesteps))
         self.shift[0] = emb_shift
         try:
-            with hooked(self.model.norm_out.register_forward_pre_hook(keep)), self.autocast(x):
+            with self.model.norm_out.register_forward_pre_hook(keep), self.autocast(x):
                 output = self.model(x, timesteps, class_labels=labels).sample
         finally:
             self.shift[0] = None
@@ -149,11 +149,11 @@ class DiT(DenoisingNetwork):
         return [*parts, self.model.proj_out_2]
 
     def selectable_weights(self) -> DiTWeights:
-        """As they are."""
+        """The weights under diffusers' own names, unchanged."""
         return DiTWeights(self.state_dict(), attention_heads(self), groups=1)
 
     def for_diffusers(self) -> ForDiffusers:
-        """As it is."""
+        """The configuration, which is diffusers' already."""
         return ForDiffusers("DiTTransformer2DModel", self.config, self.state_dict())
 
     def _add_shift(self, _: nn.Module, __: tuple, emb: th.Tensor) -> th.Tensor:

@@ -58,7 +58,7 @@ class StopSignals:
 
     @property
     def received(self) -> str:
-        """See the class."""
+        """Name of the signal that came, "" for none."""
         return _state.received
 
 

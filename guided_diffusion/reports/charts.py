@@ -8,7 +8,7 @@ import io
 import itertools
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 from xml.etree import ElementTree
@@ -213,9 +213,9 @@ def _inlined(text: str) -> str:
     return _recoloured(re.sub(r"\s*\n\s*", " ", ElementTree.tostring(root, encoding="unicode")))
 
 
-def _recoloured(svg: str, replacements: Mapping[str, str] = _STAND_INS) -> str:
+def _recoloured(svg: str) -> str:
     svg = re.sub(r"font(?:-family)?: ?(?:([\d.]+px) )?'[^;\"]*", _font_size, svg)
-    for stand_in, variable in replacements.items():
+    for stand_in, variable in _STAND_INS.items():
         svg = svg.replace(stand_in, variable)
     return re.sub(r"#0a0c([0-9a-f]{2})", lambda match: f"var(--run-{int(match[1], 16)})", svg)
 

@@ -30,15 +30,15 @@ def save_grid(path: str | os.PathLike, images: np.ndarray, columns: int = 8, sca
         Image.fromarray(grid).save(temporary, format="PNG")
 
 
-def save_comparison(path: str | os.PathLike, panels: dict[str, np.ndarray], columns: int = 10) -> None:
-    """Write titled grids of uint8 [N, H, W, 3] side by side as one PNG."""
+def save_comparison(path: str | os.PathLike, panels: dict[str, np.ndarray]) -> None:
+    """Write titled grids, ten in a row, of uint8 [N, H, W, 3] side by side as one PNG."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(4.2 * len(panels), 4.8), layout="constrained")
     for axes, (title, images) in zip(
         figure.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True
     ):
-        rows = len(images) // columns
+        columns, rows = 10, len(images) // 10
         images = np.pad(images[: rows * columns], ((0, 0), (1, 1), (1, 1), (0, 0)), constant_values=96)
         height, width = images.shape[1:3]
         tiles = images.reshape(rows, columns, height, width, 3)

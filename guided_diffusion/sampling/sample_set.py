@@ -84,48 +84,37 @@ class SampleSet:
             Stopped: SIGTERM or SIGINT came, and a batch of each rank is done.
         """
         self.directory.mkdir(parents=True, exist_ok=True)
-        with dist_util.held(self.directory):
-            return self._draw(network, process, space, weights, batch_size, provenance or {})
-
-    def _draw(
-        self,
-        network: DenoisingNetwork,
-        process: GaussianDiffusion,
-        space: SampleSpace,
-        weights: Path,
-        batch_size: int,
-        provenance: Mapping[str, Any],
-    ) -> Path:
-        network, size = guided(network, self.guidance_scale), space.image_size
-        provenance = {**provenance, "steps": process.num_timesteps}
-        final = self.directory / f"samples_{self.num_samples}x{size}x{size}x3.npz"
-        settings = {
-            "model_sha256": weights_sha256(weights),
-            "timesteps": process.timestep_map,
-            "seed": self.seed,
-            "sampler": self.sampler_name,
-            "clip_denoised": self.clip_denoised,
-            "guidance_scale": self.guidance_scale or None,  # samples from before there was any say nothing
-            "device": dist_util.dev().type,
-            "dtype": str(network.compute_dtype),
-            **space.identity(),
-        }
-        with dist_util.rank_zero_first() as first:
-            if first:
-                self._check_settings(settings, provenance)
-                self._tidy(final, size)
-        if final.is_file():
-            return final
-
-        todo = self._missing_batches(batch_size)
-        dist_util.barrier()  # all ranks have looked before any writes
-        with StopSignals() as signals:
-            self._draw_shards(network, process, space, todo, signals)
-            dist_util.barrier()
+        with dist_util.held_by_rank_zero(self.directory):
+            network, size = guided(network, self.guidance_scale), space.image_size
+            provenance = {**(provenance or {}), "steps": process.num_timesteps}
+            final = self.directory / f"samples_{self.num_samples}x{size}x{size}x3.npz"
+            settings = {
+                "model_sha256": weights_sha256(weights),
+                "timesteps": process.timestep_map,
+                "seed": self.seed,
+                "sampler": self.sampler_name,
+                "clip_denoised": self.clip_denoised,
+                "guidance_scale": self.guidance_scale or None,  # older samples do not name it
+                "device": dist_util.dev().type,
+                "dtype": str(network.compute_dtype),
+                **space.identity(),
+            }
             with dist_util.rank_zero_first() as first:
                 if first:
-                    self._join(final, json.dumps({**provenance, **settings}))
-        return final
+                    self._check_settings(settings, provenance)
+                    self._tidy(final, size)
+            if final.is_file():
+                return final
+
+            todo = self._missing_batches(batch_size)
+            dist_util.barrier()  # all ranks have looked before any writes
+            with StopSignals() as signals:
+                self._draw_shards(network, process, space, todo, signals)
+                dist_util.barrier()
+                with dist_util.rank_zero_first() as first:
+                    if first:
+                        self._join(final, json.dumps({**provenance, **settings}))
+            return final
 
     def _draw_shards(
         self,

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch as th
 
-from ..gaussian_diffusion import GaussianDiffusion, Model, NoiseFn, Sample
+from ..gaussian_diffusion import GaussianDiffusion, Model, NoiseFn, Sample, last_sample
 from .samplers import Sampler
 
 try:
@@ -73,9 +73,7 @@ def solver_sample_loop(
         pred_xstart = diffusion.p_mean_variance(model, x, t, clip_denoised, None, model_kwargs)["pred_xstart"]
         return Sample(sample=scheduler.step(pred_xstart, t[0], x).prev_sample, pred_xstart=pred_xstart)
 
-    for out in diffusion.chain(step, model, shape, noise=noise, noise_fn=noise_fn):
-        final = out["sample"]
-    return final
+    return last_sample(diffusion.chain(step, model, shape, noise=noise, noise_fn=noise_fn))
 
 
 # DPM-Solver++ 2M (Lu et al., 2022, algorithm 2), and UniPC-2 with B(h) = e^h - 1 (Zhao et al., 2023). Both

@@ -111,7 +111,7 @@ def pool_identity(experiment: DistillationExperiment, weights: Path, size: int) 
 
 
 def teacher_identity(experiment: DistillationExperiment, weights: Path) -> dict[str, Any]:
-    """Whose states a pool holds: what a pool in a checkpoint belongs to."""
+    """The teacher's part of what a pool depends on; a pool made with another is refused."""
     teacher = experiment.teacher
     identity = {
         "T": teacher.process.diffusion_steps,

@@ -61,7 +61,7 @@ def prepare_pool(
         return
 
     path.parent.mkdir(parents=True, exist_ok=True)
-    with dist_util.held(path):
+    with dist_util.held_by_rank_zero(path):
         if rank == 0:
             remove_leftovers(path.parent, path.name)
         belongs_to = identity | {

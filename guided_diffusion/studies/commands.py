@@ -6,6 +6,8 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -120,22 +122,16 @@ class Steps:
         self.done[name] = result
         self._write()
 
-    def timed(self, name: str) -> "_Timed":
+    @contextmanager
+    def timed(self, name: str) -> Iterator[None]:
         """Add the time that the block takes to the step's."""
-        return _Timed(self, name)
+        started = time.monotonic()
+        try:
+            yield
+        finally:
+            seconds = self.done.setdefault("seconds", {})
+            seconds[name] = seconds.get(name, 0.0) + time.monotonic() - started
+            self._write()
 
     def _write(self) -> None:
         write_text(self.path, json.dumps(self.done, indent=1))
-
-
-class _Timed:
-    def __init__(self, steps: Steps, name: str):
-        self.steps, self.name = steps, name
-
-    def __enter__(self) -> None:
-        self.started = time.monotonic()
-
-    def __exit__(self, *_: object) -> None:
-        seconds = self.steps.done.setdefault("seconds", {})
-        seconds[self.name] = seconds.get(self.name, 0.0) + time.monotonic() - self.started
-        self.steps._write()

@@ -75,8 +75,8 @@ def ledger_of(experiment: DistillationExperiment, data: Data | None, images: int
     x, y = _inputs(network, rows)
     t = th.randint(process.num_timesteps, (rows,))
     with sdpa_kernel(SDPBackend.MATH):
+        evaluation = _count(lambda: teacher.step(x, t, y)) / rows
         if data is not None:
-            evaluation = _count(lambda: teacher.step(x, t, y)) / rows
             steps = build_process(experiment.teacher, "data.respacing", data.respacing).num_timesteps
             sampler = create_named_schedule_sampler("uniform", process.num_timesteps)
             objective: Objective = DiffusionTraining(process, sampler)
@@ -88,7 +88,6 @@ def ledger_of(experiment: DistillationExperiment, data: Data | None, images: int
         objective = build_objective(experiment, teacher, network, process)
         pool = DynamicBatch(x.clone(), t + 1, process.num_timesteps, y)
         maps = objective.teacher_maps
-        evaluation = _count(lambda: teacher.step(x, t, y)) / rows
         taught = _count(lambda: pool.advance(th.arange(rows), teacher, **maps)) / rows
         piece = pool.advance(th.arange(rows), teacher, **maps)
         passes = _passes(objective, network, piece) / rows
@@ -132,9 +131,7 @@ def _student(objective: Objective, network: DenoisingNetwork, batch: object, pas
 
     def watched(x: th.Tensor, *args, **kwargs):
         nonlocal counted
-        counted += _count(
-            lambda: _train(lambda: evaluate(x.detach(), *args, **kwargs).output.square().mean())
-        )
+        counted += _count(lambda: evaluate(x.detach(), *args, **kwargs).output.square().mean().backward())
         return evaluate(x, *args, **kwargs)
 
     network.evaluate = watched  # type: ignore[method-assign]
@@ -157,10 +154,6 @@ def _passes(objective: Objective, network: DenoisingNetwork, batch: object) -> f
             out.loss.mean().backward()
 
     return _count(run)
-
-
-def _train(loss) -> None:
-    loss().backward()
 
 
 def _inputs(network: DenoisingNetwork, rows: int) -> tuple[th.Tensor, th.Tensor | None]:

@@ -327,7 +327,7 @@ def _plot(path: Path, rows: list[Row]) -> None:
 
     costs: dict[str, Callable[[dict[str, Any], float], float]] = {
         "iterations": lambda record, at: at * record["iterations"],
-        "wall time, seconds": lambda record, at: _wall(record, at),
+        "wall time, seconds": _wall,
         "TFLOPs": lambda record, at: _flops(record, at) / 1e12,
     }
     figure = Figure(figsize=(13, 3.8), layout="constrained")
