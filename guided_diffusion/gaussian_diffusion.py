@@ -563,7 +563,8 @@ class GaussianDiffusion:
         bar, bar_prev = self.at("alphas_cumprod", t), self.at("alphas_cumprod_prev", t)
         sigma = eta * th.sqrt((1 - bar_prev) / (1 - bar)) * th.sqrt(1 - bar / bar_prev)
         noise = (noise_fn or th.randn_like)(x)
-        mean = pred_xstart * th.sqrt(bar_prev) + th.sqrt(1 - bar_prev - sigma**2) * eps
+        towards_x_t = th.sqrt((1 - bar_prev - sigma**2).clamp(min=0))  # rounding can take it below 0
+        mean = pred_xstart * th.sqrt(bar_prev) + towards_x_t * eps
         nonzero = (t != 0).float().reshape(-1, 1, 1, 1)
         return Sample(sample=mean + nonzero * sigma * noise, pred_xstart=pred_xstart)
 
@@ -583,13 +584,13 @@ class GaussianDiffusion:
         sample = out["pred_xstart"] * th.sqrt(bar_next) + th.sqrt(1 - bar_next) * eps
         return Sample(sample=sample, pred_xstart=out["pred_xstart"])
 
-    def p_sample_loop(self, model: Model, shape: Sequence[int], **options: Any) -> th.Tensor:
-        """Ancestral samples [B, C, H, W] from noise; options as `p_sample_loop_progressive`."""
-        return last_sample(self.p_sample_loop_progressive(model, shape, **options))
+    def p_sample_loop(self, model: Model, shape: Sequence[int], *args: Any, **kwargs: Any) -> th.Tensor:
+        """Ancestral samples [B, C, H, W] from noise; arguments as `p_sample_loop_progressive`."""
+        return last_sample(self.p_sample_loop_progressive(model, shape, *args, **kwargs))
 
-    def ddim_sample_loop(self, model: Model, shape: Sequence[int], **options: Any) -> th.Tensor:
-        """DDIM samples [B, C, H, W] from noise; options as `ddim_sample_loop_progressive`."""
-        return last_sample(self.ddim_sample_loop_progressive(model, shape, **options))
+    def ddim_sample_loop(self, model: Model, shape: Sequence[int], *args: Any, **kwargs: Any) -> th.Tensor:
+        """DDIM samples [B, C, H, W] from noise; arguments as `ddim_sample_loop_progressive`."""
+        return last_sample(self.ddim_sample_loop_progressive(model, shape, *args, **kwargs))
 
     def p_sample_loop_progressive(
         self,

@@ -7,20 +7,27 @@ from torch.nn import functional as F
 
 
 def normal_kl(
-    mean1: th.Tensor, logvar1: th.Tensor, mean2: th.Tensor | float, logvar2: th.Tensor | float
+    mean1: th.Tensor | float,
+    logvar1: th.Tensor | float,
+    mean2: th.Tensor | float,
+    logvar2: th.Tensor | float,
 ) -> th.Tensor:
     """KL divergence of two diagonal Gaussians, element by element.
 
     Args:
-        mean1: of the first; all four are broadcast against each other.
+        mean1: of the first. All four are broadcast against each other; at least one is a tensor.
         logvar1: log variance of the first.
-        mean2: of the second; a tensor or a number.
-        logvar2: log variance of the second; a tensor or a number.
+        mean2: of the second.
+        logvar2: log variance of the second.
 
     Returns:
         KL(first || second) in nats, of the broadcast shape.
     """
-    mean2, logvar2 = (th.as_tensor(v, dtype=mean1.dtype, device=mean1.device) for v in (mean2, logvar2))
+    given = (mean1, logvar1, mean2, logvar2)
+    like = next(value for value in given if isinstance(value, th.Tensor))
+    mean1, logvar1, mean2, logvar2 = (
+        value if isinstance(value, th.Tensor) else like.new_tensor(value) for value in given
+    )
     distance = (mean1 - mean2) ** 2 * th.exp(-logvar2)
     return 0.5 * (logvar2 - logvar1 - 1.0 + th.exp(logvar1 - logvar2) + distance)
 

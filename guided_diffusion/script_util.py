@@ -4,6 +4,7 @@ Keyword names and defaults are those that guided-diffusion users call; ADM's pub
 built this way.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch as th
@@ -135,7 +136,7 @@ def create_gaussian_diffusion(
     bounds: tuple[float, float] | None = PixelSpace.bounds,
     rescale_timesteps: bool = False,
     rescale_learned_sigmas: bool = False,
-    timestep_respacing: str = "",
+    timestep_respacing: str | int | Sequence[int] | None = "",
 ) -> SpacedDiffusion:
     """Build a diffusion process.
 
@@ -153,7 +154,7 @@ def create_gaussian_diffusion(
         bounds: of the sample space, where x_0 is clipped otherwise; None: never.
         rescale_timesteps: feed the model timesteps scaled to 0..1000.
         rescale_learned_sigmas: multiply the bound beside the MSE by T/1000.
-        timestep_respacing: see `respace.space_timesteps`; "" keeps every step.
+        timestep_respacing: see `respace.space_timesteps`; what is empty keeps every step.
 
     Raises:
         ValueError: unknown schedule or prediction, or impossible respacing.
@@ -168,8 +169,10 @@ def create_gaussian_diffusion(
         var_type = ModelVarType.LEARNED_RANGE
     else:
         var_type = ModelVarType.FIXED_SMALL if sigma_small else ModelVarType.FIXED_LARGE
+    if isinstance(timestep_respacing, int):
+        timestep_respacing = str(timestep_respacing)
     return SpacedDiffusion(
-        space_timesteps(steps, str(timestep_respacing) or [steps]),
+        space_timesteps(steps, timestep_respacing or [steps]),
         betas=get_named_beta_schedule(noise_schedule, steps, beta_start, beta_end),
         model_mean_type=ModelMeanType.START_X if predict_xstart else _MEAN_TYPES[prediction_type],
         model_var_type=var_type,

@@ -325,6 +325,19 @@ def test_without_bounds_a_student_throws_an_entry_no_farther_than_the_teachers_i
     teachers = pool.x.clone()
     pool.follow(batch, 1000 * th.randn_like(batch.eps), process, 1.0)
     images = process.clipped_xstart(batch.x_t, batch.t, batch.eps)
-    farthest = process.posterior_step(batch.t, batch.s).x_start * (images.amax() - images.amin())
+    reach = images.amax((1, 2, 3), keepdim=True) - images.amin((1, 2, 3), keepdim=True)
+    farthest = process.posterior_step(batch.t, batch.s).x_start * reach
     assert not th.equal(pool.x, teachers)
     assert ((pool.x - teachers).abs() <= 1.001 * farthest).all()
+
+
+def test_where_the_student_leads_an_entry_depends_on_no_other(teacher):
+    pool = noise_pool(12, teacher.process)
+    batch = pool.advance(th.arange(12), teacher, stride=6)
+    teachers, students = pool.x.clone(), 5 * th.randn_like(batch.eps)
+    pool.follow(batch, students, teacher.process, 1.0)
+    together = pool.x.clone()
+    pool.x.copy_(teachers)
+    for part in (slice(0, 1), slice(1, 6), slice(6, 12)):
+        pool.follow(batch[part], students[part], teacher.process, 1.0)
+    assert th.equal(pool.x, together) and not th.equal(pool.x, teachers)

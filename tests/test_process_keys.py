@@ -1,12 +1,18 @@
 """The process keys that other people's teachers need, against diffusers' own schedulers."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch as th
 from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
 from tiny import denoiser
 
+from guided_diffusion.config.settings import Distill
+from guided_diffusion.errors import UserError
+from guided_diffusion.losses import normal_kl
 from guided_diffusion.script_util import build_process, create_gaussian_diffusion
+from guided_diffusion.setups.distillation import build_objective
 
 KEYS = {"image_size": 8, "num_channels": 32, "channel_mult": "1", "attention_resolutions": "8"}
 
@@ -64,3 +70,38 @@ def test_a_perfect_model_has_no_loss(prediction):
 def test_a_prediction_that_nobody_knows_is_refused():
     with pytest.raises(ValueError, match="epsilon, sample, v_prediction, not 'x0'"):
         create_gaussian_diffusion(prediction_type="x0")
+
+
+@pytest.mark.parametrize("given, steps", [(None, 1000), ([], 1000), ("", 1000), (10, 10), ([10, 15, 20], 45)])
+def test_respacing_is_said_in_every_form_that_adm_takes(given, steps):
+    assert create_gaussian_diffusion(timestep_respacing=given).num_timesteps == steps
+
+
+def test_ddim_with_full_noise_is_finite_though_rounding_takes_its_last_factor_below_zero():
+    process = create_gaussian_diffusion(steps=4000, noise_schedule="cosine", timestep_respacing="20")
+    last, noise = th.tensor([19]), th.ones(1, 3, 4, 4)
+    assert process.ddim_sample(lambda x, t: 0.5 * x, noise, last, eta=1.0)["sample"].isfinite().all()
+
+
+def test_samplers_take_noise_and_clipping_in_adms_order():
+    process, noise = create_gaussian_diffusion(timestep_respacing="4"), th.randn(1, 3, 4, 4)
+    for loop in (process.ddim_sample_loop, process.p_sample_loop):
+        ends = []
+        for args, named in (((noise, False), {}), ((), {"noise": noise, "clip_denoised": False})):
+            th.manual_seed(0)
+            ends.append(loop(lambda x, t: 0.5 * x, noise.shape, *args, device="cpu", **named))
+        assert th.equal(*ends)
+
+
+def test_stage_2_is_refused_where_the_schedule_ends_in_noise_alone():
+    process = create_gaussian_diffusion(steps=20, prediction_type="v_prediction")
+    experiment = SimpleNamespace(distill=Distill())
+    with pytest.raises(UserError, match="stage2_weight must be 0: the noise schedule"):
+        build_objective(experiment, None, None, process)
+
+
+def test_either_gaussian_of_a_divergence_may_be_numbers():
+    mean, log_variance = th.randn(2, 3, 4)
+    zeros = th.zeros(3, 4)
+    assert th.equal(normal_kl(0.0, 0.0, mean, log_variance), normal_kl(zeros, zeros, mean, log_variance))
+    assert th.equal(normal_kl(mean, 0.0, 0.0, log_variance), normal_kl(mean, zeros, zeros, log_variance))

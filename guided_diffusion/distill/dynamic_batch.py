@@ -191,10 +191,10 @@ class DynamicBatch:
         """Let some entries go on where the student would have gone from x_t, instead of the teacher.
 
         Their x_s is shifted by the difference of the two predicted x_0 times the step's factor of x_0. Both
-        are clipped to the process's bounds, the student's also to the least and greatest values of the
-        teacher's (a latent space has no bounds); the noise and its variance stay the teacher's. So an
-        untrained student cannot throw them far. Where its prediction is not finite they stay where the
-        teacher led them.
+        are clipped to the process's bounds, the student's also to the least and greatest value of the
+        teacher's for that sample (a latent space has no bounds); the noise and its variance stay the
+        teacher's. So an untrained student cannot throw them far. Where its prediction is not finite they
+        stay where the teacher led them.
 
         Args:
             batch: what `advance` returned, or a piece of it.
@@ -205,7 +205,7 @@ class DynamicBatch:
         assert batch.index is not None and batch.s is not None
         chosen = (th.rand(len(batch)) < probability).to(batch.t.device)
         teachers, students = (process.clipped_xstart(batch.x_t, batch.t, e) for e in (batch.eps, eps))
-        students = students.clamp(teachers.amin(), teachers.amax())
+        students = students.clamp(*(f((1, 2, 3), keepdim=True) for f in (teachers.amin, teachers.amax)))
         shift = process.posterior_step(batch.t, batch.s).x_start * (students - teachers)
         chosen &= eps.isfinite().flatten(1).all(dim=1)
         x_s, level, _ = self.take(batch.index)

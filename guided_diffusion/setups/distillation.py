@@ -190,8 +190,13 @@ def build_objective(
     """The objective that `distill.objective` names, with the heads it trains beside the student.
 
     Raises:
-        UserError: no such objective.
+        UserError: no such objective, or stage 2 of a process whose last step leaves noise alone.
     """
+    if experiment.distill.stage2_weight > 0 and not process.alphas_cumprod[-1] > 0:
+        raise UserError(
+            "distill.stage2_weight must be 0: the noise schedule ends in noise alone, where a prediction of "
+            "the noise says nothing of an image"
+        )
     name = experiment.distill.objective
     kind = look_up(OBJECTIVES, name, "distill.objective")
     if not (isinstance(kind, type) and issubclass(kind, Distillation)):
