@@ -6,7 +6,7 @@ any number of ranks sees the same data, and a run resumes exactly from the numbe
 
 import os
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from pathlib import Path
 from typing import Protocol
 
@@ -242,7 +242,7 @@ def sample_batches(
     start_step: int = 0,
     num_workers: int = 0,
     random_flip: bool = False,
-) -> Iterator[tuple[th.Tensor, th.Tensor]]:
+) -> Generator[tuple[th.Tensor, th.Tensor], None, None]:
     """Endless batches; every epoch is a fresh permutation, and batches run on across epochs.
 
     Args:

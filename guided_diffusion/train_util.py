@@ -5,7 +5,7 @@ import math
 import os
 import time
 from collections.abc import Mapping
-from contextlib import nullcontext
+from contextlib import closing, nullcontext
 from typing import Any
 
 import numpy as np
@@ -155,7 +155,7 @@ class TrainLoop:
         progress = Progress(
             self.iterations or None, "training", "it", initial=self.step, active=dist_util.rank() == 0
         )
-        with StopSignals() as signals, progress:
+        with StopSignals() as signals, progress, closing(self.source):
             stop = self._score_what_was_due(signals)
             started, step_at_start = time.monotonic(), self.step
             while not stop and (not self.iterations or self.step < self.iterations):

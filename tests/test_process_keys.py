@@ -1,18 +1,13 @@
 """The process keys that other people's teachers need, against diffusers' own schedulers."""
 
-from types import SimpleNamespace
-
 import numpy as np
 import pytest
 import torch as th
 from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
 from tiny import denoiser
 
-from guided_diffusion.config.settings import Distill
-from guided_diffusion.errors import UserError
 from guided_diffusion.losses import normal_kl
 from guided_diffusion.script_util import build_process, create_gaussian_diffusion
-from guided_diffusion.setups.distillation import build_objective
 
 KEYS = {"image_size": 8, "num_channels": 32, "channel_mult": "1", "attention_resolutions": "8"}
 
@@ -91,13 +86,6 @@ def test_samplers_take_noise_and_clipping_in_adms_order():
             th.manual_seed(0)
             ends.append(loop(lambda x, t: 0.5 * x, noise.shape, *args, device="cpu", **named))
         assert th.equal(*ends)
-
-
-def test_stage_2_is_refused_where_the_schedule_ends_in_noise_alone():
-    process = create_gaussian_diffusion(steps=20, prediction_type="v_prediction")
-    experiment = SimpleNamespace(distill=Distill())
-    with pytest.raises(UserError, match="stage2_weight must be 0: the noise schedule"):
-        build_objective(experiment, None, None, process)
 
 
 def test_either_gaussian_of_a_divergence_may_be_numbers():

@@ -16,7 +16,7 @@ from tiny import distillation, make_vae, network, one_line_error, randomise
 
 from guided_diffusion.config.loading import load_distillation, load_experiment
 from guided_diffusion.errors import UserError
-from guided_diffusion.io.files import NpzFile
+from guided_diffusion.io.files import NpzFile, atomic_path
 from guided_diffusion.io.torch_file import read_torch_file
 from guided_diffusion.runs.checkpoint import (
     load_network,
@@ -351,3 +351,11 @@ def test_a_file_does_not_choose_what_is_imported(tmp_path):
     sys.path.remove(str(tmp_path))
     assert "is of the architecture 'evil:Net', which is not built in" in one_line_error(done)
     assert not (tmp_path / "trapped").exists()
+
+
+def test_a_safetensors_file_is_as_readable_as_every_other(tmp_path):
+    (tmp_path / "usual").touch()
+    with atomic_path(tmp_path / "weights.safetensors") as temporary:
+        save_file({"x": th.zeros(1)}, temporary)
+    usual, ours = ((tmp_path / name).stat().st_mode for name in ("usual", "weights.safetensors"))
+    assert ours == usual

@@ -104,3 +104,6 @@ class TeacherSource:
         *levels, clean, summed, restarts = counts
         mean = summed / (sum(levels) + clean)
         return {"T": total, "levels": levels, "clean": clean, "mean_level": mean, "restarts": restarts}
+
+    def close(self) -> None:
+        """Nothing runs beside the loop."""

@@ -37,6 +37,8 @@ _DAMAGE = (
 _BOMB_BYTES, _BOMB_RATIO = 64 << 20, 200
 _CHUNK = 1 << 20
 _MAX_TEXT = 1 << 20  # characters
+_UMASK = os.umask(0o077)  # which cannot be read without being set
+os.umask(_UMASK)
 _THIS_PROCESS = secrets.token_hex(4)  # in containers that share a folder two may have the same number
 
 
@@ -53,6 +55,7 @@ def atomic_path(path: str | os.PathLike) -> Iterator[Path]:
         yield temporary
         with open(temporary, "rb+") as file:
             os.fsync(file.fileno())
+        set_usual_mode(temporary)
         os.replace(temporary, path)
         directory = os.open(path.parent, os.O_RDONLY)
         try:
@@ -61,6 +64,12 @@ def atomic_path(path: str | os.PathLike) -> Iterator[Path]:
             os.close(directory)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def set_usual_mode(path: Path) -> None:
+    """Give a file the mode of every new one: safetensors keeps its own from everyone else."""
+    with suppress(OSError):  # not every file system has modes
+        path.chmod(0o666 & ~_UMASK)
 
 
 def write_text(path: str | os.PathLike, text: str) -> None:

@@ -190,13 +190,8 @@ def build_objective(
     """The objective that `distill.objective` names, with the heads it trains beside the student.
 
     Raises:
-        UserError: no such objective, or stage 2 of a process whose last step leaves noise alone.
+        UserError: no such objective.
     """
-    if experiment.distill.stage2_weight > 0 and not process.alphas_cumprod[-1] > 0:
-        raise UserError(
-            "distill.stage2_weight must be 0: the noise schedule ends in noise alone, where a prediction of "
-            "the noise says nothing of an image"
-        )
     name = experiment.distill.objective
     kind = look_up(OBJECTIVES, name, "distill.objective")
     if not (isinstance(kind, type) and issubclass(kind, Distillation)):
@@ -270,6 +265,12 @@ def distillation_loop(
         says = "teacher_sha256" in read_pool_header(kept)  # one of an earlier version does not
         expected = belongs_to if says else None
         pool = read_pool(kept, total, teacher.space.shape, expected=expected, rank=rank, world_size=world)
+        configured = pool_size(experiment.teacher.iter_choice, experiment.teacher.BATCH, total, batch_size)
+        if len(pool) != configured:
+            log.info(
+                f"the pool stays the checkpoint's, {len(pool)} samples per rank, though teacher.BATCH, "
+                f"student.batch_size and teacher.iter_choice say {configured}"
+            )
     else:
         pool = open_pool(experiment, weights, pool_path, teacher, batch_size)
     pool = stored(pool, experiment)

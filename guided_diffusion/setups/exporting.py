@@ -11,6 +11,7 @@ import torch as th
 from ..config.settings import Denoiser, Distill, DistillationExperiment, Experiment
 from ..errors import UserError, first_line
 from ..io.diffusers_library import import_diffusers
+from ..io.files import set_usual_mode
 from ..io.model_folder import is_hub_name, weights_sha256
 from ..networks.base import DenoisingNetwork, ForDiffusers
 from ..respace import SpacedDiffusion
@@ -70,6 +71,8 @@ def export_pipeline(
             student,
             f"{weights}",
         )
+        for file in folder.rglob("*.safetensors"):
+            set_usual_mode(file)
         _put_in_place(folder, out, before=temporary / "before")
     finally:
         shutil.rmtree(temporary)

@@ -1,6 +1,6 @@
 """Where the batches of a training loop come from."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -31,6 +31,10 @@ class Source(Protocol):
         """Collective: what `pool.jsonl` says of the source at a save, or None if it has no pool."""
         ...
 
+    def close(self) -> None:
+        """End what runs beside the loop."""
+        ...
+
 
 class ImageSource:
     """Batches of images; what is drawn at a step is a function of the step, so there is no state to keep.
@@ -45,7 +49,7 @@ class ImageSource:
 
     def __init__(
         self,
-        batches: Iterator[tuple[th.Tensor, th.Tensor]],
+        batches: Generator[tuple[th.Tensor, th.Tensor], None, None],
         encode: Callable[[th.Tensor], th.Tensor],
         labelled: bool,
     ):
@@ -65,3 +69,7 @@ class ImageSource:
     def pool_record(self) -> None:
         """There is no pool."""
         return None
+
+    def close(self) -> None:
+        """End the processes that load images: they leave signals to this one, which would wait for them."""
+        self.batches.close()

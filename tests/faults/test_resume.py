@@ -83,6 +83,13 @@ def test_other_settings_are_told(tmp_path, kind, key):
     assert "other settings" not in run(tmp_path, *command, "run.iterations=5", f"{key}=0.5")[1]
 
 
+def test_a_pool_that_is_not_what_is_configured_is_told(tmp_path):
+    command = [*distil(tmp_path), "--exp_dir", tmp_path / "run"]
+    run(tmp_path, *command, "run.iterations=4")
+    _, told = run(tmp_path, *command, "run.iterations=5", "teacher.BATCH=2.0")
+    assert "the pool stays the checkpoint's, " in told
+
+
 def test_a_named_checkpoint_that_is_damaged_is_refused(tmp_path):
     command = [*distil(tmp_path), "--exp_dir", tmp_path / "run"]
     run(tmp_path, *command, "run.iterations=4")

@@ -321,6 +321,24 @@ def test_workers_that_load_images_leave_signals_to_the_run(tmp_path, name):
     assert "Traceback" not in child.text()
 
 
+@pytest.mark.parametrize("iterations", [2, 0])
+def test_workers_that_load_images_end_with_the_run(tmp_path, iterations):
+    """As a user starts it: what a process does at its exit, no forked child does."""
+    flags = [*map(str, train(tmp_path)), "--num_workers", "1", f"run.iterations={iterations}"]
+    script = [sys.executable, ROOT / flags.pop(0), *flags, "--exp_dir", tmp_path / "run"]
+    process = subprocess.Popen(script, cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        if not iterations:
+            log = tmp_path / "run/log.txt"
+            while not (log.is_file() and "step 3" in log.read_text()):
+                assert process.poll() is None
+                time.sleep(0.05)
+            process.terminate()
+        assert process.wait(timeout=60) == (0 if iterations else EXIT_STOPPED)
+    finally:
+        process.kill()
+
+
 def stopped_at_random(folder, seconds):
     """Start the commands under mpiexec again and again, stopping each at a random moment."""
     dice, config = random.Random(7), distillation(folder)
