@@ -67,9 +67,9 @@ def page() -> str:
         table(space),
     ]
     for name, section in SECTIONS.items():
-        own = [row for row in describe_keys(section, name) if row not in shared]
-        if name == "student":  # at the top level of a baseline some more do something
-            own = [row for row in describe_keys(section) if row not in shared]
+        # Of `student`, those too that do something at the top level of a baseline alone.
+        known = dict.fromkeys(describe_keys(section) if name == "student" else [])
+        own = [row for row in known | dict.fromkeys(describe_keys(section, name)) if row not in shared]
         summary = (section.__doc__ or "").strip().splitlines()[0]
         parts += [f"\n## `{name}`\n\n{summary}\n", table(own)]
     return "\n".join(parts) + "\n"
