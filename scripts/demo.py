@@ -13,7 +13,6 @@ from pathlib import Path
 
 from guided_diffusion.config import command_line, paths
 from guided_diffusion.config.loading import find_config, load_distillation, mapping_text
-from guided_diffusion.config.settings import Denoiser, flat
 from guided_diffusion.errors import UserError
 from guided_diffusion.io.files import sha256_of, write_text
 from guided_diffusion.io.shipped import IS_INSTALLED, SHIPPED
@@ -81,14 +80,14 @@ def main() -> None:
     rates = experiment.student.training.ema_rates
     student = checkpoint.path(f"ema_{rates[0]}" if rates else "model")
     sample = ["--batch_size", 125, "--num_samples", args.num_samples, "--timestep_respacing", 50]
-    taught_by = experiment.teacher
     own_config = folder / "teacher.yaml"
-    network = Denoiser(taught_by.architecture, taught_by.process, taught_by.space)
-    write_text(own_config, mapping_text(flat(network)))
-    for name, weights in (("teacher", teacher), ("student", student)):
-        config = own_config if name == "teacher" else args.config
-        # The samples are drawn in 16 bits where the processor is fast in them.
-        overrides = ["use_fp16=true"] if name == "teacher" else [*args.overrides, "student.use_fp16=true"]
+    write_text(own_config, mapping_text(experiment.teacher.network_keys()))
+    # The samples are drawn in 16 bits where the processor is fast in them.
+    guidance = ["--guidance_scale", experiment.teacher.guidance_scale]
+    for name, weights, config, overrides in (
+        ("teacher", teacher, own_config, ["use_fp16=true", *guidance]),
+        ("student", student, args.config, [*args.overrides, "student.use_fp16=true"]),
+    ):
         seconds[f"sample {name}"] = run(
             f"Sampling {args.num_samples} images from the {name}", "scripts/image_sample.py",
             "--config", config, *overrides, "--model_path", weights, *sample, "--log_dir", folder / name,

@@ -65,7 +65,6 @@ def main() -> None:
     weights_name = paths.input_file(args.model_path, config, "--model_path")
 
     from guided_diffusion import dist_util
-    from guided_diffusion.config.settings import DistillationExperiment
     from guided_diffusion.io.remote import is_url
     from guided_diffusion.networks.precision import place
     from guided_diffusion.runs.best import local_weights
@@ -101,8 +100,7 @@ def main() -> None:
     if mirror:
         dist_util.from_rank_zero(mirror.pull)
     student = experiment.student
-    where = "student." if isinstance(experiment, DistillationExperiment) else ""
-    require_agreement(student, weights, where)
+    require_agreement(student, weights, experiment.where)
     if args.timestep_respacing is not None:
         student.process.timestep_respacing = sampler.respacing(args.timestep_respacing)
     network, process = build_network(student)

@@ -3,8 +3,6 @@
 import torch as th
 from torch.nn import functional as F
 
-from guided_diffusion.nn import GroupNorm32
-
 
 def norm_errors(norm_silu, shape, dtype, layout, *, silu, scaled, before, device="cpu"):
     """Relative errors of a kernel's result and of all its gradients.
@@ -44,10 +42,3 @@ def norm_errors(norm_silu, shape, dtype, layout, *, silu, scaled, before, device
         results = [out.detach(), *th.autograd.grad(out, asked, weights.to(out))]
         ends.append([result.cpu() for result in results])
     return [float((mine - exact).norm() / exact.norm()) for mine, exact in zip(*ends, strict=True)]
-
-
-def by_module(x, weight, bias, scale, shift, before, groups, eps, silu, dropout):
-    """The networks' module, called as a kernel."""
-    norm = GroupNorm32(groups, len(weight), eps)
-    more = {"before": before, "silu": silu, "dropout": dropout}
-    return th.func.functional_call(norm, {"weight": weight, "bias": bias}, (x, scale, shift), more)

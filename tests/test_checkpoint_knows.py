@@ -325,3 +325,10 @@ def test_a_pool_without_a_file_is_told(tmp_path):
         assert "teacher.tempfile is not set" in line
     chain = ["teacher.iter_choice=iterative_distillation", "teacher.tempfile=", "run.iterations=1"]
     script_here("scripts/image_kd.py", "--config", config, "--exp_dir", tmp_path / "run", *chain)
+
+
+def test_the_key_that_goes_with_a_checkpoint_is_one_that_the_command_takes(trained, tmp_path):
+    config = distillation(tmp_path, 8, student__noise_schedule="linear", teacher__noise_schedule="linear")
+    flags = ["scripts/image_sample.py", "--config", config, "--model_path", trained / "run/model000002.pt"]
+    line = one_line_error(script_here(*flags, "--log_dir", tmp_path / "samples", check=False))
+    assert "student.noise_schedule=cosine goes with it" in line

@@ -82,8 +82,7 @@ def run_inputs(experiment: Experiment, config: Path) -> tuple[str, str]:
     training, run = experiment.student.training, experiment.run
     initial = reference = ""
     if training.model_path:
-        where = "student." if isinstance(experiment, DistillationExperiment) else ""
-        initial = input_file(training.model_path, config, f"{where}model_path")
+        initial = input_file(training.model_path, config, f"{experiment.where}model_path")
     if run.eval_interval:
         reference = input_file(run.eval_reference, config, "run.eval_reference")
     return initial, reference

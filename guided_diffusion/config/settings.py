@@ -11,7 +11,7 @@ import dataclasses
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from ..errors import UserError
 
@@ -227,6 +227,10 @@ class Denoiser:
     architecture: Architecture = dataclasses.field(default_factory=AdmArchitecture)
     process: Process = dataclasses.field(default_factory=Process)
     space: Space = dataclasses.field(default_factory=Space)
+
+    def network_keys(self) -> dict[str, Any]:
+        """The keys of these three, as a configuration to sample from has them at its top level."""
+        return flat(self.architecture) | flat(self.process) | flat(self.space)
 
     def check(self, where: str) -> None:
         """Raise `UserError` for values that cannot be right."""
@@ -466,15 +470,20 @@ class Run:
 
 @dataclass
 class Experiment:
-    """A whole configuration, validated: a network to train on images, or to sample from."""
+    """A whole configuration, validated: a network to train on images, or to sample from.
+
+    Attributes:
+        where: what stands before the student's keys on a command line and in messages.
+    """
 
     name: str
     student: Student
     run: Run
+    where: ClassVar[str] = ""
 
     def check(self) -> None:
         """Raise `UserError` for values that cannot be right, alone or together."""
-        self.student.check("")
+        self.student.check(self.where)
         self.run.check("run.")
 
 
@@ -484,11 +493,11 @@ class DistillationExperiment(Experiment):
 
     teacher: Teacher
     distill: Distill
+    where: ClassVar[str] = "student."
 
     def check(self) -> None:
         """Raise `UserError` for values that cannot be right, alone or together."""
-        self.student.check("student.")
-        self.run.check("run.")
+        super().check()
         self.teacher.check("teacher.")
         self.distill.check("distill.")
         ours, theirs = flat(self.student), flat(self.teacher)

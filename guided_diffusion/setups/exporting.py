@@ -45,7 +45,7 @@ def export_pipeline(
     student = experiment.student
     _require_free(out, overwrite)
     diffusers = import_diffusers("exporting")
-    require_agreement(student, weights)
+    require_agreement(student, weights, experiment.where)
     network, _ = build_network(student)
     load_network(network, weights)
     network.eval()

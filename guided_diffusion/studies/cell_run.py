@@ -381,8 +381,7 @@ class CellRun:
     def _sample_teacher(self, config: Path, count: int, respacing: str, folder: Path, seed: int) -> None:
         """Sample from the teacher as it is distilled; its configuration is written to `config`."""
         teacher = self.experiment.teacher
-        network = flat(teacher.architecture) | flat(teacher.process) | flat(teacher.space)
-        write_text(config, mapping_text(network | {"run": flat(self.experiment.run)}))
+        write_text(config, mapping_text(teacher.network_keys() | {"run": flat(self.experiment.run)}))
         guidance = ["--guidance_scale", teacher.guidance_scale] if teacher.guidance_scale else []
         self._sample(config, self.teacher, count, respacing, folder, seed, *guidance)
 
