@@ -7,8 +7,6 @@ Each file holds uint8 images [N, H, W, 3] as arr_0. The reference may instead, o
 statistics of an ADM reference batch (mu, sigma, mu_s, sigma_s). See docs/evaluation.md.
 """
 
-import sys
-import warnings
 from collections.abc import Sequence
 from dataclasses import fields
 from os import PathLike
@@ -95,7 +93,6 @@ def main() -> None:
     )
     parser.add_argument("--output", type=local_path, help="also write a JSON record here")
     args = parser.parse_args()
-    warnings.showwarning = _show_warning
     settings = Settings(**{field.name: getattr(args, field.name) for field in fields(Settings)})
     if args.output is not None and args.output.is_dir():
         raise UserError(f"--output {args.output} is a folder, a file to write is wanted")
@@ -112,10 +109,6 @@ def main() -> None:
 
 def _report(results: Sequence[Result]) -> str:
     return format_result(results[0]) if len(results) == 1 else format_table(results)
-
-
-def _show_warning(message, category, filename, lineno, file=None, line=None) -> None:
-    print(f"warning: {message}", file=sys.stderr)
 
 
 if __name__ == "__main__":

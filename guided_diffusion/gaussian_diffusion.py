@@ -382,10 +382,10 @@ class GaussianDiffusion:
         return pred_xstart if self.bounds is None else pred_xstart.clamp(*self.bounds)
 
     def predict_eps_from_xstart(self, x_t: th.Tensor, t: th.Tensor, pred_xstart: th.Tensor) -> th.Tensor:
-        """The inverse of `predict_xstart_from_eps`."""
-        return (self.at("sqrt_recip_alphas_cumprod", t) * x_t - pred_xstart) / self.at(
-            "sqrt_recipm1_alphas_cumprod", t
-        )
+        """The inverse of `predict_xstart_from_eps`; where x_t is noise alone (abar = 0), x_t itself."""
+        scale = self.at("sqrt_recip_alphas_cumprod", t)
+        eps = (scale * x_t - pred_xstart) / self.at("sqrt_recipm1_alphas_cumprod", t)
+        return eps if self.alphas_cumprod[-1] > 0 else th.where(scale.isfinite(), eps, x_t)
 
     def vb_terms_bpd(
         self,

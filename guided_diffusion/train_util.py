@@ -409,7 +409,7 @@ class TrainLoop:
             else:
                 ema.load_state_dict(self.network.state_dict())
         if checkpoint.has("head"):
-            load_strictly(self.objective, load_state_dict(checkpoint.path("head")), checkpoint.path("head"))
+            self._load_head(checkpoint.path("head"))
         elif head:
             self.objective.load_foreign_head(head, checkpoint.path("model"))
         if checkpoint.has("opt"):
@@ -422,6 +422,15 @@ class TrainLoop:
         self.log.drop_rows_after(self.step)
         note = f" (not there, so started anew: {', '.join(missing)})" if missing else ""
         self.log.info(f"resumed from step {self.step} of {checkpoint.directory}{note}")
+
+    def _load_head(self, path: str | os.PathLike) -> None:
+        try:
+            load_strictly(self.objective, load_state_dict(path), path)
+        except UserError as error:
+            raise UserError(
+                f"{error}; a run goes on with the stages that it has: with others, begin from its weights "
+                "(student.model_path) in another --exp_dir"
+            ) from None
 
     def _load_optimizer(self, path: str | os.PathLike) -> None:
         state = read_torch_file(path)

@@ -18,7 +18,7 @@ def main() -> None:
     tempfile = command_line.pool_path(experiment, args.config)
 
     from guided_diffusion import dist_util
-    from guided_diffusion.runs.provenance import describe_network
+    from guided_diffusion.runs.provenance import describe_training
     from guided_diffusion.runs.run_directory import start_run
     from guided_diffusion.setups.distillation import distillation_loop, pool_file
 
@@ -40,7 +40,7 @@ def main() -> None:
             log=log,
             initial=initial,
             resume=resume,
-            description=describe_network(experiment.name, experiment.student),
+            description=describe_training(experiment),
             load_judge=load_judge,
         ).run()
 

@@ -106,7 +106,7 @@ def main() -> None:
     network, process = build_network(student)
     load_network(network, weights)
     place(network.eval(), student.architecture.use_fp16, experiment.run, frozen=True)
-    provenance = describe_network(experiment.name, student)
+    provenance = describe_network(experiment)
     checkpoint = read_description(weights)
     provenance |= {"model": weights.name, "step": checkpoint.get("step"), "checkpoint": checkpoint}
     path = samples.draw(network, process, build_space(student), weights, args.batch_size, provenance)

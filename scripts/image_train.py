@@ -9,7 +9,7 @@ from guided_diffusion.processes.launch import detect_launch, run_script
 
 def main() -> None:
     """Parse, build, run."""
-    parser = command_line.make_parser(__doc__, ["student", "run"])
+    parser = command_line.make_parser(__doc__, ["", "run"])
     parser.add_argument(
         "--data_dir", required=True, help="folder of images, an .npz with arr_0, or a folder of .npz"
     )
@@ -33,7 +33,7 @@ def main() -> None:
     batch_size = command_line.per_rank(training.batch_size, detect_launch().world_size, "batch_size")
 
     from guided_diffusion import dist_util
-    from guided_diffusion.runs.provenance import describe_network
+    from guided_diffusion.runs.provenance import describe_training
     from guided_diffusion.runs.run_directory import start_run
     from guided_diffusion.setups.image_training import training_loop
 
@@ -55,7 +55,7 @@ def main() -> None:
             log=log,
             initial=initial,
             resume=resume,
-            description=describe_network(experiment.name, experiment.student),
+            description=describe_training(experiment),
             load_judge=load_judge,
         ).run()
 

@@ -106,6 +106,18 @@ def test_samples_carry_where_they_come_from(trained, tmp_path):
     assert {"revision", "model_sha256", "clip_denoised", "dtype"} <= set(provenance)
 
 
+def test_a_runs_own_configuration_has_the_runs_name(trained):
+    assert load_experiment(trained / "run/config.yaml").name == "net"
+    assert read_description(trained / "run/model000002.pt")["method"] == "trained from data"
+
+
+def test_help_has_the_keys_that_training_on_images_takes():
+    text = script_here("scripts/image_train.py", "--help").stdout
+    assert (
+        "  random_flip = True: " in text and "  run.seed = 0: " in text and "cache_save_interval" not in text
+    )
+
+
 def test_looking_for_the_revision_runs_nothing_of_the_folder(tmp_path):
     subprocess.run(["git", "init", "-q", tmp_path], check=True)
     hook = tmp_path / "hook"

@@ -302,7 +302,7 @@ def test_command_prints_and_records(folder, graph, result, tmp_path):
     assert done.stdout == format_result(result) + "\n"
     assert done.stdout.startswith("Inception Score: 2.7510")
     # TensorFlow and its libraries stay quiet: the one warning is ours.
-    assert [line.split(":")[0] for line in done.stderr.splitlines()] == ["warning", "warning"]
+    assert [line.split(":")[0] for line in done.stderr.splitlines()] == ["WARNING", "WARNING"]
     (record,) = json.loads((tmp_path / "r.json").read_text())
     assert {name: record[name] for name in values(result)} == pytest.approx(values(result))
     assert (record["n"], record["n_reference"]) == (500, 600)
@@ -345,7 +345,7 @@ def test_samples_of_another_size_are_scored_with_one_warning_each(small, graph, 
     assert done.returncode == 0, done.stderr
     told = [line for line in done.stderr.splitlines() if "images are fewer than" not in line]
     for line, path, (height, width) in zip(told, others, sizes, strict=True):
-        assert line.startswith(f"warning: {path}: images of {height}x{width}, ")
+        assert line.startswith(f"WARNING: {path}: images of {height}x{width}, ")
         assert "32x32" in line
     # As the network itself enlarges them, compared with the reference as it is.
     real = gaussian_of(extractor.extract(images["ref"][:40])[0])

@@ -13,7 +13,7 @@ from tiny import network as network_keys
 from tiny import one_line_error
 
 from guided_diffusion.config.loading import load_experiment
-from guided_diffusion.runs.checkpoint import load_state_dict
+from guided_diffusion.runs.checkpoint import described, load_state_dict
 from guided_diffusion.script_util import build_network
 
 ADM = network_keys(8, 16, attention_resolutions="4")
@@ -103,6 +103,17 @@ def test_the_cards_code_runs(tmp_path, name):
     names: dict = {}
     exec(code, names)
     assert len(names["images"]) == 4 and names["images"][0].size == (8, 8)
+
+
+def test_the_card_tells_of_the_run_rather_than_of_the_configuration(tmp_path):
+    flags = prepared(tmp_path, DIT)
+    state = load_state_dict(tmp_path / "model.pt")
+    told = {"config": "a-run", "method": "distilled by X", "teacher": "t.pt", "step": 7}
+    th.save(described(state, told), tmp_path / "model.pt")
+    script_here(*flags)
+    card = (tmp_path / "out/README.md").read_text()
+    facts = ("Configuration: a-run", "Teacher: t.pt", "Method: distilled by X", "Iterations: 7")
+    assert all(f"- {fact}\n" in card for fact in facts)
 
 
 @pytest.mark.parametrize(

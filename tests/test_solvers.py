@@ -35,7 +35,7 @@ class GaussianDenoiser:
 
     Args:
         process: the original process, whose timesteps it is called with.
-        predicts: "x_0" or "eps".
+        predicts: "x_0", "eps" or "v".
         learn_sigma: add three channels of nonsense where the variance would be.
     """
 
@@ -51,6 +51,8 @@ class GaussianDenoiser:
         out = MEAN + STD**2 * bar.sqrt() / (bar * STD**2 + 1 - bar) * (x.double() - bar.sqrt() * MEAN)
         if self.predicts == "eps":
             out = (x - bar.sqrt() * out) / (1 - bar).sqrt()
+        elif self.predicts == "v":
+            out = (bar.sqrt() * x - out) / (1 - bar).sqrt()
         if self.learn_sigma:
             out = th.cat([out, th.full_like(out, 7.0)], dim=1)
         return out.float()
@@ -170,6 +172,18 @@ def test_trailing_steps():
         with pytest.raises(ValueError, match="of 20 steps"):
             space_timesteps(20, wrong)
     assert [steps_respacing(sampler, "7") for sampler in SAMPLERS] == ["7", "7", "trailing7", "trailing7"]
+
+
+@pytest.mark.parametrize("sampler", ["ddim", *SOLVERS])
+@pytest.mark.parametrize("predicts, prediction_type", [("x_0", "sample"), ("v", "v_prediction")])
+def test_a_schedule_that_ends_in_noise_alone(sampler, predicts, prediction_type):
+    """From which a prediction of the noise leads nowhere, and one of x_0 or v does."""
+    process = create_gaussian_diffusion(steps=20, noise_schedule="linear", prediction_type=prediction_type)
+    assert process.alphas_cumprod[-1] == 0
+    x = sampling_loop(sampler)(
+        process, GaussianDenoiser(process, predicts), START.shape, noise=START, clip_denoised=False
+    )
+    assert rms(x - exact(process)) < (0.06 if sampler == "ddim" else 0.02)
 
 
 @pytest.mark.parametrize("solver", SOLVERS)

@@ -12,6 +12,7 @@ from tiny import T, distillation, make_teacher, network, one_line_error, script
 
 from guided_diffusion.config.loading import load_experiment
 from guided_diffusion.distill.pool_file import read_pool
+from guided_diffusion.runs.checkpoint import read_description
 
 SIZE, B = 8, 4
 ONE = ["run.iterations=1"]
@@ -215,6 +216,21 @@ def test_an_older_checkpoint_does_not_go_on_among_later_ones(config):
     assert (config.parent / "branch/model000003.pt").is_file()
     again = script_here(*branch, "run.iterations=5")  # the same command goes on
     assert f"resumed from step 3 of {config.parent / 'branch'}" in again.stdout
+    itself = ["--resume_checkpoint", config.parent / "branch", "run.iterations=6"]
+    script_here("scripts/image_kd.py", "--config", config, *itself)
+    again = script_here(*branch, "run.iterations=7")  # and still does
+    assert f"resumed from step 6 of {config.parent / 'branch'}" in again.stdout
+
+
+def test_a_run_goes_on_with_the_stages_that_it_has(config):
+    distil(config, "staged", "run.iterations=2", "student.save_interval=2")
+    run = config.parent / "staged"
+    assert read_description(run / "model000002.pt")["method"].startswith(
+        "distilled by TCCD, without any data"
+    )
+    flags = ["--exp_dir", run, "run.iterations=4", "distill.stage1_weight=0"]
+    line = one_line_error(script_here("scripts/image_kd.py", "--config", config, *flags, check=False))
+    assert "a run goes on with the stages that it has" in line
 
 
 @pytest.mark.slow

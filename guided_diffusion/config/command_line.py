@@ -22,13 +22,13 @@ def make_parser(
 
     Args:
         description: the script's purpose.
-        sections: the configuration sections it reads.
+        sections: the configuration sections it reads; "" for the top level of a baseline.
         without_config: what it goes by without --config; "" if it needs one.
     """
     lines = ["configuration keys (override any with section.key=value):"]
     for name in sections:
-        for key, default, meaning in describe_keys(SECTIONS[name], name):
-            lines.append(f"  {name}.{key} = {default!r}: {meaning}")
+        for key, default, meaning in describe_keys(SECTIONS[name or "student"], name):
+            lines.append(f"  {name}{'.' if name else ''}{key} = {default!r}: {meaning}")
     parser = make_bare_parser(description, "\n".join(lines))
     parser.add_argument(
         "--config",

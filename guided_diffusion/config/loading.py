@@ -12,6 +12,7 @@ import difflib
 import os
 import re
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -29,6 +30,7 @@ from yaml import (  # type: ignore[attr-defined]
 from yaml import parse as parse_yaml  # type: ignore[attr-defined]
 
 from ..errors import UserError, first_line
+from ..io.files import folder_name, read_object
 from ..io.model_folder import read_model_folder
 from ..io.shipped import IS_INSTALLED, SHIPPED
 from .foreign import find_folder, folder_keys
@@ -135,12 +137,12 @@ def _experiment(tree: DictConfig, path: Path, overrides: Sequence[str]) -> Exper
     run = _build(Run, sections.get("run", {}), path, "run.")
     if not distilled:
         student = _build_found(Student, sections["student"], path, "")
-        experiment = Experiment(name=path.stem, student=student, run=run)
+        experiment = Experiment(name=_name(path), student=student, run=run)
     else:
         sections["teacher"].pop("clip_last", None)  # its x_0 is clipped at every step anyway
         teacher = _build_found(Teacher, sections["teacher"], path, "teacher.")
         experiment = DistillationExperiment(
-            name=path.stem,
+            name=_name(path),
             teacher=teacher,
             student=_build_found(Student, _shared(teacher) | sections["student"], path, "student."),
             distill=_build(Distill, sections.get("distill", {}), path, "distill."),
@@ -148,6 +150,14 @@ def _experiment(tree: DictConfig, path: Path, overrides: Sequence[str]) -> Exper
         )
     experiment.check()
     return experiment
+
+
+def _name(path: Path) -> str:
+    """A configuration's name: its file's, but of a run's own config.yaml the run's."""
+    if path.name == "config.yaml":
+        with suppress(OSError, ValueError, KeyError):
+            return folder_name(read_object(path.with_name("run.json"))["name"])
+    return path.stem
 
 
 def load_distillation(path: str | os.PathLike, overrides: Sequence[str] = ()) -> DistillationExperiment:

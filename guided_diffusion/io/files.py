@@ -100,6 +100,13 @@ def read_object(path: str | os.PathLike, most_bytes: int = 1 << 20) -> dict[str,
     return found
 
 
+def folder_name(name: object) -> str:
+    """The name, where a folder can be called so; "unnamed" where not."""
+    name = str(name)
+    can_be = name == Path(name).name != ".." and name.isprintable() and len(name.encode()) <= 200
+    return name if can_be else "unnamed"
+
+
 def short_names(paths: Sequence[str]) -> list[str]:
     """As little of the end of each path as tells them apart."""
     parts = [Path(path).parts for path in paths]

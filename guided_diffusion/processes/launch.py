@@ -5,11 +5,13 @@ import os
 import select
 import sys
 import traceback
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NoReturn
 
 from ..errors import UserError, message_of
+from ..io.progress import warn
 from . import cores  # noqa: F401 - which counts from now on, before torch is imported
 from .stopping import EXIT_STOPPED, GRACE, Stopped, StoppedHere, stoppable
 
@@ -94,8 +96,9 @@ def run_script(main: Callable[[], None]) -> None:
 
     Each rank that fails says so, except that mistakes found before the ranks met (a wrong flag, a
     missing file), which all ranks find alike, are told by rank 0 alone. A rank that fails alone takes
-    the others with it.
+    the others with it. A warning is one line on standard error, without its place in the code.
     """
+    warnings.showwarning = lambda message, *place: warn(str(message))
     try:
         with stoppable(_end_all, alone=detect_launch().world_size == 1):
             main()

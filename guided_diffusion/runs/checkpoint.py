@@ -105,7 +105,7 @@ def read_description(path: str | os.PathLike) -> dict[str, Any]:
 
     Returns:
         "architecture" and "process" (their configuration keys), "space", "config" (its name), "step",
-        "revision" (of this program), as far as they were known.
+        "revision" (of this program), "method" and "teacher" (how it was trained), as far as they were known.
 
     Raises:
         UserError: as `read_torch_file`, or what it says of itself is damaged.

@@ -8,28 +8,43 @@ from typing import Any
 
 from ..config.loading import experiment_of
 from ..config.registry import ARCHITECTURES, settings_of
-from ..config.settings import Architecture, Denoiser, Experiment, Process, Space, flat, keys_of
+from ..config.settings import Architecture, DistillationExperiment, Experiment, Process, Space, flat, keys_of
 from ..errors import UserError
+from ..io.files import folder_name
 from ..io.shipped import IS_INSTALLED, LIBRARY
 from ..script_util import build_space
 from .checkpoint import newest_checkpoint, read_description
 
 
-def describe_network(name: str, denoiser: Denoiser) -> dict[str, Any]:
-    """What a checkpoint says of its network; see `checkpoint.read_description`.
+def describe_training(experiment: Experiment) -> dict[str, Any]:
+    """What a run's checkpoints say of themselves; see `checkpoint.read_description`."""
+    return describe_network(experiment) | training_facts(experiment)
 
-    Args:
-        name: of the configuration.
-        denoiser: the network's architecture, process and space.
-    """
+
+def describe_network(experiment: Experiment) -> dict[str, Any]:
+    """The part of `describe_training` that says what network it is, and where this is told."""
+    student = experiment.student
     return {
-        "config": name,
+        "config": experiment.name,
         "revision": git_revision(),
-        "architecture": flat(denoiser.architecture),
-        "process": flat(denoiser.process),
-        "space": build_space(denoiser).describe(),
-        "space_keys": flat(denoiser.space),
+        "architecture": flat(student.architecture),
+        "process": flat(student.process),
+        "space": build_space(student).describe(),
+        "space_keys": flat(student.space),
     }
+
+
+def training_facts(experiment: Experiment) -> dict[str, str]:
+    """How a network is trained: "method", and if it is distilled "teacher", its file as it was configured."""
+    if not isinstance(experiment, DistillationExperiment):
+        return {"method": "trained from data"}
+    distill = experiment.distill
+    method = f"distilled by {distill.objective}"
+    if distill.objective == "tccd":
+        stages = distill.stage1_weight or distill.stage2_weight
+        method = "distilled by TCCD" if stages else "distilled by DKDM (TCCD with both stages off)"
+    method += ", without any data (from the teacher's own samples)"
+    return {"method": method, "teacher": experiment.teacher.model_path}
 
 
 def described_experiment(weights: Path, overrides: Sequence[str] = ()) -> Experiment:
@@ -64,9 +79,7 @@ def described_experiment(weights: Path, overrides: Sequence[str] = ()) -> Experi
     if wrong := [key for key, value in keys.items() if key not in known or "${" in str(value)]:
         raise UserError(f"{weights}: says of itself what this version does not know ({', '.join(wrong):.80})")
     experiment = experiment_of(keys, weights, overrides)
-    name = str(description.get("config"))
-    can_be_a_folder = name == Path(name).name != ".." and name.isprintable() and len(name.encode()) <= 200
-    experiment.name = name if can_be_a_folder else "unnamed"
+    experiment.name = folder_name(description.get("config"))
     return experiment
 
 

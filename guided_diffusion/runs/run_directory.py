@@ -166,7 +166,9 @@ def _recorded(
         remove_leftovers(directory)
         record |= _starts(directory)
         wanted = args.resume_checkpoint or experiment.student.training.resume_checkpoint
-        record["began_from"] = wanted or _began_from(directory)
+        own = start.resume is not None and start.resume.directory == directory
+        names_itself = own and Path(wanted).suffix not in (".pt", ".safetensors")
+        record["began_from"] = _began_from(directory) if names_itself else wanted
     begun = False
 
     def begin() -> None:

@@ -36,7 +36,9 @@ def make_scheduler(scheduler_class: Any, diffusion: GaussianDiffusion) -> Any:
         timestep_spacing="trailing",  # T steps of T are then exactly T-1 .. 0, for both
     )
     # diffusers multiplies up in float32, which loses 1 - alpha_bar at the clean end, alpha_bar at the other.
-    scheduler.alphas_cumprod = th.from_numpy(diffusion.alphas_cumprod)
+    # Where all is noise it takes 2^-24, having no logarithm of 0.
+    bars = diffusion.alphas_cumprod
+    scheduler.alphas_cumprod = th.from_numpy(np.where(bars > 0, bars, 2.0**-24))
     scheduler.set_timesteps(steps)
     if not np.array_equal(scheduler.timesteps, np.arange(steps)[::-1]):
         raise RuntimeError(f"this version of diffusers visits other timesteps: {scheduler.timesteps}")

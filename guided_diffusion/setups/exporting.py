@@ -8,7 +8,7 @@ from typing import Any
 
 import torch as th
 
-from ..config.settings import Denoiser, Distill, DistillationExperiment, Experiment
+from ..config.settings import Denoiser, Experiment
 from ..errors import UserError, first_line
 from ..io.diffusers_library import import_diffusers
 from ..io.files import set_usual_mode
@@ -16,6 +16,7 @@ from ..io.model_folder import is_hub_name, weights_sha256
 from ..networks.base import DenoisingNetwork, ForDiffusers
 from ..respace import SpacedDiffusion
 from ..runs.checkpoint import load_network, read_description, require_agreement
+from ..runs.provenance import training_facts
 from ..script_util import build_network, build_process, build_space
 from ..spaces import LatentSpace
 
@@ -265,25 +266,20 @@ def model_card(
 
 
 def _facts(experiment: Experiment, weights: Path, description: dict[str, Any]) -> dict[str, Any]:
-    facts: dict[str, Any] = {"Configuration": experiment.name}
-    if isinstance(experiment, DistillationExperiment):
-        facts["Teacher"] = experiment.teacher.model_path
-        facts["Method"] = _method(experiment.distill) + ", without any data (from the teacher's own samples)"
-    else:
-        facts["Method"] = "trained from data"
+    """What is known of a checkpoint, by itself as far as it tells, else by the configuration."""
+    told = {"config": experiment.name} | description
+    if "method" not in told:
+        told |= training_facts(experiment)
+    facts: dict[str, Any] = {"Configuration": told["config"]}
+    if "teacher" in told:
+        facts["Teacher"] = told["teacher"]
+    facts["Method"] = told["method"]
     facts["Checkpoint"] = f"{weights.name} (SHA-256 {weights_sha256(weights)[:16]})"
     if "step" in description:
         facts["Iterations"] = description["step"]
     if description.get("revision"):
         facts["Revision of the program"] = description["revision"]
     return facts
-
-
-def _method(distill: Distill) -> str:
-    if distill.objective != "tccd":
-        return f"distilled by {distill.objective}"
-    stages = distill.stage1_weight or distill.stage2_weight
-    return "distilled by TCCD" if stages else "distilled by DKDM (TCCD with both stages off)"
 
 
 def _code(theirs: ForDiffusers, classes: int, latent: bool, name: str, total: int) -> list[str]:
