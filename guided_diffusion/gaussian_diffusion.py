@@ -576,8 +576,15 @@ class GaussianDiffusion:
         clip_denoised: bool = True,
         denoised_fn: DenoisedFn | None = None,
         model_kwargs: dict[str, Any] | None = None,
+        eta: float = 0.0,
     ) -> Sample:
-        """One step of the DDIM ODE towards noise, x_t -> x_{t+1} (DDIM section 4.3)."""
+        """One step of the DDIM ODE towards noise, x_t -> x_{t+1} (DDIM section 4.3).
+
+        Raises:
+            ValueError: `eta` is not 0: with noise there is no way back.
+        """
+        if eta:
+            raise ValueError(f"eta must be 0 on the way to noise, not {eta}")
         out = self.p_mean_variance(model, x, t, clip_denoised, denoised_fn, model_kwargs)
         eps = self.predict_eps_from_xstart(x, t, out["pred_xstart"])
         bar_next = self.at("alphas_cumprod_next", t)

@@ -6,6 +6,7 @@ any number of ranks sees the same data, and a run resumes exactly from the numbe
 
 import os
 import zipfile
+from collections import Counter
 from collections.abc import Generator, Iterator
 from pathlib import Path
 from typing import Protocol
@@ -13,8 +14,10 @@ from typing import Protocol
 import numpy as np
 import torch as th
 
+from . import dist_util
 from .errors import UserError
 from .io.files import NpzFile
+from .io.progress import warn
 from .processes.stopping import ignore_signals
 
 _Batch = tuple[np.ndarray, np.ndarray]  # indices int64 [B], and which images are mirrored, bool [B]
@@ -185,6 +188,13 @@ def class_names(paths: list[Path]) -> list[str]:
             "folder of CLASS_number.png"
         )
     if len(folders) > 1:
+        pairs = {(path.parent, path.name.partition("_")[0]) for path in paths if "_" in path.name}
+        shared = [prefix for prefix, count in Counter(prefix for _, prefix in pairs).items() if count > 1]
+        if len(shared) > 1 and dist_util.rank() == 0:
+            warn(
+                f"labels are the names of {len(folders)} folders, though their files' names begin alike "
+                f"({', '.join(sorted(shared)[:3])}); for those as labels put all files into one folder"
+            )
         return [path.parent.name for path in paths]
     for path in paths:
         if "_" not in path.name:

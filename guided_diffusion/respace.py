@@ -27,18 +27,22 @@ def space_timesteps(num_timesteps: int, section_counts: str | Sequence[int]) -> 
             count, or none is kept.
     """
     if isinstance(section_counts, str):
-        if section_counts.startswith("ddim"):
-            wanted = int(section_counts.removeprefix("ddim"))
+        kind = next((kind for kind in ("ddim", "trailing") if section_counts.startswith(kind)), "")
+        try:
+            section_counts = [int(count) for count in section_counts.removeprefix(kind).split(",")]
+            if kind:
+                (wanted,) = section_counts
+        except ValueError:
+            raise ValueError("is no respacing; give such as 50, ddim50, trailing50 or 10,15,20") from None
+        if kind == "ddim":
             for step in range(1, num_timesteps):
                 if len(range(0, num_timesteps, step)) == wanted:
                     return set(range(0, num_timesteps, step))
             raise ValueError(f"no integer stride gives {wanted} of {num_timesteps} steps")
-        if section_counts.startswith("trailing"):
-            wanted = int(section_counts.removeprefix("trailing"))
+        if kind == "trailing":
             if not 1 <= wanted <= num_timesteps:
                 raise ValueError(f"cannot keep {wanted} of {num_timesteps} steps")
             return {round(num_timesteps - i * num_timesteps / wanted) - 1 for i in range(wanted)}
-        section_counts = [int(count) for count in section_counts.split(",")]
 
     shortest, longer = divmod(num_timesteps, len(section_counts))
     kept: set[int] = set()

@@ -182,9 +182,12 @@ class UNetModel(DenoisingNetwork):
             names = ["num_heads", "num_heads_upsample"]
         for level, mult in enumerate(levels):
             width = int(mult * settings.num_channels)
-            used = image_size >> level in sizes or level == len(levels) - 1
+            if width < 1:
+                raise ValueError(f"channel_mult {mult} of num_channels {settings.num_channels} is no width")
+            has_attention, is_middle = image_size >> level in sizes, level == len(levels) - 1
             for name in names:
                 value = getattr(settings, name)
+                used = has_attention or (is_middle and name != "num_heads_upsample")
                 asked = value != -1 or name == "num_heads"  # -1: as many as on the way down
                 if used and asked and (value <= 0 or width % value):
                     raise ValueError(f"{name} {value} does not divide the attention width {width}")

@@ -65,10 +65,11 @@ def main() -> None:
     weights_name = paths.input_file(args.model_path, config, "--model_path")
 
     from guided_diffusion import dist_util
+    from guided_diffusion.io.description import read_description
     from guided_diffusion.io.remote import is_url
     from guided_diffusion.networks.precision import place
     from guided_diffusion.runs.best import local_weights
-    from guided_diffusion.runs.checkpoint import load_network, read_description, require_agreement
+    from guided_diffusion.runs.checkpoint import load_network, require_agreement
     from guided_diffusion.runs.mirror import Mirror
     from guided_diffusion.runs.provenance import describe_network, described_experiment
     from guided_diffusion.sampling.sample_set import SampleSet

@@ -119,5 +119,6 @@ def test_the_originals_checkpoints_without_a_manifest(tmp_path):
     checkpoint = open_checkpoint(tmp_path / "model001000.pt")
     assert checkpoint.step == 1000
     assert checkpoint.has("ema_0.9999") and checkpoint.has("opt") and not checkpoint.has("head")
+    assert open_checkpoint(tmp_path).step == 2000
     with pytest.raises(UserError, match="modelNNNNNN"):
         open_checkpoint(tmp_path / "ema_0.9999_001000.pt")

@@ -15,8 +15,9 @@ from guided_diffusion.config.loading import load_distillation, load_experiment
 from guided_diffusion.distill.dynamic_batch import DynamicBatch
 from guided_diffusion.distill.pool_file import read_pool_header, write_pool
 from guided_diffusion.errors import UserError
+from guided_diffusion.io.description import described, read_description
 from guided_diffusion.io.torch_file import StateDict
-from guided_diffusion.runs.checkpoint import described, read_description, require_agreement
+from guided_diffusion.runs.checkpoint import require_agreement
 from guided_diffusion.runs.provenance import described_experiment, git_revision
 from guided_diffusion.script_util import build_network
 
@@ -109,6 +110,24 @@ def test_samples_carry_where_they_come_from(trained, tmp_path):
 def test_a_runs_own_configuration_has_the_runs_name(trained):
     assert load_experiment(trained / "run/config.yaml").name == "net"
     assert read_description(trained / "run/model000002.pt")["method"] == "trained from data"
+
+
+def test_a_checkpoint_needs_no_configuration_as_a_teacher(trained, tmp_path):
+    """As a folder of diffusers' does not; and what contradicts it is told."""
+    teacher = {"model_path": str(trained / "run/model000002.pt"), "BATCH": 0.1, "batch_size": 4}
+    student = network(8, 16, attention_resolutions="4") | {"batch_size": 4}
+    for name in ("image_size", "diffusion_steps", "noise_schedule", "learn_sigma"):
+        student.pop(name, None)
+    config = tmp_path / "kd.yaml"
+    config.write_text(yaml.safe_dump({"teacher": teacher, "student": student}))
+    found, known = load_distillation(config), load_experiment(trained / "net.yaml").student
+    assert found.teacher.architecture == known.architecture and found.teacher.process == known.process
+    assert found.student.process.diffusion_steps == known.process.diffusion_steps
+    script_here(
+        "scripts/dynamic_prepare.py", "--config", config, f"teacher.tempfile={tmp_path / 'pool.cache'}"
+    )
+    with pytest.raises(UserError, match=r"teacher.diffusion_steps is 30, but .*model000002.pt says 20"):
+        load_distillation(config, ["teacher.diffusion_steps=30"])
 
 
 def test_help_has_the_keys_that_training_on_images_takes():

@@ -32,6 +32,21 @@ def test_overrides_win(config):
     [
         ("student.lrr=1", "did you mean 'student.lr'"),
         ("student.num_chanels=8", "did you mean 'student.num_channels'"),
+        ("iterations=5", "did you mean 'run.iterations'"),
+        ("student.stage1_weight=0", "did you mean 'distill.stage1_weight'"),
+        ("batch_size=8", "did you mean 'student.batch_size'"),
+        ("tempfil=x", "did you mean 'teacher.tempfile'"),
+        ("run.qqqqqqqq=1", "unknown key 'qqqqqqqq'; known are run.iterations, "),
+        (
+            "student.attention_resolutions=0",
+            "attention_resolutions must be positive whole numbers such as '16,8'",
+        ),
+        ("student.attention_resolutions=16.5", "must be positive whole numbers such as '16,8', not '16.5'"),
+        (
+            "student.channel_mult=1,inf",
+            "channel_mult must be positive numbers such as '1,1.5,2', not '1,inf'",
+        ),
+        ("student.channel_mult=1,-1", "channel_mult must be positive numbers"),
         ("distil.stage1_weight=1", "unknown key 'distil'; did you mean 'distill'"),
         ("lr=1e-3", "did you mean 'student.lr'"),
         ("student.lr=fast", "student.lr: Value 'fast'"),

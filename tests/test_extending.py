@@ -11,7 +11,8 @@ from in_process import script_here
 from tiny import ROOT, distillation, one_line_error
 
 from guided_diffusion.config.registry import SAMPLERS, look_up
-from guided_diffusion.runs.checkpoint import load_state_dict, newest_checkpoint, read_description
+from guided_diffusion.io.description import read_description
+from guided_diffusion.runs.checkpoint import load_state_dict, newest_checkpoint
 from guided_diffusion.script_util import create_gaussian_diffusion
 
 PAGE = (ROOT / "docs/extending.md").read_text()

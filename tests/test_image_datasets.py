@@ -131,14 +131,21 @@ def test_bad_archives_are_refused_by_name(tmp_path):
 # --- folders ---------------------------------------------------------------------------------------
 
 
-def test_a_folder_per_class(tmp_path):
+def test_a_folder_per_class(tmp_path, capsys):
     write_images(tmp_path, ["zebra/b.png", "ant/10.png", "ant/2.bmp", "deep/er/bee/x.PNG"])
     (tmp_path / "ant/readme.txt").write_text("no image")
     dataset = open_dataset(tmp_path, 4, class_cond=True)
     images, labels = dataset.batch(np.arange(len(dataset)))
     assert images[:, 0, 0, 1].tolist() == [1, 2, 3, 0]  # in order of their paths
+    assert capsys.readouterr().err == ""
     assert labels.tolist() == [0, 0, 1, 2]  # ant, bee, zebra
     assert dataset.num_classes == 3
+
+
+def test_labels_that_may_be_meant_otherwise_are_told(tmp_path, capsys):
+    write_images(tmp_path, ["part0/cat_0.png", "part0/dog_1.png", "part1/cat_2.png", "part1/dog_3.png"])
+    assert open_dataset(tmp_path, 4, class_cond=True).labels.tolist() == [0, 0, 1, 1]
+    assert "labels are the names of 2 folders" in capsys.readouterr().err
 
 
 def test_images_beside_folders_of_images_have_no_class(tmp_path):

@@ -19,7 +19,8 @@ from guided_diffusion.config.adm_shapes import adm_settings, common_keys, known_
 from guided_diffusion.config.known_models import KNOWN_MODELS
 from guided_diffusion.config.loading import load_experiment
 from guided_diffusion.config.settings import flat
-from guided_diffusion.runs.checkpoint import described, load_network
+from guided_diffusion.io.description import described
+from guided_diffusion.runs.checkpoint import load_network
 from guided_diffusion.script_util import build_network
 
 SCRIPT = "scripts/inspect_checkpoint.py"

@@ -91,6 +91,13 @@ def test_sizes_that_do_not_fit_are_told(keys, told):
     assert "student" in str(error.value)
 
 
+def test_heads_on_the_way_up_are_those_of_its_own_attention_alone():
+    keys = {"channel_mult": "3,4", "num_res_blocks": 1, "attention_resolutions": "32", "num_heads": 2}
+    network = create_model(32, num_channels=32, num_heads_upsample=3, **keys)
+    with th.no_grad():
+        assert network.eval()(th.randn(1, 3, 32, 32), th.zeros(1)).shape == (1, 3, 32, 32)
+
+
 def test_the_timestep_embedding_puts_cosines_first():
     emb = timestep_embedding(th.tensor([0, 1]), 7)
     assert emb.shape == (2, 7)

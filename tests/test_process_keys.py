@@ -88,6 +88,17 @@ def test_samplers_take_noise_and_clipping_in_adms_order():
         assert th.equal(*ends)
 
 
+def test_the_way_to_noise_knows_no_noise_of_its_own():
+    process, x = create_gaussian_diffusion(timestep_respacing="4"), th.randn(1, 3, 4, 4)
+    assert (
+        process.ddim_reverse_sample(lambda x, t: 0.5 * x, x, th.tensor([1]), eta=0.0)["sample"]
+        .isfinite()
+        .all()
+    )
+    with pytest.raises(ValueError, match="eta must be 0"):
+        process.ddim_reverse_sample(lambda x, t: 0.5 * x, x, th.tensor([1]), eta=0.5)
+
+
 def test_either_gaussian_of_a_divergence_may_be_numbers():
     mean, log_variance = th.randn(2, 3, 4)
     zeros = th.zeros(3, 4)

@@ -167,6 +167,9 @@ def test_the_network_sees_the_steps_asked_for(solver, flag, expected):
 def test_trailing_steps():
     assert space_timesteps(20, "trailing4") == {4, 9, 14, 19}
     assert space_timesteps(20, "trailing3") == {6, 12, 19}
+    for given in ("trailing", "trailing3,4", "ddimx", "10,,5", "half"):
+        with pytest.raises(ValueError, match="is no respacing; give such as 50, ddim50"):
+            space_timesteps(20, given)
     assert space_timesteps(20, "trailing20") == set(range(20))
     for wrong in ("trailing0", "trailing21"):
         with pytest.raises(ValueError, match="of 20 steps"):

@@ -12,7 +12,7 @@ from tiny import T, distillation, make_teacher, network, one_line_error, script
 
 from guided_diffusion.config.loading import load_experiment
 from guided_diffusion.distill.pool_file import read_pool
-from guided_diffusion.runs.checkpoint import read_description
+from guided_diffusion.io.description import read_description
 
 SIZE, B = 8, 4
 ONE = ["run.iterations=1"]

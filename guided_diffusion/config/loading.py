@@ -11,7 +11,7 @@ then among the files that come with the library.
 import difflib
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, TypeVar
@@ -33,6 +33,7 @@ from ..errors import UserError, first_line
 from ..io.files import folder_name, read_object
 from ..io.model_folder import read_model_folder
 from ..io.shipped import IS_INSTALLED, SHIPPED
+from .described import described_keys
 from .foreign import find_folder, folder_keys
 from .registry import ARCHITECTURES, OBJECTIVES, settings_of
 from .settings import (
@@ -50,6 +51,7 @@ from .settings import (
     keys_of,
 )
 
+_BY_USE = ("student", "teacher", "distill", "run")  # sections, those whose keys are meant most often first
 _INCLUDES = ("model", "diffusion", "training")
 # Keys of the originals' diffusion files that are no choice in a configuration here: the value that
 # describes what is done, and where the choice lies.
@@ -121,7 +123,7 @@ def _experiment(tree: DictConfig, path: Path, overrides: Sequence[str]) -> Exper
             raise UserError(f"{path}: '{name}' must be a section of keys, not {section!r}")
     distilled = "teacher" in sections
     if "student" in sections and content:
-        raise _unknown_key(path, next(iter(content)), [f"student.{k}" for k in _keys(Student)] + [*SECTIONS])
+        raise _unknown_key(path, next(iter(content)), [*SECTIONS], _BY_USE)
     if "student" not in sections:
         if distilled:
             raise UserError(f"{path}: has a 'teacher' section but no 'student' section")
@@ -387,23 +389,35 @@ def _shared(teacher: Teacher) -> dict[str, Any]:
 
 
 def _build_found(section: type[_T], given: dict[str, Any], path: Path, where: str) -> _T:
-    """`_build` a section out of what its model says of itself, if it is a folder, and what is configured.
+    """`_build` a section out of what its model says of itself and what is configured.
 
     Raises:
         UserError: as there, or the two contradict each other.
     """
-    model = str(given.get("model_path") or "")
-    if (folder := find_folder(model, input_folders(path))) is None:
-        return _build(section, given, path, where)
-    found = folder_keys(read_model_folder(folder), given)
+    found = _found_keys(given, path)
     built: Any = _build(section, found | given, path, where)
+    if not found:
+        return built
     ours, theirs = flat(built), flat(_build(section, given | found, path, where))
     for name in found:
         if ours[name] != theirs[name] and not free_to_differ(name, built.architecture):
+            model = given["model_path"]
             raise UserError(
                 f"{path}: {where}{name} is {ours[name]!r}, but {model} says {theirs[name]!r}: leave it out"
             )
     return built
+
+
+def _found_keys(given: dict[str, Any], path: Path) -> dict[str, Any]:
+    """What a section's model says of itself: a folder; where no network is configured, a checkpoint."""
+    model = str(given.get("model_path") or "")
+    if folder := find_folder(model, input_folders(path)):
+        return folder_keys(read_model_folder(folder), given)
+    places = (folder / model for folder in (*input_folders(path), SHIPPED))
+    file = next((place for place in places if place.is_file()), None)
+    if file is None or any(name == "architecture" or _architectures_with(name) for name in given):
+        return {}
+    return described_keys(file)
 
 
 def _with_space(values: dict[str, Any], path: Path) -> dict[str, Any]:
@@ -462,7 +476,7 @@ def _build(section: type[_T], values: dict[str, Any], path: Path, where: str) ->
             if issubclass(section, Denoiser) and (others := _architectures_with(name)):
                 told = f"is a key of {' and '.join(others)}, and the architecture is {architecture}"
                 raise UserError(f"{path}: {where}{name} {told}")
-            raise _unknown_key(path, where + str(name), [where + key for key in parts])
+            raise _unknown_key(path, name, [where + key for key in parts], _BY_USE if where else ("run",))
         if value is None:
             continue
         if value == "???":  # OmegaConf's mark of a missing value
@@ -479,18 +493,21 @@ def _build(section: type[_T], values: dict[str, Any], path: Path, where: str) ->
 
 
 def _architectures_with(key: str) -> list[str]:
-    """The built-in architectures that have a key."""
+    """The built-in architectures that have a key of their own."""
     settings = {name: settings_of(ARCHITECTURES, name, "", Architecture) for name in ARCHITECTURES}
-    return [name for name, kind in settings.items() if key in _keys(kind)]
+    return [name for name, kind in settings.items() if key in {*_keys(kind)} - {*_keys(Architecture)}]
 
 
 def _keys(section: type) -> list[str]:
     return [key.name for _, key in keys_of(section)]
 
 
-def _unknown_key(path: Path, name: Any, known: list[str]) -> UserError:
-    name = str(name)
-    same = [key for key in known if key.rpartition(".")[2] == name]  # right, but of a section
-    nearest = same or difflib.get_close_matches(name, known, n=1, cutoff=0.4)
-    hint = f"; did you mean '{nearest[0]}'?" if nearest else f"; known are {', '.join(known)}"
-    return UserError(f"{path}: unknown key '{name}'{hint}")
+def _unknown_key(path: Path, name: Any, known: list[str], others: Iterable[str]) -> UserError:
+    """That there is no such key among those known where it stands; with the one that may be meant, of these
+    or of other sections.
+    """
+    elsewhere = [f"{section}.{key}" for section in others for key in _keys(SECTIONS[section])]
+    by_name = {key.rpartition(".")[2]: key for key in reversed(known + elsewhere)}
+    nearest = difflib.get_close_matches(str(name), by_name, n=1, cutoff=0.6)
+    hint = f"did you mean '{by_name[nearest[0]]}'?" if nearest else f"known are {', '.join(known)}"
+    return UserError(f"{path}: unknown key '{name}'; {hint}")

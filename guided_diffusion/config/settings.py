@@ -43,6 +43,13 @@ def _require_one_of(value: str, choices: tuple[str, ...], where: str) -> None:
     )
 
 
+def _is_positive(text: str, whole: bool) -> bool:
+    try:
+        return 0 < (int(text) if whole else float(text)) < math.inf
+    except ValueError:
+        return False
+
+
 # More than anybody has: a hostile file must not keep the machine busy for days.
 _MOST_LAYERS, _MOST_PIXELS, MOST_STEPS = 1000, 1_000_000, 1_000_000
 
@@ -131,12 +138,16 @@ class AdmArchitecture(Architecture):
         for name in ("num_channels", "num_res_blocks"):
             _require(getattr(self, name) > 0, f"{where}{name} must be positive, not {getattr(self, name)}")
         _require(0 <= self.dropout < 1, f"{where}dropout must be in [0, 1), not {self.dropout}")
-        for name in ("attention_resolutions", "channel_mult"):
-            try:
-                [float(part) for part in getattr(self, name).split(",") if part]
-            except ValueError:
-                value = getattr(self, name)
-                raise UserError(f"{where}{name} must be numbers such as '16,8', not '{value}'") from None
+        for name, example, whole in (
+            ("attention_resolutions", "16,8", True),
+            ("channel_mult", "1,1.5,2", False),
+        ):
+            value = getattr(self, name)
+            _require(
+                not value or all(_is_positive(part, whole) for part in value.split(",")),
+                f"{where}{name} must be positive{' whole' if whole else ''} numbers such as '{example}', "
+                f"not '{value:.60}'",
+            )
 
 
 def beta_range(noise_schedule: str, steps: int, start: float = 0.0, end: float = 0.0) -> tuple[float, float]:
@@ -296,7 +307,7 @@ class Training:
     save_interval: int = key(10000, "iterations between checkpoints")
     cache_save_interval: int = key(
         -1,
-        "keep the pool of every so many iterations (-1: of the newest two checkpoints only)",
+        "keep the pools of checkpoints at multiples of this (-1: of the newest two checkpoints only)",
         idle_in=("",),
     )
     clip_last: bool = key(

@@ -11,7 +11,6 @@ differs from it, is no checkpoint.
 import json
 import os
 import re
-from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,18 +24,19 @@ from .. import dist_util
 from ..config.foreign import folder_keys
 from ..config.settings import Denoiser, Run, Training, flat, free_to_differ
 from ..errors import UserError
+from ..io.description import DESCRIPTION, described, read_description
 from ..io.files import atomic_path, sha256_of, write_text
 from ..io.model_folder import read_model_folder
 from ..io.progress import warn
-from ..io.safetensors_file import read_metadata, read_safetensors
+from ..io.safetensors_file import read_safetensors
 from ..io.torch_file import read_torch_file
 from ..networks.base import DenoisingNetwork
 from ..script_util import build_space
 
 _LDM_PREFIX = "model.diffusion_model."
 HEAD_PREFIX = "out_embed."  # of the noise encoder inside the original TCCD's checkpoints
-_DESCRIPTION = "guided_diffusion"  # in a state dict's metadata, which other programs pass over
 _MANIFEST = re.compile(r"checkpoint(\d{6,})\.json", re.ASCII)
+_MODEL = re.compile(r"model(\d{6,})\.(?:pt|safetensors)", re.ASCII)
 _OF_A_SET = re.compile(
     r"(?:model|ema_[^/]*_|opt|head|teacher-state-|score)(\d{6}|[1-9]\d{6,})\.(?:pt|safetensors|cache|json)",
     re.ASCII,
@@ -98,41 +98,6 @@ def denoising_network(state: Mapping[str, th.Tensor], path: str | os.PathLike) -
         kind = "averaged weights (model_ema)" if all(there) else "weights (it has no averaged ones)"
         print(f"{path}: a latent diffusion model; its U-Net's {kind} are taken", flush=True)
     return {name: state[key] for name, key in (averaged if all(there) else network).items()}
-
-
-def read_description(path: str | os.PathLike) -> dict[str, Any]:
-    """What a checkpoint of ours says of itself; {} for one of others, and for a folder.
-
-    Returns:
-        "architecture" and "process" (their configuration keys), "space", "config" (its name), "step",
-        "revision" (of this program), "method" and "teacher" (how it was trained), as far as they were known.
-
-    Raises:
-        UserError: as `read_torch_file`, or what it says of itself is damaged.
-    """
-    if Path(path).is_dir() or Path(path).suffix == ".ckpt":  # diffusers', Lightning's
-        return {}
-    try:
-        if Path(path).suffix == ".safetensors":
-            text = read_metadata(path).get(_DESCRIPTION, "{}")
-        else:
-            metadata = getattr(read_torch_file(path), "metadata", None) or {}
-            text = metadata.get(_DESCRIPTION, {}).get("json", "{}")
-        description = json.loads(text)
-        if not isinstance(description, dict):
-            raise ValueError("it is no mapping")
-    except (ValueError, AttributeError, TypeError, RecursionError) as error:
-        raise UserError(f"{path}: what it says of itself is damaged ({error})") from None
-    return description
-
-
-def described(
-    state: Mapping[str, th.Tensor], description: Mapping[str, Any]
-) -> "OrderedDict[str, th.Tensor]":
-    """A state dict that carries what `read_description` reads; for other programs it is as before."""
-    ordered = OrderedDict(state)
-    ordered._metadata = {_DESCRIPTION: {"json": json.dumps(description)}}  # type: ignore[attr-defined]
-    return ordered
 
 
 def require_agreement(denoiser: Denoiser, path: str | os.PathLike, where: str = "") -> None:
@@ -331,7 +296,7 @@ def save_checkpoint(
         directory: where to.
         step: iterations done.
         contents: by name, what `torch.save` takes, or a function that writes the path it is given.
-        description: of the network, written into its files; see `read_description`.
+        description: of the network, written into its files; see `io.description`.
         weights_format: of the network's files, see `run.weights_format`.
     """
     sums = {}
@@ -343,7 +308,7 @@ def save_checkpoint(
                     content(temporary)
                 elif file.endswith(".safetensors"):
                     plain = {key: value.contiguous() for key, value in content.items()}
-                    save_file(plain, temporary, metadata={"format": "pt", _DESCRIPTION: json.dumps(told)})
+                    save_file(plain, temporary, metadata={"format": "pt", DESCRIPTION: json.dumps(told)})
                 else:
                     th.save(described(content, told) if _is_network(name) else content, temporary)
                 sums[file] = {"bytes": temporary.stat().st_size, "sha256": sha256_of(temporary)}
@@ -494,21 +459,24 @@ def open_checkpoint(path: str | os.PathLike) -> Checkpoint:
     """The checkpoint that `--resume_checkpoint` means.
 
     Args:
-        path: a run directory (its newest complete checkpoint), or a `modelNNNNNN.pt` (or `.safetensors`),
-            which may be one of the originals' without a manifest: then whatever lies beside it under the
-            same number.
+        path: a run directory (its newest complete checkpoint), or a `modelNNNNNN.pt` (or `.safetensors`).
+            Either may be the originals', without manifests: then it is the newest such file, with whatever
+            lies beside it under the same number.
 
     Raises:
         UserError: there is none, or the file's name tells no step.
     """
     path = Path(path)
     if path.is_dir():
-        if (newest := newest_checkpoint(path)) is None:
+        if newest := newest_checkpoint(path):
+            return newest
+        models = {int(match[1]): file for file in path.iterdir() if (match := _MODEL.fullmatch(file.name))}
+        if not models or any(manifest_step(file.name) is not None for file in path.iterdir()):
             raise UserError(f"{path}: holds no complete checkpoint")
-        return newest
+        path = models[max(models)]
     if not path.is_file():
         raise UserError(f"no such checkpoint: {path}")
-    if not (match := re.fullmatch(r"model(\d{6,})\.(pt|safetensors)", path.name)):
+    if not (match := _MODEL.fullmatch(path.name)):
         raise UserError(f"{path}: to resume, name a run directory or a file called modelNNNNNN.pt")
     number = match[1]
     step = int(number)

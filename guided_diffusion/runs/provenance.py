@@ -6,18 +6,19 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from ..config.described import described_keys
 from ..config.loading import experiment_of
-from ..config.registry import ARCHITECTURES, settings_of
-from ..config.settings import Architecture, DistillationExperiment, Experiment, Process, Space, flat, keys_of
+from ..config.settings import DistillationExperiment, Experiment, flat
 from ..errors import UserError
+from ..io.description import read_description
 from ..io.files import folder_name
 from ..io.shipped import IS_INSTALLED, LIBRARY
 from ..script_util import build_space
-from .checkpoint import newest_checkpoint, read_description
+from .checkpoint import newest_checkpoint
 
 
 def describe_training(experiment: Experiment) -> dict[str, Any]:
-    """What a run's checkpoints say of themselves; see `checkpoint.read_description`."""
+    """What a run's checkpoints say of themselves; see `io.description`."""
     return describe_network(experiment) | training_facts(experiment)
 
 
@@ -60,26 +61,11 @@ def described_experiment(weights: Path, overrides: Sequence[str] = ()) -> Experi
             told = f"is a run's directory; name a checkpoint in it, such as {newest.path('model')}"
             raise UserError(f"{weights}: {told}")
         return experiment_of({"model_path": str(weights)}, weights, overrides)
-    description = read_description(weights)
-    keys: dict[str, Any] = {}
-    for part in ("architecture", "process", "space_keys"):
-        if not isinstance(told := description.get(part, {}), dict):
-            raise UserError(f"{weights}: what it says of itself is damaged ({part} is no mapping)")
-        keys |= told
+    keys = described_keys(weights)
     if not keys:
         raise UserError(f"{weights}: does not say what network it is of; its configuration does (--config)")
-    if (name := keys.get("architecture")) not in tuple(ARCHITECTURES):  # importing another would run it
-        raise UserError(
-            f"{weights}: is of the architecture {name!r:.80}, which is not built in; if you trust "
-            "that, sample or export it by its configuration (--config)"
-        )
-    parts = (settings_of(ARCHITECTURES, name, "architecture", Architecture), Process, Space)
-    known = {key.name for part in parts for _, key in keys_of(part)}
-    # Other keys could have further files read, and "${...}" stands for what the environment holds.
-    if wrong := [key for key, value in keys.items() if key not in known or "${" in str(value)]:
-        raise UserError(f"{weights}: says of itself what this version does not know ({', '.join(wrong):.80})")
     experiment = experiment_of(keys, weights, overrides)
-    experiment.name = folder_name(description.get("config"))
+    experiment.name = folder_name(read_description(weights).get("config"))
     return experiment
 
 

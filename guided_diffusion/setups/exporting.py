@@ -10,12 +10,13 @@ import torch as th
 
 from ..config.settings import Denoiser, Experiment
 from ..errors import UserError, first_line
+from ..io.description import read_description
 from ..io.diffusers_library import import_diffusers
 from ..io.files import set_usual_mode
 from ..io.model_folder import is_hub_name, weights_sha256
 from ..networks.base import DenoisingNetwork, ForDiffusers
 from ..respace import SpacedDiffusion
-from ..runs.checkpoint import load_network, read_description, require_agreement
+from ..runs.checkpoint import load_network, require_agreement
 from ..runs.provenance import training_facts
 from ..script_util import build_network, build_process, build_space
 from ..spaces import LatentSpace

@@ -11,6 +11,7 @@ from ..config.adm_shapes import HIDDEN, adm_settings, common_keys, known_like, s
 from ..config.loading import experiment_of, mapping_text, override_values
 from ..config.settings import Denoiser, Experiment, free_to_differ
 from ..errors import UserError
+from ..io.description import read_description
 from ..runs.checkpoint import (
     HEAD_PREFIX,
     denoising_network,
@@ -18,7 +19,6 @@ from ..runs.checkpoint import (
     load_model_folder,
     load_network,
     newest_checkpoint,
-    read_description,
     read_state_dict,
     require_fit,
 )
