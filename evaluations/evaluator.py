@@ -96,6 +96,8 @@ def main() -> None:
     settings = Settings(**{field.name: getattr(args, field.name) for field in fields(Settings)})
     if args.output is not None and args.output.is_dir():
         raise UserError(f"--output {args.output} is a folder, a file to write is wanted")
+    if args.output is not None and args.output.suffix == ".npz":
+        raise UserError(f"--output {args.output} is the name of images, a JSON file to write is wanted")
     results: list[Result] = []
     try:
         for result in evaluate_files(args.reference, args.samples, settings):

@@ -90,9 +90,10 @@ class ArrayDataset:
                 label = archive.load("arr_1")
                 if label.shape != shape[:1] or not np.issubdtype(label.dtype, np.integer):
                     raise UserError(f"{path}: arr_1 must be integers [{shape[0]}], one label per image")
+                label = label.astype(np.int64)
                 if len(label) and label.min() < 0:
                     raise UserError(f"{path}: arr_1 holds negative labels")
-                labels.append(label.astype(np.int64))
+                labels.append(label)
         self.starts = np.cumsum([0, *(len(array) for array in self.arrays)])
         if not len(self):
             raise UserError(f"{paths[0] if len(paths) == 1 else paths[0].parent}: holds no images")

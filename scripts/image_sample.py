@@ -66,12 +66,16 @@ def main() -> None:
 
     from guided_diffusion import dist_util
     from guided_diffusion.io.description import read_description
-    from guided_diffusion.io.remote import is_url
+    from guided_diffusion.io.remote import is_url, local_path
     from guided_diffusion.networks.precision import place
     from guided_diffusion.runs.best import local_weights
     from guided_diffusion.runs.checkpoint import load_network, require_agreement
     from guided_diffusion.runs.mirror import Mirror
-    from guided_diffusion.runs.provenance import describe_network, described_experiment
+    from guided_diffusion.runs.provenance import (
+        describe_network,
+        described_experiment,
+        require_known_steps,
+    )
     from guided_diffusion.sampling.sample_set import SampleSet
     from guided_diffusion.sampling.samplers import Sampler
     from guided_diffusion.script_util import build_network, build_space
@@ -91,7 +95,7 @@ def main() -> None:
     if not isinstance(sampler, Sampler):
         raise UserError(f"--sampler: {name} is no Sampler; name a Sampler(function)")
     samples = SampleSet(
-        mirror.directory if mirror else Path(args.log_dir or default),
+        mirror.directory if mirror else local_path(args.log_dir) if args.log_dir else default,
         args.num_samples,
         seed=experiment.run.seed,
         sampler=(name, sampler),
@@ -102,13 +106,14 @@ def main() -> None:
         dist_util.from_rank_zero(mirror.pull)
     student = experiment.student
     require_agreement(student, weights, experiment.where)
+    checkpoint = read_description(weights)
     if args.timestep_respacing is not None:
         student.process.timestep_respacing = sampler.respacing(args.timestep_respacing)
     network, process = build_network(student)
+    require_known_steps(student, process, checkpoint)
     load_network(network, weights)
     place(network.eval(), student.architecture.use_fp16, experiment.run, frozen=True)
     provenance = describe_network(experiment)
-    checkpoint = read_description(weights)
     provenance |= {"model": weights.name, "step": checkpoint.get("step"), "checkpoint": checkpoint}
     path = samples.draw(network, process, build_space(student), weights, args.batch_size, provenance)
     if mirror:

@@ -27,8 +27,8 @@ def main() -> None:
     training = experiment.student.training
     if isinstance(experiment, DistillationExperiment):
         raise UserError(f"{args.config}: has a 'teacher' section; image_kd.py distils, this trains on images")
-    if not Path(args.data_dir).exists():
-        raise UserError(f"--data_dir: no such file or folder: {args.data_dir}")
+    if not args.data_dir or not Path(args.data_dir).exists():
+        raise UserError(f"--data_dir: no such file or folder: '{args.data_dir}'")
     initial_name, reference_name = command_line.run_inputs(experiment, args.config)
     batch_size = command_line.per_rank(training.batch_size, detect_launch().world_size, "batch_size")
 

@@ -11,7 +11,7 @@ import yaml
 from in_process import script_here
 from tiny import ROOT, distillation, network, one_line_error
 
-from guided_diffusion.config.loading import load_distillation, load_experiment
+from guided_diffusion.config.loading import experiment_text, load_distillation, load_experiment
 from guided_diffusion.distill.dynamic_batch import DynamicBatch
 from guided_diffusion.distill.pool_file import read_pool_header, write_pool
 from guided_diffusion.errors import UserError
@@ -19,6 +19,7 @@ from guided_diffusion.io.description import described, read_description
 from guided_diffusion.io.torch_file import StateDict
 from guided_diffusion.runs.checkpoint import require_agreement
 from guided_diffusion.runs.provenance import described_experiment, git_revision
+from guided_diffusion.runs.run_directory import _of_configuration
 from guided_diffusion.script_util import build_network
 
 
@@ -128,6 +129,45 @@ def test_a_checkpoint_needs_no_configuration_as_a_teacher(trained, tmp_path):
     )
     with pytest.raises(UserError, match=r"teacher.diffusion_steps is 30, but .*model000002.pt says 20"):
         load_distillation(config, ["teacher.diffusion_steps=30"])
+
+
+def test_other_images_begin_another_run(trained, tmp_path):
+    """And where a directory is named, it says that they changed."""
+    np.savez(tmp_path / "others.npz", np.load(trained / "images.npz")["arr_0"][::-1])
+    (tmp_path / "net.yaml").write_text((trained / "net.yaml").read_text())
+    flags = ["scripts/image_train.py", "--config", tmp_path / "net.yaml", "run.sample_interval=-1"]
+    first = ["--data_dir", trained / "images.npz", "--exp_dir", tmp_path / "experiments/train/net-1"]
+    script_here(*flags, *first, "run.iterations=2")
+    record = tmp_path / "experiments/train/net-1/run.json"
+    assert json.loads(record.read_text())["data_dir"] == str((trained / "images.npz").resolve())
+    on = script_here(*flags, *first[2:], "--data_dir", tmp_path / "others.npz", "run.iterations=3").stdout
+    assert f"data_dir {trained / 'images.npz'} -> {tmp_path / 'others.npz'}" in on
+    line = one_line_error(script_here(*flags, "--data_dir", "", check=False))
+    assert "--data_dir: no such file or folder: ''" in line
+
+
+def test_unfinished_runs_are_found_by_their_images_too(tmp_path):
+    experiment = load_experiment(ROOT / "yaml/digits_16/exp/digits-teacher.yaml")
+    run = tmp_path / f"{experiment.name}-1"
+    run.mkdir()
+    (run / "config.yaml").write_text(experiment_text(experiment))
+    record = {"started": "now", "ended": "stopped", "data_dir": "/a"}
+    for told, expected in (({"data_dir": "/a"}, [run]), ({"data_dir": "/b"}, [])):
+        (run / "run.json").write_text(json.dumps(record))
+        assert list(_of_configuration(tmp_path, experiment, told)) == expected
+    (run / "run.json").write_text(json.dumps({"started": "now", "ended": "stopped"}))  # of an older version
+    assert list(_of_configuration(tmp_path, experiment, {"data_dir": "/b"})) == [run]
+
+
+def test_steps_that_a_network_does_not_know_are_refused(trained, tmp_path):
+    state = th.load(trained / "run/ema_0.9_000002.pt", weights_only=True)
+    description = read_description(trained / "run/ema_0.9_000002.pt")
+    description["process"]["timestep_respacing"] = "5"
+    th.save(described(state, description), tmp_path / "few.pt")
+    flags = ["scripts/image_sample.py", "--model_path", tmp_path / "few.pt", "--num_samples", 2, "--log_dir"]
+    line = one_line_error(script_here(*flags, tmp_path / "a", "--timestep_respacing", 7, check=False))
+    assert "the network knows the 5 steps of timestep_respacing 5 alone" in line
+    script_here(*flags, tmp_path / "b")
 
 
 def test_help_has_the_keys_that_training_on_images_takes():

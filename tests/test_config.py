@@ -32,11 +32,16 @@ def test_overrides_win(config):
     [
         ("student.lrr=1", "did you mean 'student.lr'"),
         ("student.num_chanels=8", "did you mean 'student.num_channels'"),
+        (
+            "teacher.noise_schedule=linear teacher.diffusion_steps=5",
+            "beta_end would be 4, more than 1",
+        ),
+        ("distill.advance_stride=10000000000000000000", "advance_stride must be 1 to 1000000"),
         ("iterations=5", "did you mean 'run.iterations'"),
         ("student.stage1_weight=0", "did you mean 'distill.stage1_weight'"),
         ("batch_size=8", "did you mean 'student.batch_size'"),
         ("tempfil=x", "did you mean 'teacher.tempfile'"),
-        ("run.qqqqqqqq=1", "unknown key 'qqqqqqqq'; known are run.iterations, "),
+        ("run.qqqqqqqq=1", "unknown key 'run.qqqqqqqq'; known are run.iterations, "),
         (
             "student.attention_resolutions=0",
             "attention_resolutions must be positive whole numbers such as '16,8'",

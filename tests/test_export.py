@@ -175,6 +175,9 @@ def test_nothing_is_overwritten_unasked(tmp_path):
     flags[-1] = tmp_path
     line = one_line_error(script_here(*flags, "--overwrite", check=False))
     assert "no export" in line and (tmp_path / "model.pt").exists()
+    (tmp_path / "out/README.md").write_text("a teacher's own")
+    flags[-1] = tmp_path / "out"
+    assert "no export" in one_line_error(script_here(*flags, "--overwrite", check=False))
     flags[-1] = tmp_path / "other"
     assert "owner/name" in one_line_error(script_here(*flags, "--push", "x", check=False))
     assert not (tmp_path / "other").exists()

@@ -390,3 +390,20 @@ def test_every_rank_leaves_when_a_pool_is_refused(config):
     done = script("scripts/image_kd.py", "--config", config, "teacher.BATCH=0.2", ranks=2, check=False)
     assert done.returncode != 0 and "Traceback" not in done.stderr
     assert "was made for rho 0.4, this run has 0.2" in done.stderr
+
+
+def test_what_stage_1_cannot_compare_is_told(config):
+    done = script_here(
+        *("scripts/image_kd.py", "--config", config, "--exp_dir", config.parent / "single"),
+        *("student.microbatch=1", "run.iterations=1"),
+    )
+    assert "WARNING: stage 1 compares a sample with the others of its piece" in done.stdout
+
+
+def test_the_teachers_file_is_no_pool(tmp_path):
+    config = tiny(tmp_path)
+    teacher = tmp_path / load_experiment(config).teacher.model_path
+    flags = ["scripts/dynamic_prepare.py", "--config", config, f"teacher.tempfile={teacher}", "--overwrite"]
+    before = digest(teacher)
+    assert "is the teacher's; name another file" in one_line_error(script_here(*flags, check=False))
+    assert digest(teacher) == before

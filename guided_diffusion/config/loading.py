@@ -146,7 +146,7 @@ def _experiment(tree: DictConfig, path: Path, overrides: Sequence[str]) -> Exper
         experiment = DistillationExperiment(
             name=_name(path),
             teacher=teacher,
-            student=_build_found(Student, _shared(teacher) | sections["student"], path, "student."),
+            student=_build_found(Student, sections["student"], path, "student.", _shared(teacher)),
             distill=_build(Distill, sections.get("distill", {}), path, "distill."),
             run=run,
         )
@@ -388,17 +388,20 @@ def _shared(teacher: Teacher) -> dict[str, Any]:
     return flat(teacher.process) | flat(teacher.space) | samples
 
 
-def _build_found(section: type[_T], given: dict[str, Any], path: Path, where: str) -> _T:
-    """`_build` a section out of what its model says of itself and what is configured.
+def _build_found(
+    section: type[_T], given: dict[str, Any], path: Path, where: str, otherwise: dict[str, Any] | None = None
+) -> _T:
+    """`_build` a section out of what is configured, what its model says of itself, and what holds otherwise.
 
     Raises:
         UserError: as there, or the two contradict each other.
     """
-    found = _found_keys(given, path)
-    built: Any = _build(section, found | given, path, where)
+    otherwise = otherwise or {}
+    found = _found_keys(otherwise | given, path)
+    built: Any = _build(section, otherwise | found | given, path, where)
     if not found:
         return built
-    ours, theirs = flat(built), flat(_build(section, given | found, path, where))
+    ours, theirs = flat(built), flat(_build(section, otherwise | given | found, path, where))
     for name in found:
         if ours[name] != theirs[name] and not free_to_differ(name, built.architecture):
             model = given["model_path"]
@@ -476,7 +479,9 @@ def _build(section: type[_T], values: dict[str, Any], path: Path, where: str) ->
             if issubclass(section, Denoiser) and (others := _architectures_with(name)):
                 told = f"is a key of {' and '.join(others)}, and the architecture is {architecture}"
                 raise UserError(f"{path}: {where}{name} {told}")
-            raise _unknown_key(path, name, [where + key for key in parts], _BY_USE if where else ("run",))
+            raise _unknown_key(
+                path, f"{where}{name}", [where + key for key in parts], _BY_USE if where else ("run",)
+            )
         if value is None:
             continue
         if value == "???":  # OmegaConf's mark of a missing value
@@ -508,6 +513,6 @@ def _unknown_key(path: Path, name: Any, known: list[str], others: Iterable[str])
     """
     elsewhere = [f"{section}.{key}" for section in others for key in _keys(SECTIONS[section])]
     by_name = {key.rpartition(".")[2]: key for key in reversed(known + elsewhere)}
-    nearest = difflib.get_close_matches(str(name), by_name, n=1, cutoff=0.6)
+    nearest = difflib.get_close_matches(str(name).rpartition(".")[2], by_name, n=1, cutoff=0.6)
     hint = f"did you mean '{by_name[nearest[0]]}'?" if nearest else f"known are {', '.join(known)}"
     return UserError(f"{path}: unknown key '{name}'; {hint}")

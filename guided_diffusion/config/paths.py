@@ -1,5 +1,6 @@
 """Where what a configuration or a flag names lies, and where what is written lies. Imports no torch."""
 
+import os
 from pathlib import Path
 
 from ..errors import UserError
@@ -24,7 +25,7 @@ def input_file(name: str, config: Path, what: str) -> str:
         raise UserError(f"{config}: {what} is not set")
     if is_url(name):
         return normalised(name)
-    folders = input_folders(config)
+    name, folders = os.path.expanduser(name), input_folders(config)
     for folder in (*folders, SHIPPED):
         if (path := folder / name).is_file():
             return name if folder == Path.cwd() else str(path)

@@ -209,6 +209,14 @@ class Process:
             _require(
                 not beta or self.noise_schedule != "cosine", f"{where}{name}: the cosine schedule has none"
             )
+        if self.noise_schedule != "cosine":
+            found = beta_range(self.noise_schedule, self.diffusion_steps, self.beta_start, self.beta_end)
+            for name, beta in zip(("beta_start", "beta_end"), found, strict=True):
+                _require(
+                    beta <= 1,
+                    f"{where}{name} would be {beta:g}, more than 1, with {where}diffusion_steps "
+                    f"{self.diffusion_steps}; give it, or {where}noise_schedule: cosine",
+                )
         _require(
             not (self.learn_sigma and self.sigma_small),
             f"{where}sigma_small: does nothing with learn_sigma; set one of the two to false",
@@ -406,7 +414,8 @@ class Distill:
         for name in ("temperature", "loss_weight_cap"):
             _require(getattr(self, name) > 0, f"{where}{name} must be positive, not {getattr(self, name)}")
         for name in ("stride", "advance_stride", "teacher_interval", "replay_batches"):
-            _require(getattr(self, name) >= 1, f"{where}{name} must be at least 1, not {getattr(self, name)}")
+            value = getattr(self, name)
+            _require(1 <= value <= MOST_STEPS, f"{where}{name} must be 1 to {MOST_STEPS}, not {value}")
         for name in ("stage1_fraction", "stage2_fraction"):
             share = getattr(self, name)
             _require(0 < share <= 1, f"{where}{name} must be in (0, 1], not {share}")

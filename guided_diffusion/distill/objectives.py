@@ -127,7 +127,7 @@ class Distillation(Objective):
         microbatch holds some of them, or none.
         """
         first, whole = batch.place or (0, len(batch))
-        share = _share(self.settings.stage2_fraction, whole)
+        share = share_of(self.settings.stage2_fraction, whole)
         count = min(max(share - first, 0), len(batch))
         if self.settings.stage2_weight == 0 or not count:
             yield self.stage1(student, batch)
@@ -239,7 +239,7 @@ class Distillation(Objective):
         """A stage's loss: its weight times the sum of its terms and, with `align`, the weighted alignment."""
         loss = th.stack(list(terms.values())).sum(0)
         if align:
-            n = _share(self.settings.stage1_fraction, len(t))
+            n = share_of(self.settings.stage1_fraction, len(t))
             terms["align"] = self.alignment(out.features[:n], out.emb[:n], t[:n]).expand_as(loss)
             loss = loss + self.settings.stage1_weight * terms["align"]
         return PassLoss(weight * loss, {f"{stage}_{k}": v for k, v in terms.items()}, t)
@@ -345,6 +345,6 @@ def loss_weight(process: GaussianDiffusion, settings: Distill) -> th.Tensor:
     return th.from_numpy(weight / weight.mean()).float()
 
 
-def _share(fraction: float, count: int) -> int:
+def share_of(fraction: float, count: int) -> int:
     """How many of `count` samples a share is, rounded up; 0.07 of 100 are 7, whatever floats make of it."""
     return max(1, math.ceil(round(fraction * count, 6)))

@@ -23,6 +23,7 @@ from typing import Any
 
 import numpy as np
 from numpy.lib import format as npy_format
+from safetensors import SafetensorError
 
 from ..errors import UserError, first_line
 from .progress import say
@@ -62,6 +63,11 @@ def atomic_path(path: str | os.PathLike) -> Iterator[Path]:
             os.fsync(directory)  # the rename itself must survive a power cut
         finally:
             os.close(directory)
+    except SafetensorError as error:  # its way of telling a full disk
+        raise OSError(errno.EIO, first_line(error), str(path)) from None
+    except OSError as error:
+        error.filename = error.filename or str(path)  # which those of writing lack
+        raise
     finally:
         temporary.unlink(missing_ok=True)
 

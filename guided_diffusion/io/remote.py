@@ -6,6 +6,7 @@ It is imported when a URL is used, and not before.
 import functools
 import hashlib
 import logging
+import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -43,7 +44,7 @@ def local_path(name: str) -> Path:
     """
     if is_url(name):
         raise UserError(f"{name}: a URL cannot be used here, only a local path")
-    return Path(name)
+    return Path(os.path.expanduser(name))
 
 
 def normalised(url: str) -> str:

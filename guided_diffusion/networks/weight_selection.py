@@ -154,11 +154,9 @@ def selected(larger: SelectableWeights, smaller: SelectableWeights) -> dict[str,
             raise ValueError(f"the larger network has no {source} for {name}")
         value = larger.state[source].float()
         for dim, (theirs, ours) in enumerate(zip(larger.parts(source), smaller.parts(name), strict=True)):
-            index = (
-                None
-                if _is_other_kind(name, theirs, ours)
-                else _spread(theirs, ours, larger.groups, smaller.groups)
-            )
+            if _is_other_kind(name, theirs, ours):
+                raise ValueError("one of them has use_scale_shift_norm, the other has not")
+            index = _spread(theirs, ours, larger.groups, smaller.groups)
             if index is None:
                 shape = tuple(larger.state[source].shape)
                 raise ValueError(f"{source} {shape} does not cover {name} {tuple(own.shape)}")

@@ -82,9 +82,12 @@ def detect_launch() -> Launch:
         try:
             rank, world_size = int(os.environ[names[0]]), int(os.environ[names[1]])
             local = os.environ.get(names[2])
-            return Launch(launcher, rank, world_size, None if local is None else int(local))
+            launch = Launch(launcher, rank, world_size, None if local is None else int(local))
         except ValueError as error:
             raise UserError(f"{launcher} set {names} to something that is no number: {error}") from None
+        if not 0 <= rank < world_size:
+            raise UserError(f"{launcher} set {names[0]} to {rank}, of {world_size} ranks")
+        return launch
     return Launch("none", 0, 1, 0)
 
 

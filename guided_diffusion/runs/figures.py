@@ -56,17 +56,18 @@ def save_curves(path: str | os.PathLike, progress: Path, title: str) -> None:
     rows = read_progress(progress)
     losses = ("mse", "vb", "align", "bottleneck")
     names = [name for name in dict.fromkeys(key for row in rows for key in row) if name.endswith(losses)]
-    if not names:
+    points = {name: [(row["step"], row[name]) for row in rows if row.get(name, 0) > 0] for name in names}
+    if not any(points.values()):
         return
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.subplots()
-    for name in names:
-        points = [(row["step"], row[name]) for row in rows if row.get(name, 0) > 0]
-        axes.plot(*zip(*points, strict=True), label=name.replace("_", " "), linewidth=1.4)
+    for name, pairs in points.items():
+        if pairs:
+            axes.plot(*zip(*pairs, strict=True), label=name.replace("_", " "), linewidth=1.4)
     axes.set_yscale("log")
     axes.set_xlabel("iteration")
     axes.set_ylabel("loss")
-    axes.set_title(title)
+    axes.set_title(title, parse_math=False)
     axes.legend(fontsize=8, ncols=2, frameon=False)
     axes.grid(alpha=0.25)
     with atomic_path(path) as temporary:

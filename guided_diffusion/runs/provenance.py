@@ -1,19 +1,20 @@
 """Where results come from: written into checkpoints and samples, so that a wrong score can be traced."""
 
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 from ..config.described import described_keys
 from ..config.loading import experiment_of
-from ..config.settings import DistillationExperiment, Experiment, flat
+from ..config.settings import Denoiser, DistillationExperiment, Experiment, flat
 from ..errors import UserError
 from ..io.description import read_description
 from ..io.files import folder_name
 from ..io.shipped import IS_INSTALLED, LIBRARY
-from ..script_util import build_space
+from ..respace import SpacedDiffusion
+from ..script_util import build_process, build_space
 from .checkpoint import newest_checkpoint
 
 
@@ -67,6 +68,27 @@ def described_experiment(weights: Path, overrides: Sequence[str] = ()) -> Experi
     experiment = experiment_of(keys, weights, overrides)
     experiment.name = folder_name(read_description(weights).get("config"))
     return experiment
+
+
+def require_known_steps(denoiser: Denoiser, process: SpacedDiffusion, description: Mapping[str, Any]) -> None:
+    """Refuse steps that a network was not trained on, where its checkpoint says that it knows some only.
+
+    Args:
+        denoiser: its configuration.
+        process: what it is to be sampled by.
+        description: see `io.description`.
+
+    Raises:
+        UserError: as said.
+    """
+    if not (trained := str(dict(description.get("process") or {}).get("timestep_respacing") or "")):
+        return
+    known = build_process(denoiser, "the checkpoint's timestep_respacing", trained).timestep_map
+    if not set(process.timestep_map) <= set(known):
+        raise UserError(
+            f"--timestep_respacing: the network knows the {len(known)} steps of timestep_respacing {trained} "
+            "alone; leave it out"
+        )
 
 
 def git_revision(folder: Path = LIBRARY) -> str | None:

@@ -22,7 +22,7 @@ from ..config.settings import DistillationExperiment, Experiment
 from ..errors import UserError
 from ..io.files import held, read_object, remove_leftovers, write_text
 from ..io.progress import warn
-from ..io.remote import is_url, normalised
+from ..io.remote import is_url, local_path, normalised
 from ..io.shipped import installed_versions
 from ..logger import RunLog
 from ..processes.stopping import Stopped, StoppedHere, StopSignals
@@ -161,7 +161,7 @@ def _recorded(
         config=experiment_keys(experiment),
     )
     devices = dist_util.describe()
-    record = _record(experiment.name, devices)
+    record = _record(experiment.name, devices) | _data(args)
     if launch.rank == 0:
         remove_leftovers(directory)
         record |= _starts(directory)
@@ -254,14 +254,13 @@ def _choose(
     except (OSError, UserError):
         return _Start(directory, has_been, resume)  # an original's run, which has none
     _require_same_kind(earlier, experiment, resume.directory)
-    before_flips, threads = _before_flips(resume.directory, experiment), 0
-    with suppress(OSError, ValueError):
-        threads = _read(resume.directory).get("threads", 0)
+    before_flips, record = _before_flips(resume.directory, experiment), _record_of(resume.directory)
+    threads = record.get("threads")
     return _Start(
         directory,
         has_been,
         resume,
-        _changes(earlier, experiment),
+        _changes(earlier, experiment, record, _data(args)),
         before_flips and experiment.student.training.random_flip,
         threads if type(threads) is int and threads > 0 else 0,
     )
@@ -283,7 +282,7 @@ def _require_same_kind(earlier: Experiment, now: Experiment, directory: Path) ->
 def _find(
     kind: str, experiment: Experiment, args: argparse.Namespace, mirror: Mirror | None, lock: ExitStack
 ) -> tuple[Path, Checkpoint | None]:
-    own = mirror.directory if mirror else Path(args.exp_dir) if args.exp_dir else None
+    own = mirror.directory if mirror else local_path(args.exp_dir) if args.exp_dir else None
     wanted = args.resume_checkpoint or experiment.student.training.resume_checkpoint
     if wanted and not (mirror and is_url(wanted) and normalised(wanted) == mirror.url):
         named = _open_named(wanted, args.config)
@@ -302,7 +301,7 @@ def _find(
         return directory, named
     if own is None:
         parent = paths.output_path(f"experiments/{kind}", args.config)
-        found = _unfinished(parent, experiment, lock)
+        found = _unfinished(parent, experiment, _data(args), lock)
         return found or (_new_directory(parent, run_name(experiment.name, args.overrides), lock), None)
     directory = _hold(own, lock)
     newest = mirror.pull() if mirror else newest_checkpoint(directory)
@@ -364,9 +363,13 @@ def _new_directory(parent: Path, name: str, lock: ExitStack) -> Path:
             return directory
 
 
-def _unfinished(parent: Path, experiment: Experiment, lock: ExitStack) -> tuple[Path, Checkpoint] | None:
-    """The newest run of this configuration that has a checkpoint, did not finish, and is not going on."""
-    for directory in _of_configuration(parent, experiment):
+def _unfinished(
+    parent: Path, experiment: Experiment, data: dict[str, str], lock: ExitStack
+) -> tuple[Path, Checkpoint] | None:
+    """The newest run of this configuration and data that has a checkpoint, did not finish, and is not going
+    on.
+    """
+    for directory in _of_configuration(parent, experiment, data):
         with ExitStack() as attempt:
             try:
                 attempt.enter_context(held(directory, patience=0))
@@ -379,8 +382,8 @@ def _unfinished(parent: Path, experiment: Experiment, lock: ExitStack) -> tuple[
     return None
 
 
-def _of_configuration(parent: Path, experiment: Experiment) -> Iterator[Path]:
-    """Yield the runs of this very configuration that did not finish, the newest first."""
+def _of_configuration(parent: Path, experiment: Experiment, data: dict[str, str]) -> Iterator[Path]:
+    """Yield the runs of this very configuration and data that did not finish, the newest first."""
     begun = []
     for directory in parent.iterdir() if parent.is_dir() else ():
         if directory.name.startswith((f"{experiment.name}-", f"{experiment.name},")):
@@ -388,7 +391,8 @@ def _of_configuration(parent: Path, experiment: Experiment) -> Iterator[Path]:
                 begun.append(((directory / "run.json").stat().st_mtime, directory))
     for _, directory in sorted(begun, reverse=True):
         try:
-            wanted = _ended(directory) != "finished" and _is_of(directory, experiment)
+            same_data = (data | _read(directory)).get("data_dir") == data.get("data_dir")
+            wanted = same_data and _ended(directory) != "finished" and _is_of(directory, experiment)
         except (OSError, ValueError, UserError):
             continue  # not a run of ours
         if wanted:
@@ -404,8 +408,10 @@ def _is_of(directory: Path, experiment: Experiment) -> bool:
     return earlier == experiment
 
 
-def _changes(earlier: Experiment, experiment: Experiment) -> str:
-    """What a run that goes on is configured otherwise than it was: "section.key before -> now", ..."""
+def _changes(
+    earlier: Experiment, experiment: Experiment, record: dict[str, Any], data: dict[str, str]
+) -> str:
+    """What a run that goes on has otherwise than it had: "section.key before -> now", ..., and its data."""
     before, now = (
         {
             f"{name}.{key}": found
@@ -414,6 +420,8 @@ def _changes(earlier: Experiment, experiment: Experiment) -> str:
         }
         for one in (earlier, experiment)
     )
+    now |= data
+    before |= {name: record.get(name, value) for name, value in data.items()}
     changed = [key for key in now if before.get(key) != now[key]]
     return ", ".join(f"{key.rstrip('.')} {before.get(key)} -> {now[key]}" for key in changed)
 
@@ -437,6 +445,11 @@ def _record(name: str, devices: list[str]) -> dict[str, Any]:
     }
 
 
+def _data(args: argparse.Namespace) -> dict[str, str]:
+    """The images that a run trains on, for its record; {} if it is a distillation."""
+    return {"data_dir": str(Path(args.data_dir).resolve())} if getattr(args, "data_dir", None) else {}
+
+
 def _starts(directory: Path) -> dict[str, Any]:
     """When the run in a directory first started, and when it was started again."""
     try:
@@ -448,10 +461,15 @@ def _starts(directory: Path) -> dict[str, Any]:
 
 def _began_from(directory: Path) -> str:
     """The checkpoint, as it was named, that the run in a directory began from; "" if from none."""
+    return str(_record_of(directory).get("began_from", ""))
+
+
+def _record_of(directory: Path) -> dict[str, Any]:
+    """A directory's run.json; {} if it has none."""
     try:
-        return str(_read(directory).get("began_from", ""))
+        return _read(directory)
     except (OSError, ValueError):
-        return ""
+        return {}
 
 
 def _ended(directory: Path) -> str:

@@ -10,7 +10,7 @@ from .. import dist_util
 from ..config.registry import OBJECTIVES, look_up
 from ..config.settings import DistillationExperiment, flat, free_to_differ
 from ..distill.dynamic_batch import DynamicBatch, pool_size
-from ..distill.objectives import Distillation
+from ..distill.objectives import Distillation, share_of
 from ..distill.pool_file import read_pool, read_pool_header
 from ..distill.source import TeacherSource
 from ..distill.teacher import Teacher
@@ -282,6 +282,14 @@ def distillation_loop(
         f"objective: {objective.describe()}; student {count / 1e6:.2f}M parameters; pool of {len(pool)} "
         f"samples per rank (seed {pool_seed(experiment)}); {network.compute_dtype} arithmetic on {device}"
     )
+    piece = batch_size if student.training.microbatch < 1 else min(student.training.microbatch, batch_size)
+    compared = share_of(experiment.distill.stage1_fraction, piece)
+    compared *= dist_util.world_size() if experiment.distill.gather_negatives else 1
+    if experiment.distill.stage1_weight and compared == 1:
+        log.info(
+            "WARNING: stage 1 compares a sample with the others of its piece, and there are none: it trains "
+            "nothing with this student.batch_size, student.microbatch and distill.stage1_fraction"
+        )
     source = TeacherSource(
         pool,
         teacher,

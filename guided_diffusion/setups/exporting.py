@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch as th
+from safetensors import SafetensorError
 
 from ..config.settings import Denoiser, Experiment
 from ..errors import UserError, first_line
@@ -22,6 +23,7 @@ from ..script_util import build_network, build_process, build_space
 from ..spaces import LatentSpace
 
 _SCHEDULES = {"linear": "linear", "scaled_linear": "scaled_linear", "cosine": "squaredcos_cap_v2"}
+_MARK = "tags: [diffusion, distillation]"  # by which a card is known to be ours
 _STEPS = 10  # of the chain that is compared
 _FORWARD, _CHAIN = 1e-5, 1e-4  # the largest differences, in units of the largest number
 
@@ -65,7 +67,10 @@ def export_pipeline(
     temporary = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
     try:
         folder = temporary / out.name
-        pipeline.save_pretrained(folder, safe_serialization=True)
+        try:
+            pipeline.save_pretrained(folder, safe_serialization=True)
+        except SafetensorError as error:  # its way of telling a full disk
+            raise UserError(f"{out}: cannot be written: {first_line(error)}") from None
         (folder / "README.md").write_text(model_card(experiment, weights, out.name, theirs, scores))
         require_same(
             diffusers.DiffusionPipeline.from_pretrained(folder, low_cpu_mem_usage=False),
@@ -240,7 +245,7 @@ def model_card(
         "library_name: diffusers",
         "license: unknown  # fill in: what the teacher's licence allows",
         "pipeline_tag: unconditional-image-generation",
-        "tags: [diffusion, distillation]",
+        _MARK,
         "---",
         "",
         f"# {name}",
@@ -321,7 +326,8 @@ def _require_free(out: Path, overwrite: bool) -> None:
     """Raise `UserError` if something is there that may not be replaced."""
     if not out.exists():
         return
-    if not (out / "model_index.json").is_file():
+    card = out / "README.md"
+    if not (card.is_file() and _MARK in card.read_text(errors="replace")):
         raise UserError(f"{out}: is there already and no export; choose another --out")
     if not overwrite:
         raise UserError(f"{out}: is there already; choose another --out, or give --overwrite")

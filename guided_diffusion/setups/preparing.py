@@ -51,6 +51,8 @@ def prepare_pool(
     total, shape = teacher.process.num_timesteps, teacher.space.shape
     if path.is_dir():
         raise UserError(f"teacher.tempfile: {path} is a folder; name a file to write")
+    if weights.resolve() in (path.resolve(), *path.resolve().parents):
+        raise UserError(f"teacher.tempfile: {path} is the teacher's; name another file to write")
     if total < 2:
         raise UserError("teacher.timestep_respacing: leaves one step; a pool is prepared for two or more")
     size = pool_size(settings.iter_choice, settings.BATCH, total, batch_size)

@@ -24,7 +24,7 @@ from ..runs.checkpoint import file_name, manifest_step
 from ..runs.figures import save_grid
 from ..script_util import build_process, build_space
 from ..setups.distillation import pool_identity
-from .cells import Cell, reference_path, teacher_path
+from .cells import Cell, model_path, reference_path
 from .commands import CommandFailed, Commands, Steps
 from .comparison import Comparison, held_out_states
 from .ledger import Ledger, ledger_of
@@ -88,7 +88,7 @@ class CellRun:
         self.folder = known[0] if known else own
         self.steps = Steps(self.folder / "steps.json")
         self.experiment = self.study.experiment(cell.run, f"run.seed={cell.seed}")
-        self.teacher = teacher_path(self.study, self.experiment)
+        self.teacher = model_path(self.study, self.experiment.teacher.model_path, "teacher.")
         self.reference = reference_path(self.study)
 
     def run(self) -> dict[str, Any]:
@@ -290,6 +290,8 @@ class CellRun:
         experiment, data = copy.deepcopy(self.experiment), self.cell.run.data
         training, run = experiment.student.training, experiment.run
         experiment.teacher.model_path, experiment.teacher.tempfile = str(self.teacher), str(tempfile)
+        if training.model_path:
+            training.model_path = str(model_path(self.study, training.model_path, "student."))
         training.log_interval = log_interval or training.log_interval
         if iterations:
             training.lr_anneal_steps = iterations if training.lr_anneal_steps else 0

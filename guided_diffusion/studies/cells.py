@@ -23,7 +23,7 @@ from .study_file import Budget, Study, StudyRun
 _NOT_IDENTITY = {
     "teacher": {"model_path", "tempfile", "vae_path"},
     "student": {
-        "vae_path",
+        *("model_path", "vae_path"),
         *("lr_anneal_steps", "log_interval", "save_interval", "cache_save_interval", "resume_checkpoint"),
     },
     "distill": {"pool_device"},
@@ -80,15 +80,15 @@ def cells_of(study: Study) -> Iterator[Cell]:
                 yield Cell(run, budget, seed, digests[run.name], _digest(own))
 
 
-def teacher_path(study: Study, experiment: DistillationExperiment) -> Path:
-    """The teacher's checkpoint, a file or a diffusers folder.
+def model_path(study: Study, name: str, where: str) -> Path:
+    """The checkpoint that a section's `model_path` names, a file or a diffusers folder.
 
     Raises:
         UserError: it is not there, or a URL.
     """
-    name = paths.input_file(experiment.teacher.model_path, study.config, "teacher.model_path")
+    name = paths.input_file(name, study.config, f"{where}model_path")
     if is_url(name):
-        raise UserError(f"{study.path}: teacher.model_path must be a file or folder here, not {name}")
+        raise UserError(f"{study.path}: {where}model_path must be a file or folder here, not {name}")
     return Path(name).resolve()
 
 
@@ -131,13 +131,15 @@ def _identity(study: Study, run: StudyRun, sha256: Callable[[Path], str]) -> dic
     identity = {
         "settings": changed_keys(experiment),
         "annealed": experiment.student.training.lr_anneal_steps > 0,
-        "teacher": sha256(teacher_path(study, experiment)),
+        "teacher": sha256(model_path(study, experiment.teacher.model_path, "teacher.")),
         "data": asdict(run.data) if run.data else None,
         "reference": reference if reference == "digits" else sha256(reference_path(study)),
         "backend": study.backend,
         "metrics": {k: v for k, v in asdict(study.metrics).items() if k not in _NO_INFLUENCE},
         "score_at": list(study.score_at),
     }
+    if experiment.student.training.model_path:
+        identity["initial"] = sha256(model_path(study, experiment.student.training.model_path, "student."))
     if experiment.teacher.space.vae_path:
         from ..script_util import build_space
 

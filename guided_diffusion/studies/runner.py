@@ -102,7 +102,7 @@ class Runner:
         return self.study.metrics.to_teacher and CellRun(self.shared, cell).can_extend(record)
 
     def _require_respacings(self, names: set[str]) -> None:
-        """Refuse numbers of sampling steps that a run's process has not.
+        """Refuse sampling steps that a run's process has not.
 
         Raises:
             UserError: it has not.
@@ -110,9 +110,14 @@ class Runner:
         for name in names:
             run = self.study.runs[name]
             teacher, where = self.study.experiment(run).teacher, f"{self.study.path}: runs.{name}"
-            build_process(teacher, f"{where}: metrics.respacing", self.study.metrics.respacing)
+            known = {*build_process(teacher, f"{where}: teacher.timestep_respacing").timestep_map}
+            wanted = {"metrics.respacing": self.study.metrics.respacing}
             if run.data is not None:
-                build_process(teacher, f"{where}: data.respacing", run.data.respacing)
+                wanted["data.respacing"] = run.data.respacing
+            for key, respacing in wanted.items():
+                if not known >= {*build_process(teacher, f"{where}: {key}", respacing).timestep_map}:
+                    told = f"the networks know the {len(known)} steps of teacher.timestep_respacing alone"
+                    raise UserError(f"{where}: {key} '{respacing}': {told}")
 
     def _work(self) -> None:
         """Run cells until there are none left: a thread's life."""

@@ -2,6 +2,7 @@
 
 import errno
 import os
+import re
 import subprocess
 import time
 from pathlib import Path
@@ -9,8 +10,10 @@ from pathlib import Path
 import pytest
 import torch as th
 from driver import assert_readable, assert_same_end, distil, run
+from safetensors import SafetensorError
 
 from guided_diffusion.errors import UserError
+from guided_diffusion.io.files import atomic_path
 from guided_diffusion.runs import checkpoint_writer
 from guided_diffusion.runs.checkpoint import Retention, complete_checkpoints, newest_checkpoint
 from guided_diffusion.runs.checkpoint_writer import CheckpointWriter
@@ -47,6 +50,16 @@ def test_the_run_goes_on_and_tries_again(tmp_path):
     assert [c.step for c in complete_checkpoints(folder)] == [2, 8]
     run(tmp_path, *command, "--exp_dir", straight)
     assert_same_end(straight, folder, 8)
+
+
+def test_a_file_that_cannot_be_written_is_named(tmp_path):
+    for error in (OSError(errno.EFBIG, "File too large"), SafetensorError("No space left on device")):
+        with (
+            pytest.raises(OSError, match=re.escape(str(tmp_path / "a.bin"))),
+            atomic_path(tmp_path / "a.bin"),
+        ):
+            raise error
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_run_that_could_not_save_its_end_fails(tmp_path):
