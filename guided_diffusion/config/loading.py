@@ -513,6 +513,6 @@ def _unknown_key(path: Path, name: Any, known: list[str], others: Iterable[str])
     """
     elsewhere = [f"{section}.{key}" for section in others for key in _keys(SECTIONS[section])]
     by_name = {key.rpartition(".")[2]: key for key in reversed(known + elsewhere)}
-    nearest = difflib.get_close_matches(str(name).rpartition(".")[2], by_name, n=1, cutoff=0.6)
+    nearest = difflib.get_close_matches(str(name).rpartition(".")[2], by_name, n=1, cutoff=0.4)
     hint = f"did you mean '{by_name[nearest[0]]}'?" if nearest else f"known are {', '.join(known)}"
     return UserError(f"{path}: unknown key '{name}'; {hint}")
