@@ -14,7 +14,7 @@ from guided_diffusion.errors import UserError
 from guided_diffusion.io.remote import local_path
 from guided_diffusion.processes.launch import run_script
 from guided_diffusion.studies.cells import reference_path
-from guided_diffusion.studies.study_file import load_study
+from guided_diffusion.studies.study_file import Study, load_study
 
 
 def main() -> None:
@@ -54,7 +54,7 @@ def main() -> None:
     results = known_results(study, out, root, args.fresh)
     failures = []
     if not args.report:
-        failures = Runner(study, out, root, results, scorer(study.backend), args.jobs).run(args.only)
+        failures = Runner(study, out, root, results, scorer(study, reference), args.jobs).run(args.only)
     report = root / study.report if study.report and not args.fresh else out / "report.md"
     write_report(study, results, out, report, os.path.relpath(root / "docs/studies.md", report.parent))
     print(f"report: {report}")
@@ -62,13 +62,26 @@ def main() -> None:
         raise UserError(f"{len(failures)} cells failed and have no result; the first: {failures[0]}")
 
 
-def scorer(backend: str):
-    """A function that scores an npz of samples against a reference's."""
-    from evaluations.evaluation import evaluate_files
+def scorer(study: Study, reference: Path):
+    """A function that scores an npz of samples against a reference's.
+
+    Raises:
+        UserError: the study's samples or its reference cannot be scored so.
+    """
+    from evaluations.evaluation import AT_LEAST, IMAGE_SIZES, evaluate_files, reference_images
     from evaluations.results import values
     from evaluations.settings import Settings
+    from guided_diffusion.io.files import NpzFile
 
-    settings = Settings(backend=backend)  # type: ignore[arg-type]
+    settings = Settings(backend=study.backend)  # type: ignore[arg-type]
+    sizes = IMAGE_SIZES[settings.backend]
+    if sizes and study.image_size not in sizes:
+        raise UserError(
+            f"{study.path}: backend: {study.backend} scores no images of {study.image_size} pixels"
+        )
+    if study.metrics.samples < AT_LEAST:
+        raise UserError(f"{study.path}: metrics.samples must be at least {AT_LEAST}")
+    reference_images(NpzFile(reference), settings)
 
     def score(reference: Path, images: Path) -> dict[str, float]:
         return values(next(evaluate_files(reference, [images], settings)))

@@ -1,5 +1,6 @@
 """A study's file: what it may say, and how it is told what is wrong with it."""
 
+import numpy as np
 import pytest
 import tiny
 import yaml
@@ -98,6 +99,9 @@ def test_score_points_are_whole_iterations(tmp_path):
         ({"runs": {"plain": {"overrides": ["student.lrr=1"]}}}, "runs.plain: "),
         ({"runs": {"plain": {"overrides": "lr"}}}, "runs.plain.overrides must be keys and values"),
         ({"runs": {"plain": {"budgets": ["shot"]}}}, "runs.plain.budgets: no 'shot'; did you mean 'short'?"),
+        ({"runs": {"plain": {"budgets": [["short"]]}}}, "runs.plain.budgets must be a list of names"),
+        ({"runs": {"plain": {"presets": 5}}}, "runs.plain.presets must name a file or list files, not 5"),
+        ({"baseline": ["plain"]}, "baseline"),
         ({"runs": {"plain": {"seeds": 0}}}, "runs.plain.seeds must be a number, 1 to 20, or"),
         ({"runs": {"plain": {"seeds": [1, 1]}}}, "as many seeds, not [1, 1]"),
         ({"runs": {"plain": {"data": {"real": 2}}}}, "runs.plain.data.real must lie in [0, 1], not 2"),
@@ -119,3 +123,19 @@ def test_the_command_tells_a_mistake_in_one_line(tmp_path):
 @pytest.mark.parametrize("path", sorted(tiny.ROOT.glob("yaml/study/*.yaml")), ids=lambda path: path.stem)
 def test_the_studies_that_come_along_are_right(path):
     assert load_study(path).runs
+
+
+@pytest.mark.parametrize(
+    "more, told",
+    [
+        ({"backend": "digits"}, "backend: digits scores no images of 8 pixels"),
+        ({"reference": "study.yaml"}, "not a readable npz archive"),
+        ({"metrics": {"samples": 3, "respacing": 5}}, "metrics.samples must be at least 6"),
+    ],
+)
+def test_what_cannot_be_scored_is_told_before_anything_is_run(tmp_path, more, told):
+    np.savez(tmp_path / "real.npz", np.zeros((9, 8, 8, 3), np.uint8))
+    path = study(tmp_path, **{"backend": "torch", "reference": "real.npz"} | more)
+    done = script_here("scripts/study.py", path, "--out", tmp_path / "out", check=False)
+    assert told in tiny.one_line_error(done)
+    assert not (tmp_path / "out/cells").exists()

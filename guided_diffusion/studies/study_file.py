@@ -195,7 +195,7 @@ def load_study(path: Path) -> Study:
 
 def _check(study: Study) -> None:
     """Refuse what cannot be right in several keys together."""
-    if study.baseline not in study.runs:
+    if not isinstance(study.baseline, str) or study.baseline not in study.runs:
         raise _unknown(study.path, "baseline", study.baseline, study.runs)
     if not isinstance(study.baselines, dict):
         raise UserError(f"{study.path}: baselines must hold groups and runs, not {study.baselines!r}")
@@ -225,14 +225,17 @@ def _run(
 ) -> StudyRun:
     where = f"runs.{name}."
     presets = values.pop("presets", [])
-    for preset in [presets] if isinstance(presets, str) else presets:
+    presets = [presets] if isinstance(presets, str) else presets
+    if not isinstance(presets, list):
+        raise UserError(f"{path}: {where}presets must name a file or list files, not {presets!r:.60}")
+    for preset in presets:
         overrides += _overrides(read_mapping(resolve_path(str(preset), path)), path, f"{where}presets")
     values["overrides"] = overrides + _overrides(values.get("overrides"), path, f"{where}overrides")
     if values.get("data") is not None:
         values["data"] = _build(Data, values["data"], path, f"{where}data.")
         if not 0 <= values["data"].real <= 1:
             raise UserError(f"{path}: {where}data.real must lie in [0, 1], not {values['data'].real:g}")
-    if not isinstance(values["budgets"], list):
+    if not (isinstance(values["budgets"], list) and all(isinstance(b, str) for b in values["budgets"])):
         raise UserError(f"{path}: {where}budgets must be a list of names")
     for budget in values["budgets"]:
         if budget not in budgets:
