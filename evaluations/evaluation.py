@@ -77,6 +77,29 @@ def evaluate_files(reference: Path, samples: Sequence[Path], settings: Settings)
         )
 
 
+def require_scorable(settings: Settings, image_size: int, count: int, keys: tuple[str, str]) -> None:
+    """Refuse images of a size, or a number of them, that a backend does not score.
+
+    Args:
+        settings: the backend.
+        image_size: their height and width in pixels.
+        count: how many.
+        keys: what names the backend and the number, for messages.
+
+    Raises:
+        UserError: as said.
+    """
+    sizes = IMAGE_SIZES[settings.backend]
+    if sizes and image_size not in sizes:
+        known = " or ".join(f"{size}x{size}" for size in sizes)
+        raise UserError(
+            f"{keys[0]}: {settings.backend} scores images of {known}, not of {image_size}x{image_size}; "
+            "torch and tensorflow score any"
+        )
+    if count < AT_LEAST:
+        raise UserError(f"{keys[1]} must be at least {AT_LEAST}, not {count}")
+
+
 def few(count: int, settings: Settings) -> str:
     """What to warn of if so many images are too few for a Fréchet distance that means something by itself."""
     if count >= _DIMENSION[settings.backend]:

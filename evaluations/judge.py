@@ -6,12 +6,11 @@ from typing import Any
 import numpy as np
 
 from guided_diffusion.config.settings import Run
-from guided_diffusion.errors import UserError
 from guided_diffusion.io.files import NpzFile
 from guided_diffusion.io.image_sets import ImageArray
 from guided_diffusion.io.progress import warn
 
-from .evaluation import AT_LEAST, IMAGE_SIZES, build_extractor, few, reference_images
+from .evaluation import build_extractor, few, reference_images, require_scorable
 from .features import extract_features
 from .reference import load_reference
 from .results import values
@@ -36,15 +35,8 @@ class Judge:
 
     def __init__(self, reference: Path, run: Run, image_size: int):
         self.settings = Settings(backend=run.eval_backend)  # type: ignore[arg-type]
-        sizes = IMAGE_SIZES[self.settings.backend]
-        if sizes and image_size not in sizes:
-            known = " or ".join(f"{size}x{size}" for size in sizes)
-            raise UserError(
-                f"run.eval_backend: {run.eval_backend} scores images of {known}, not of "
-                f"{image_size}x{image_size}; torch and tensorflow score any"
-            )
-        if run.eval_samples < AT_LEAST:
-            raise UserError(f"run.eval_samples must be at least {AT_LEAST}, not {run.eval_samples}")
+        keys = ("run.eval_backend", "run.eval_samples")
+        require_scorable(self.settings, image_size, run.eval_samples, keys)
         if told := few(run.eval_samples, self.settings):
             warn(f"run.eval_samples: {told}")
         npz = NpzFile(reference)

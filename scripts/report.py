@@ -27,6 +27,8 @@ def main() -> None:
     args = parser.parse_args()
     if args.out.is_dir():
         raise UserError(f"--out {args.out}: is a folder; name a file, such as {args.out / 'report.html'}")
+    if args.out.suffix not in (".html", ".htm"):
+        raise UserError(f"--out {args.out}: is no name of a page; name one that ends in .html")
 
     from evaluations.results import SCORES
     from guided_diffusion.reports.page import write_report

@@ -68,19 +68,14 @@ def scorer(study: Study, reference: Path):
     Raises:
         UserError: the study's samples or its reference cannot be scored so.
     """
-    from evaluations.evaluation import AT_LEAST, IMAGE_SIZES, evaluate_files, reference_images
+    from evaluations.evaluation import evaluate_files, reference_images, require_scorable
     from evaluations.results import values
     from evaluations.settings import Settings
     from guided_diffusion.io.files import NpzFile
 
     settings = Settings(backend=study.backend)  # type: ignore[arg-type]
-    sizes = IMAGE_SIZES[settings.backend]
-    if sizes and study.image_size not in sizes:
-        raise UserError(
-            f"{study.path}: backend: {study.backend} scores no images of {study.image_size} pixels"
-        )
-    if study.metrics.samples < AT_LEAST:
-        raise UserError(f"{study.path}: metrics.samples must be at least {AT_LEAST}")
+    keys = (f"{study.path}: backend", f"{study.path}: metrics.samples")
+    require_scorable(settings, study.image_size, study.metrics.samples, keys)
     reference_images(NpzFile(reference), settings)
 
     def score(reference: Path, images: Path) -> dict[str, float]:

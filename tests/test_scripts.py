@@ -211,6 +211,10 @@ def test_mistakes_get_one_line(tmp_path):
         "run.eval_reference: no such file": [*kd, "run.eval_interval=1", "run.eval_reference=a/absent.npz"],
         f"{config} is a file, and a folder is wanted": [*kd, "--exp_dir", config],
         "gs://a/b: a URL cannot be used here": ["scripts/report.py", tmp_path, "--out", "gs://a/b"],
+        "is no name of a page": ["scripts/report.py", tmp_path, "--out", tmp_path / "run.json"],
+        "is the name of images": [
+            *("evaluations/evaluator.py", "a.npz", "b.npz", "--backend", "digits", "--output", "a.npz"),
+        ],
         "the demo is of the digits": ["scripts/demo.py", "--config", "digits_32/exp/digits32-TCCD.yaml"],
         "timestep_respacing '30'": [
             *("scripts/image_sample.py", "--config", config, "--model_path", tmp_path / "teacher.pt"),

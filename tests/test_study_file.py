@@ -128,7 +128,7 @@ def test_the_studies_that_come_along_are_right(path):
 @pytest.mark.parametrize(
     "more, told",
     [
-        ({"backend": "digits"}, "backend: digits scores no images of 8 pixels"),
+        ({"backend": "digits"}, "backend: digits scores images of 16x16 or 32x32, not of 8x8"),
         ({"reference": "study.yaml"}, "not a readable npz archive"),
         ({"metrics": {"samples": 3, "respacing": 5}}, "metrics.samples must be at least 6"),
     ],

@@ -1,5 +1,6 @@
 """What a checkpoint of ours says of its network, as configuration keys."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -8,16 +9,17 @@ from .registry import ARCHITECTURES, settings_of
 from .settings import Architecture, Process, Space, keys_of
 
 
-def described_keys(weights: Path) -> dict[str, Any]:
+def described_keys(description: Mapping[str, Any], weights: Path) -> dict[str, Any]:
     """The keys of a network's architecture, process and space that its checkpoint carries; {} if it does not.
+
+    Args:
+        description: see `io.description`.
+        weights: the checkpoint, for messages.
 
     Raises:
         UserError: they are damaged, or name an architecture that is not built in: a file does not choose what
             is imported.
     """
-    from ..io.description import read_description  # which imports torch
-
-    description = read_description(weights)
     keys: dict[str, Any] = {}
     for part in ("architecture", "process", "space_keys"):
         if not isinstance(told := description.get(part, {}), dict):

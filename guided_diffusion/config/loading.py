@@ -420,7 +420,9 @@ def _found_keys(given: dict[str, Any], path: Path) -> dict[str, Any]:
     file = next((place for place in places if place.is_file()), None)
     if file is None or any(name == "architecture" or _architectures_with(name) for name in given):
         return {}
-    return described_keys(file)
+    from ..io.description import read_description  # which imports torch
+
+    return described_keys(read_description(file), file)
 
 
 def _with_space(values: dict[str, Any], path: Path) -> dict[str, Any]:

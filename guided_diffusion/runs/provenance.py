@@ -62,11 +62,12 @@ def described_experiment(weights: Path, overrides: Sequence[str] = ()) -> Experi
             told = f"is a run's directory; name a checkpoint in it, such as {newest.path('model')}"
             raise UserError(f"{weights}: {told}")
         return experiment_of({"model_path": str(weights)}, weights, overrides)
-    keys = described_keys(weights)
+    description = read_description(weights)
+    keys = described_keys(description, weights)
     if not keys:
         raise UserError(f"{weights}: does not say what network it is of; its configuration does (--config)")
     experiment = experiment_of(keys, weights, overrides)
-    experiment.name = folder_name(read_description(weights).get("config"))
+    experiment.name = folder_name(description.get("config"))
     return experiment
 
 
@@ -86,8 +87,8 @@ def require_known_steps(denoiser: Denoiser, process: SpacedDiffusion, descriptio
     known = build_process(denoiser, "the checkpoint's timestep_respacing", trained).timestep_map
     if not set(process.timestep_map) <= set(known):
         raise UserError(
-            f"--timestep_respacing: the network knows the {len(known)} steps of timestep_respacing {trained} "
-            "alone; leave it out"
+            f"the network knows the {len(known)} steps of timestep_respacing {trained} alone: sample it in "
+            "these, or some of them"
         )
 
 

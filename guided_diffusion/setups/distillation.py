@@ -285,7 +285,7 @@ def distillation_loop(
     piece = batch_size if student.training.microbatch < 1 else min(student.training.microbatch, batch_size)
     compared = share_of(experiment.distill.stage1_fraction, piece)
     compared *= dist_util.world_size() if experiment.distill.gather_negatives else 1
-    if experiment.distill.stage1_weight and compared == 1:
+    if objective.noise_encoder is not None and compared == 1:
         log.info(
             "WARNING: stage 1 compares a sample with the others of its piece, and there are none: it trains "
             "nothing with this student.batch_size, student.microbatch and distill.stage1_fraction"
