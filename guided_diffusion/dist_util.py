@@ -48,12 +48,13 @@ def setup_dist() -> Launch:
         _state["device"] = _choose_device(0)
         use_threads(max(1, round(since_start.free_cores())))
         return launch
-    register_other_ranks(OtherRanks(leave_together, abort))
-    store, local_rank = rendezvous(launch)
-    _state["store"] = store
+    store, local_rank = _meet(launch)
     ranks_have_met()
     _state["device"] = _choose_device(local_rank)
     ranks = exchange(store, launch, "rank", (socket.gethostname(), _gpu()))
+    if None in ranks:  # one has failed before, and says why
+        leave_together(1)
+        sys.exit(1)
     # Ranks share the host's cores; without this each would start a thread on every one.
     ranks_here = sum(host == socket.gethostname() for host, _ in ranks)
     use_threads(max(1, min(usable_cores(), (os.cpu_count() or 1) // ranks_here)))
@@ -67,6 +68,24 @@ def setup_dist() -> Launch:
     )
     atexit.register(_leave)
     return launch
+
+
+def meet_to_fail() -> bool:
+    """Meet ranks that are in `setup_dist`, so that they end with this one; whether rank 0 fails too.
+
+    Raises:
+        UserError: as `setup_dist`.
+    """
+    launch = detect_launch()
+    store, _ = _meet(launch)
+    return exchange(store, launch, "rank", None)[0] is None
+
+
+def _meet(launch: Launch) -> tuple[dist.Store, int]:
+    """`rendezvous`; from here on this rank does not end without the others."""
+    register_other_ranks(OtherRanks(leave_together, abort))
+    _state["store"], local_rank = rendezvous(launch)
+    return _state["store"], local_rank
 
 
 def _choose_device(local_rank: int) -> th.device:

@@ -1,5 +1,6 @@
 """Studies: what a result is known by, what is counted and measured, and that nothing is done twice."""
 
+import json
 import math
 import os
 import re
@@ -105,27 +106,39 @@ class TestIdentity:
         assert found["student"]["lr"] == 1e-3
 
 
+def any_record(name, **more):
+    least = {"digest": "d", "run": "a", "budget": "quick", "seed": 0, "spent": {}, "scores": []}
+    return {"id": name} | least | more
+
+
 class TestResults:
     def test_a_line_that_was_cut_short_harms_no_other(self, tmp_path, capsys):
         path = tmp_path / "results.jsonl"
         results = Results(path)
-        results.append({"id": "a", "value": float("nan")})
+        results.append(any_record("a", value=float("nan")))
         path.write_text(path.read_text() + '{"id": "b", "val')
-        results.append({"id": "c", "value": 1 / 3})
-        assert results.read() == {"a": {"id": "a", "value": None}, "c": {"id": "c", "value": 0.3333333}}
+        results.append(any_record("c", value=1 / 3))
+        assert results.read() == {"a": any_record("a", value=None), "c": any_record("c", value=0.3333333)}
         assert "no record" in capsys.readouterr().err
 
+    def test_foreign_lines_are_left_out(self, tmp_path, capsys):
+        lines = ['{"id": "x"}', "[1]", json.dumps(any_record("a", scores=None)), json.dumps(any_record("b"))]
+        (tmp_path / "results.jsonl").write_text("\n".join(lines))
+        assert Results(tmp_path / "results.jsonl").read().keys() == {"b"}
+        assert "results.jsonl:1: no record; left out" in capsys.readouterr().err
+
     def test_others_results_are_read_and_left_alone(self, tmp_path):
-        (tmp_path / "others.jsonl").write_text('{"id": "a", "value": 1}\n')
+        line = json.dumps(any_record("a"))
+        (tmp_path / "others.jsonl").write_text(line)
         results = Results(tmp_path / "own.jsonl", [tmp_path / "others.jsonl"])
-        results.append({"id": "b", "value": 2})
+        results.append(any_record("b"))
         assert results.read().keys() == {"a", "b"}
-        assert (tmp_path / "others.jsonl").read_text() == '{"id": "a", "value": 1}\n'
+        assert (tmp_path / "others.jsonl").read_text() == line
 
     def test_many_threads_add_whole_lines(self, tmp_path):
         results = Results(tmp_path / "results.jsonl")
         threads = [
-            threading.Thread(target=results.append, args=({"id": str(n), "text": "x" * 5000},))
+            threading.Thread(target=results.append, args=(any_record(str(n), text="x" * 5000),))
             for n in range(16)
         ]
         for thread in threads:

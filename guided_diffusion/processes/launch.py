@@ -91,23 +91,28 @@ def detect_launch() -> Launch:
     return Launch("none", 0, 1, 0)
 
 
-def run_script(main: Callable[[], None]) -> None:
+def run_script(main: Callable[[], None], *, ranks_meet: bool = False) -> None:
     """Run a script's `main`; a `UserError` becomes one line on standard error and exit status 1.
 
     So does a file that cannot be read or written. A command that was asked to stop, by SIGTERM or SIGINT at
     whatever moment, exits with `stopping.EXIT_STOPPED`.
 
     Each rank that fails says so, except that mistakes found before the ranks met (a wrong flag, a
-    missing file), which all ranks find alike, are told by rank 0 alone. A rank that fails alone takes
-    the others with it. A warning is one line on standard error, without its place in the code.
+    missing file), which all ranks find alike, are told by rank 0 alone if it has one too. A rank that fails
+    alone takes the others with it. A warning is one line on standard error, without its place in the code.
+
+    Args:
+        main: the script.
+        ranks_meet: whether it calls `dist_util.setup_dist`, so that ranks wait for each other there.
     """
     warnings.showwarning = lambda message, *place: warn(str(message))
+    waited_for = False
     try:
-        with stoppable(_end_all, alone=detect_launch().world_size == 1):
+        waited_for = ranks_meet and detect_launch().world_size > 1
+        with stoppable(_end_all, alone=not waited_for):
             main()
     except UserError as error:
-        if _others is not None or _rank() == 0:
-            _tell_and_leave(error)
+        _tell_and_leave(error, waited_for)
         sys.exit(1)
     except Stopped as reason:
         if _rank() == 0:
@@ -120,12 +125,12 @@ def run_script(main: Callable[[], None]) -> None:
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes once more
             sys.exit(1)
         if error.filename is None and error.errno != errno.ENOSPC:
-            _fail()
+            _fail(waited_for)
             raise
-        _tell_and_leave(error)
+        _tell_and_leave(error, waited_for)
         sys.exit(1)
     except Exception:
-        _fail()
+        _fail(waited_for)
         raise
 
 
@@ -146,12 +151,30 @@ def _rank() -> int:
         return 0
 
 
-def _tell_and_leave(error: Exception) -> None:
+def _tell_and_leave(error: Exception, waited_for: bool) -> None:
     """Tell a mistake in one line, and end together with the other ranks, if there are any."""
-    who = "" if _others is None else f"[rank {_rank()}] "
-    print(f"error: {who}{message_of(error)}", file=sys.stderr, flush=True)
+    if _others is not None:
+        _tell(f"[rank {_rank()}] {message_of(error)}")
+    elif _rank() == 0:
+        _tell(message_of(error))
+    if _others is None and waited_for and not _meet_to_fail() and _rank() != 0:
+        _tell(f"[rank {_rank()}] {message_of(error)}")
     if _others is not None:
         _others.leave_together(1)
+
+
+def _tell(what: str) -> None:
+    print(f"error: {what}", file=sys.stderr, flush=True)
+
+
+def _meet_to_fail() -> bool:
+    """Meet the ranks that wait for this one, so that they end with it; whether rank 0 fails too."""
+    from ..dist_util import meet_to_fail  # imports torch, which no other failure needs
+
+    try:
+        return meet_to_fail()
+    except UserError:  # which the others meet as well, and tell
+        return False
 
 
 def _end_all(status: int) -> None:
@@ -164,10 +187,11 @@ def _end_all(status: int) -> None:
     os._exit(status)
 
 
-def _fail() -> None:
+def _fail(waited_for: bool) -> None:
     """Show the present exception's traceback and end all ranks, if there are others."""
-    if _others is None:
-        return
     lines = traceback.format_exc().splitlines()
-    print(*(f"[rank {_rank()}] {line}" for line in lines), sep="\n", file=sys.stderr)
-    _others.abort(1)
+    if _others is None and waited_for:
+        _meet_to_fail()
+    if _others is not None:
+        print(*(f"[rank {_rank()}] {line}" for line in lines), sep="\n", file=sys.stderr)
+        _others.abort(1)

@@ -6,6 +6,8 @@ same command goes on from there as if it had never stopped, to the last bit.
 
 import glob
 import json
+import math
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -80,6 +82,7 @@ def prepare_pool(
         else:
             pool = found[0].stored_on(dist_util.dev(), th.float32)
             goal = found[1].to(dist_util.dev())
+        _require_room(path, shape, size * world, experiment)
         _say(
             f"preparing {size * world} samples on {world} rank(s), T = {total}, "
             f"stride {experiment.distill.stride}, seed {pool_seed(experiment)}"
@@ -93,6 +96,19 @@ def prepare_pool(
                 raise UserError(f"{told}; no pool is written")
             _write(path, stored(pool, experiment), total, shape, identity)
     _say(f"wrote {path} ({path.stat().st_size / 1e6:.1f} MB)")
+
+
+def _require_room(
+    path: Path, shape: tuple[int, int, int], samples: int, experiment: DistillationExperiment
+) -> None:
+    """Refuse at once what the disk cannot take in the end. Collective."""
+    itemsize = getattr(th, experiment.distill.pool_dtype).itemsize
+    copies = 1 if dist_util.world_size() == 1 else 2  # the ranks' parts, and what they are joined as
+    needed, free = copies * samples * math.prod(shape) * itemsize, shutil.disk_usage(path.parent).free
+    if dist_util.any_rank(needed > free):
+        raise UserError(
+            f"teacher.tempfile: {path} takes {needed / 1e6:.1f} MB, and {free / 1e6:.1f} MB are free there"
+        )
 
 
 def _denoise(

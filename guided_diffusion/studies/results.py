@@ -10,6 +10,9 @@ from ..io.files import held
 from ..io.json_lines import append_line, read_lines
 from ..io.progress import warn
 
+# What every record has, and of which type; more is there for the report.
+_HAS = {"id": str, "digest": str, "run": str, "budget": str, "seed": int, "spent": dict, "scores": list}
+
 
 class Results:
     """Records by the id of their cell.
@@ -24,13 +27,13 @@ class Results:
         self._lock = threading.Lock()
 
     def read(self) -> dict[str, dict[str, Any]]:
-        """All records; of two of one cell the later. Lines that a kill cut short are left out."""
+        """All records; of two of one cell the later. Other lines, as a kill leaves them, are left out."""
         found: dict[str, dict[str, Any]] = {}
         for path in (*self.others, self.own):
             if not path.is_file():
                 continue
             for number, record in read_lines(path):
-                if isinstance(record, dict) and isinstance(record.get("id"), str):
+                if isinstance(record, dict) and all(isinstance(record.get(k), v) for k, v in _HAS.items()):
                     found[record["id"]] = record
                 else:
                     warn(f"{path}:{number}: no record; left out")

@@ -43,12 +43,19 @@ def told_early():
     return setup_dist()
 
 
+def failing_early():
+    if os.environ["PMI_RANK"] == "1":
+        raise ValueError("a fault before the ranks meet")
+    return setup_dist()
+
+
 if fault.startswith("held up"):
     stopping.GRACE = dist_util._PATIENCE = 2.0
     distillation.load_teacher = held_up
-if fault == "told early":
+if "early" in fault:
     dist_util._PATIENCE = 2.0
-    setup_dist, dist_util.setup_dist = dist_util.setup_dist, told_early
+    setup_dist = dist_util.setup_dist
+    dist_util.setup_dist = told_early if fault == "told early" else failing_early
 train_util.TrainLoop._optimizer_step = faulty
 run_directory.save_curves = lambda *_: None
 runpy.run_path(sys.argv[0], run_name="__main__")

@@ -3,6 +3,7 @@
 import errno
 import os
 import re
+import shutil
 import subprocess
 import time
 from pathlib import Path
@@ -60,6 +61,22 @@ def test_a_file_that_cannot_be_written_is_named(tmp_path):
         ):
             raise error
     assert not list(tmp_path.iterdir())
+
+
+def test_a_pool_that_the_disk_cannot_take_is_not_begun(tmp_path):
+    """A preparation takes hours, and is lost where it cannot be written in the end."""
+
+    def tamper():
+        usage = shutil.disk_usage
+        shutil.disk_usage = lambda path: usage(path)._replace(free=1000)
+
+    _, *rest = distil(tmp_path)
+    for pool in tmp_path.glob("*.cache*"):
+        pool.unlink()
+    code, text = run(tmp_path, "scripts/dynamic_prepare.py", *rest, tamper=tamper)
+    assert code == 1 and "Traceback" not in text
+    assert re.search(r"error: teacher\.tempfile: .* takes 0\.1 MB, and 0\.0 MB are free there", text)
+    assert "preparing" not in text
 
 
 def test_a_run_that_could_not_save_its_end_fails(tmp_path):

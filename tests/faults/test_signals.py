@@ -127,6 +127,31 @@ def test_a_mistake_that_one_rank_alone_finds_ends_all(tmp_path):
     assert "Traceback" not in text
 
 
+@pytest.mark.parametrize("alone", [(0,), (1,), (0, 1)])
+def test_a_mistake_found_before_the_ranks_meet_ends_all(tmp_path, alone):
+    """As where one host lacks a file: nobody waits, and it is told once."""
+    mpiexec, command = Path(sys.executable).parent / "mpiexec", distil(tmp_path)
+    ranks = []
+    for rank in (0, 1):
+        overrides = ["student.batch_size=none"] if rank in alone else []
+        ranks += [":", "-n", 1, sys.executable, ROOT / command[0], *command[1:], *overrides]
+    done = subprocess.run(
+        list(map(str, [mpiexec, *ranks[1:]])),
+        env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=60,
+    )  # fmt: skip
+    who = "[rank 1] " if alone == (1,) else ""
+    told = f"error: {who}{tmp_path / 'tiny.yaml'}: student.batch_size: "
+    assert done.returncode == 1
+    assert done.stderr.count("error: ") == 1 and told in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_an_exception_before_the_ranks_meet_ends_all(tmp_path):
+    code, text = under_mpiexec(tmp_path, "early exception")
+    assert code not in (0, EXIT_STOPPED), text
+    assert "ValueError: a fault before the ranks meet" in text
+
+
 # --- outside the training loop -----------------------------------------------------------------------
 
 
