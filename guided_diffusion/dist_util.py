@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar
+from typing import Any, TypeVar
 
 import torch as th
 import torch.distributed as dist
@@ -23,12 +23,11 @@ from .errors import UserError, message_of
 from .io import files
 from .io.remote import fetch, is_url
 from .processes.cores import since_start, usable_cores
-from .processes.launch import Launch, OtherRanks, detect_launch, register_other_ranks
-from .processes.rendezvous import TIMEOUT, abort_mpi, exchange, rendezvous
+from .processes.launch import Launch, detect_launch
+from .processes.rendezvous import TIMEOUT, introduce, meet
 from .processes.stopping import ranks_have_met
 
 _T = TypeVar("_T")
-_PATIENCE = 10.0  # seconds for other ranks to find the mistake that this one found
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # glibc's malloc.h
 _state: dict[str, Any] = {"device": th.device("cpu"), "launch": Launch("none", 0, 1, 0)}
 
@@ -48,13 +47,11 @@ def setup_dist() -> Launch:
         _state["device"] = _choose_device(0)
         use_threads(max(1, round(since_start.free_cores())))
         return launch
-    store, local_rank = _meet(launch)
+    store, local_rank = meet(launch)
+    _state["store"] = store
     ranks_have_met()
     _state["device"] = _choose_device(local_rank)
-    ranks = exchange(store, launch, "rank", (socket.gethostname(), _gpu()))
-    if None in ranks:  # one has failed before, and says why
-        leave_together(1)
-        sys.exit(1)
+    ranks = introduce(store, launch, (socket.gethostname(), _gpu()))
     # Ranks share the host's cores; without this each would start a thread on every one.
     ranks_here = sum(host == socket.gethostname() for host, _ in ranks)
     use_threads(max(1, min(usable_cores(), (os.cpu_count() or 1) // ranks_here)))
@@ -68,24 +65,6 @@ def setup_dist() -> Launch:
     )
     atexit.register(_leave)
     return launch
-
-
-def meet_to_fail() -> bool:
-    """Meet ranks that are in `setup_dist`, so that they end with this one; whether rank 0 fails too.
-
-    Raises:
-        UserError: as `setup_dist`.
-    """
-    launch = detect_launch()
-    store, _ = _meet(launch)
-    return exchange(store, launch, "rank", None)[0] is None
-
-
-def _meet(launch: Launch) -> tuple[dist.Store, int]:
-    """`rendezvous`; from here on this rank does not end without the others."""
-    register_other_ranks(OtherRanks(leave_together, abort))
-    _state["store"], local_rank = rendezvous(launch)
-    return _state["store"], local_rank
 
 
 def _choose_device(local_rank: int) -> th.device:
@@ -126,31 +105,6 @@ def _keep_freed_memory() -> None:
 def _leave() -> None:
     if dist.is_initialized():
         dist.destroy_process_group()
-
-
-def leave_together(status: int) -> None:
-    """Wait a while for all ranks to get here; if some do not, they wait for this one: end them all."""
-    store = _state.get("store")
-    if store is None:
-        abort(status)
-    try:
-        store.add("left", 1)
-        deadline = time.monotonic() + _PATIENCE
-        while store.add("left", 0) < world_size():
-            if time.monotonic() > deadline:
-                abort(status)
-            time.sleep(0.1)
-    except RuntimeError:
-        pass  # rank 0, which keeps the store, has seen all ranks get here and left
-
-
-def abort(status: int) -> NoReturn:
-    """End this process and with it all ranks, whatever they are doing."""
-    sys.stdout.flush()
-    sys.stderr.flush()
-    if "store" in _state:  # without one MPI may still be starting
-        abort_mpi(status)
-    os._exit(status)  # torchrun, and srun --kill-on-bad-exit, then end the others
 
 
 def dev() -> th.device:

@@ -308,10 +308,9 @@ def test_each_rank_has_its_own_gpu_or_all_meet_without_nccl(
     monkeypatch.setattr(dist_util, "_state", {})
     monkeypatch.setattr(dist_util, "detect_launch", lambda: Launch("torchrun", 1, 2, 1))
     first = json.dumps([socket.gethostname(), others])
-    monkeypatch.setattr(dist_util, "rendezvous", lambda launch: (Store(rank0=first), 1))
+    monkeypatch.setattr(dist_util, "meet", lambda launch: (Store(rank0=first), 1))
     monkeypatch.setattr(dist_util.dist, "init_process_group", lambda name, **_: chosen.update(name=name))
     monkeypatch.setattr(dist_util.atexit, "register", lambda function: None)
-    monkeypatch.setattr(dist_util, "register_other_ranks", lambda others: None)
     dist_util.setup_dist()
     assert chosen["name"] == backend
     expected = th.device("cuda", 1 % gpus) if gpus else th.device("cpu")

@@ -169,7 +169,7 @@ def _tell(what: str) -> None:
 
 def _meet_to_fail() -> bool:
     """Meet the ranks that wait for this one, so that they end with it; whether rank 0 fails too."""
-    from ..dist_util import meet_to_fail  # imports torch, which no other failure needs
+    from .rendezvous import meet_to_fail  # which imports torch: no other failure needs it
 
     try:
         return meet_to_fail()

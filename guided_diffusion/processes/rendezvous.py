@@ -1,4 +1,4 @@
-"""How ranks find each other: a store that all of them reach, and the interface that leads to the others."""
+"""How ranks find each other and leave: a store that all reach, and the interface that leads to the others."""
 
 import datetime
 import json
@@ -8,15 +8,72 @@ import socket
 import struct
 import sys
 import time
-from typing import Any
+from typing import Any, NoReturn
 
 import torch.distributed as dist
 
 from ..errors import UserError
-from .launch import Launch
+from .launch import Launch, OtherRanks, detect_launch, register_other_ranks
 
 TIMEOUT = datetime.timedelta(minutes=30)  # of every wait for another rank
+_PATIENCE = 10.0  # seconds for other ranks to find the mistake that this one found
 _SIOCGIFADDR = 0x8915  # Linux' request for an interface's address (netdevice(7))
+
+_store: dist.Store | None = None  # of the ranks that have met
+
+
+def meet(launch: Launch) -> tuple[dist.Store, int]:
+    """`rendezvous`; from here on this rank does not end without the others. Collective."""
+    global _store
+    register_other_ranks(OtherRanks(leave_together, abort))
+    _store, local_rank = rendezvous(launch)
+    return _store, local_rank
+
+
+def introduce(store: dist.Store, launch: Launch, about: Any) -> list[Any]:
+    """What each rank says about itself, in rank order; where one says that it fails, all end. Collective."""
+    ranks = exchange(store, launch, "rank", about)
+    if None in ranks:
+        leave_together(1)
+        sys.exit(1)
+    return ranks
+
+
+def meet_to_fail() -> bool:
+    """Meet ranks that wait for this one, and say that it fails; whether rank 0 fails too. Collective.
+
+    Raises:
+        UserError: as `rendezvous`.
+    """
+    launch = detect_launch()
+    store, _ = meet(launch)
+    return exchange(store, launch, "rank", None)[0] is None
+
+
+def leave_together(status: int) -> None:
+    """Wait a while for all ranks to get here; if some do not, they wait for this one: end them all."""
+    if _store is None:
+        abort(status)
+    try:
+        _store.add("left", 1)
+        deadline = time.monotonic() + _PATIENCE
+        while _store.add("left", 0) < detect_launch().world_size:
+            if time.monotonic() > deadline:
+                abort(status)
+            time.sleep(0.1)
+    except RuntimeError:
+        pass  # rank 0, which keeps the store, has seen all ranks get here and left
+
+
+def abort(status: int) -> NoReturn:
+    """End this process and with it all ranks, whatever they are doing."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    mpi = sys.modules.get("mpi4py.MPI")
+    if _store is not None and mpi is not None:  # without a store MPI may still be starting
+        time.sleep(0.5)  # mpiexec drops what it has not yet passed on of our last words
+        mpi.COMM_WORLD.Abort(status)
+    os._exit(status)  # torchrun, and srun --kill-on-bad-exit, then end the others
 
 
 def rendezvous(launch: Launch) -> tuple[dist.Store, int]:
@@ -121,13 +178,6 @@ def _address_towards(host: str) -> str | None:
             return probe.getsockname()[0]
         except OSError:
             return None
-
-
-def abort_mpi(status: int) -> None:
-    """End all ranks that MPI started, this one too; nothing where it started none."""
-    if (mpi := sys.modules.get("mpi4py.MPI")) is not None:
-        time.sleep(0.5)  # mpiexec drops what it has not yet passed on of our last words
-        mpi.COMM_WORLD.Abort(status)
 
 
 def _reaches(address: str, port: int) -> bool:

@@ -9,7 +9,7 @@ import time
 
 from guided_diffusion import dist_util, train_util
 from guided_diffusion.errors import UserError
-from guided_diffusion.processes import stopping
+from guided_diffusion.processes import rendezvous, stopping
 from guided_diffusion.runs import run_directory
 from guided_diffusion.setups import distillation
 
@@ -50,10 +50,10 @@ def failing_early():
 
 
 if fault.startswith("held up"):
-    stopping.GRACE = dist_util._PATIENCE = 2.0
+    stopping.GRACE = rendezvous._PATIENCE = 2.0
     distillation.load_teacher = held_up
 if "early" in fault:
-    dist_util._PATIENCE = 2.0
+    rendezvous._PATIENCE = 2.0
     setup_dist = dist_util.setup_dist
     dist_util.setup_dist = told_early if fault == "told early" else failing_early
 train_util.TrainLoop._optimizer_step = faulty
