@@ -152,7 +152,7 @@ def main() -> None:
         experiment, Path(input_file(experiment.teacher.model_path, args.config, "teacher.model_path"))
     )
     network, process = build_network(experiment.student, "student.")
-    as_teachers = {"prediction_type": experiment.teacher.process.prediction_type, "predict_xstart": False}
+    as_teachers = {"prediction_type": experiment.teacher.process.prediction_type}
     if dataclasses.replace(experiment.student.process, **as_teachers) != (
         dataclasses.replace(experiment.teacher.process, **as_teachers)
     ):
@@ -176,7 +176,7 @@ def main() -> None:
         for name in exact
         for t in args.steps
     }
-    eps = dataclasses.replace(experiment.teacher.process, prediction_type="epsilon", predict_xstart=False)
+    eps = dataclasses.replace(experiment.teacher.process, prediction_type="epsilon")
     sampled = dataclasses.replace(experiment.teacher, process=eps)
     process = build_process(sampled, "--timestep_respacing", args.timestep_respacing)
     settings = Settings(backend=args.backend)

@@ -93,7 +93,7 @@ def load_reference(
         )
         if settings.use_cache:
             _write_cache(path, key, reference)
-    if not stored:
+    if "mu" not in stored:
         return reference
     spatial = stored.get("mu_s", reference.spatial_gaussian)
     return replace(reference, gaussian=stored["mu"], spatial_gaussian=spatial, origin="stored")

@@ -35,7 +35,7 @@ def space_timesteps(num_timesteps: int, section_counts: str | Sequence[int]) -> 
         except ValueError:
             raise ValueError("is no respacing; give such as 50, ddim50, trailing50 or 10,15,20") from None
         if kind == "ddim":
-            for step in range(1, num_timesteps):
+            for step in range(1, num_timesteps + 1):
                 if len(range(0, num_timesteps, step)) == wanted:
                     return set(range(0, num_timesteps, step))
             raise ValueError(f"no integer stride gives {wanted} of {num_timesteps} steps")

@@ -211,7 +211,7 @@ def build_network(denoiser: Denoiser, where: str = "") -> tuple[DenoisingNetwork
         network = network_class.from_settings(
             settings, shape, output_channels(shape, denoiser.process.learn_sigma)
         )
-    except (ValueError, RuntimeError) as error:  # the latter of sizes that no memory holds
+    except (ValueError, RuntimeError, TypeError, OverflowError) as error:  # of sizes that no memory holds
         told = first_line(error)
         raise UserError(f"{where.rstrip('.') or 'configuration'}: {told}") from None
     if network.num_classes != (settings.num_classes if settings.class_cond else None):

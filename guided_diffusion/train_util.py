@@ -69,7 +69,7 @@ class TrainLoop:
         grids: draws grids of samples; None for none.
         scorer: scores the last EMA's weights; None for no scores.
         resume: continue from this checkpoint.
-        description: what checkpoints say of the network, see `runs.checkpoint.read_description`.
+        description: what checkpoints say of the network, see `io.description.read_description`.
 
     Attributes:
         step: iterations done.
@@ -119,7 +119,6 @@ class TrainLoop:
         else:
             log.drop_rows_after(-1)  # of a run that was killed before its first checkpoint
         dist_util.sync_params([*self.parameters, *(a for ema in self.emas.values() for a in ema.average)])
-        self._set_lr()
         self._gradients, self._update = self._all_gradients, self._new_weights
         self._lr: th.Tensor | None = None
         if dist_util.dev().type == "cuda":
@@ -147,6 +146,12 @@ class TrainLoop:
         spent = self.log.last("seconds")
         if self.step == 0:
             self._record_pool()
+        last = self.training.lr_anneal_steps
+        if 0 < last < self.iterations - 1:
+            self.log.info(
+                f"WARNING: the learning rate is 0 after {last} iterations (lr_anneal_steps), of "
+                f"{self.iterations} (run.iterations); give lr_anneal_steps with it (0: it stays)"
+            )
         if not self.iterations:
             self.log.info("no end is set (run.iterations=N sets one): Ctrl-C saves a checkpoint and stops")
         if self.scorer is not None:
@@ -181,7 +186,7 @@ class TrainLoop:
                 if self.grids is not None and self._samples_due(saved) and not stop:
                     self.grids.save(self.step, self.network, self._last_ema, self.log)
                 if scored:
-                    stop = self._score(signals) and self.step != self.iterations
+                    stop = self._score(signals)
                     progress.show(self._shown)
                 started += time.monotonic() - before  # the rate is that of training
             dist_util.from_rank_zero(self.writer.close)
@@ -195,11 +200,11 @@ class TrainLoop:
         contrastive term differs, since it sees no more than its own microbatch's negatives. Non-finite
         gradients leave the weights as they are.
         """
+        self._set_lr()
         found = self._gradients(batch)
         dist_util.average_gradients(self.parameters)
         self.metrics.take(found | self._update(self._learning_rate()))
         self.step += 1
-        self._set_lr()
 
     def _all_gradients(self, batch: Any) -> dict[str, th.Tensor]:
         """Every pass's forward and backward; the sums for the log."""
@@ -306,7 +311,7 @@ class TrainLoop:
         """Score the step that is resumed from, if the run ended between its checkpoint and its score.
 
         Returns:
-            Whether a rank was asked to stop.
+            Whether to stop, as `_score`.
         """
         if self.resumed is None or not self._score_due():
             return False
@@ -323,16 +328,18 @@ class TrainLoop:
         A score that cannot be had costs the run no more than that.
 
         Returns:
-            Whether a rank was asked to stop. If so, resuming scores the step, unless it has been.
+            Whether to stop: a rank was asked to, and there are iterations to do or the score was not waited
+            for, which resuming then sees to.
         """
         assert self.scorer is not None
-        before, ema = time.monotonic(), self._last_ema
+        before, ema, score = time.monotonic(), self._last_ema, None
+        left = self.step != self.iterations
         try:
             with ema.swapped() if ema else nullcontext():
                 score = self.scorer.score(self.network, lambda: bool(signals.received))
+            left = left or score is None
         except UserError as error:
             self.log.info(f"WARNING: step {self.step} could not be scored: {error}; training goes on")
-            score = None
         if score is not None:
             seconds = time.monotonic() - before
             samples = f"{self.run_settings.eval_samples} samples, {seconds:.1f} s"
@@ -342,7 +349,7 @@ class TrainLoop:
             weights = f"ema_{ema.rate}" if ema else "model"
             if dist_util.rank() == 0:
                 self.writer.add_score(self.step, score.record(weights))
-        return dist_util.any_rank(bool(signals.received))
+        return left and dist_util.any_rank(bool(signals.received))
 
     def _record_pool(self) -> None:
         if record := self.source.pool_record():
@@ -353,9 +360,9 @@ class TrainLoop:
         return saved if interval == 0 else interval > 0 and self.step % interval == 0
 
     def _set_lr(self) -> None:
-        """The next iteration's learning rate: linear warm-up times ADM's linear annealing.
+        """This iteration's learning rate: linear warm-up times ADM's linear annealing.
 
-        ADM lowers the rate after each step by the steps done before it, so it lags one step behind.
+        ADM lowers the rate after each step by the steps done before that one, so it lags one step behind.
         """
         factor = 1.0
         if self.training.lr_anneal_steps:

@@ -175,6 +175,7 @@ class UNetModel(DenoisingNetwork):
         channels, image_size, _ = shape
         levels = parse_channel_mult(settings.channel_mult, image_size)
         sizes = [int(part) for part in str(settings.attention_resolutions).split(",") if part]
+        factors = [image_size // size for size in sizes]  # ADM's rule, whatever the sizes of the levels are
         if image_size % 2 ** (len(levels) - 1):
             raise ValueError(f"image_size {image_size} cannot be halved {len(levels) - 1} times")
         names = ["num_head_channels"]
@@ -184,7 +185,7 @@ class UNetModel(DenoisingNetwork):
             width = int(mult * settings.num_channels)
             if width < 1:
                 raise ValueError(f"channel_mult {mult} of num_channels {settings.num_channels} is no width")
-            has_attention, is_middle = image_size >> level in sizes, level == len(levels) - 1
+            has_attention, is_middle = 1 << level in factors, level == len(levels) - 1
             for name in names:
                 value = getattr(settings, name)
                 used = has_attention or (is_middle and name != "num_heads_upsample")
@@ -201,7 +202,7 @@ class UNetModel(DenoisingNetwork):
             in_channels=channels,
             model_channels=settings.num_channels,
             out_channels=out_channels,
-            attention_resolutions=[image_size // size for size in sizes],
+            attention_resolutions=factors,
             channel_mult=levels,
             num_classes=settings.num_classes if settings.class_cond else None,
             **{name: getattr(settings, name) for name in same},

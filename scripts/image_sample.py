@@ -85,7 +85,9 @@ def main() -> None:
     weights_name, weights = local_weights(weights_name, cache)
     if experiment is None:
         experiment = described_experiment(weights, args.overrides)
-    experiment.student.architecture.require_guidable(args.guidance_scale, "--guidance_scale", "")
+    experiment.student.architecture.require_guidable(
+        args.guidance_scale, "--guidance_scale", experiment.where
+    )
     folder = args.name or f"{experiment.name}-{Path(weights_name).stem}"
     default = paths.output_path(f"experiments/sample/{folder}", config)
     mirror = None
@@ -109,7 +111,7 @@ def main() -> None:
     checkpoint = read_description(weights)
     if args.timestep_respacing is not None:
         student.process.timestep_respacing = sampler.respacing(args.timestep_respacing)
-    network, process = build_network(student)
+    network, process = build_network(student, experiment.where)
     require_known_steps(student, process, checkpoint)
     load_network(network, weights)
     place(network.eval(), student.architecture.use_fp16, experiment.run, frozen=True)

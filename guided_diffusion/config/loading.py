@@ -146,7 +146,9 @@ def _experiment(tree: DictConfig, path: Path, overrides: Sequence[str]) -> Exper
         experiment = DistillationExperiment(
             name=_name(path),
             teacher=teacher,
-            student=_build_found(Student, sections["student"], path, "student.", _shared(teacher)),
+            student=_build_found(
+                Student, sections["student"], path, "student.", _shared(teacher, sections["student"])
+            ),
             distill=_build(Distill, sections.get("distill", {}), path, "distill."),
             run=run,
         )
@@ -380,12 +382,13 @@ def _drop_settled(section: dict[str, Any], path: Path, where: str) -> None:
             raise UserError(f"{path}: {where}{name} can only be {str(value).lower()}: {why}")
 
 
-def _shared(teacher: Teacher) -> dict[str, Any]:
+def _shared(teacher: Teacher, student: dict[str, Any]) -> dict[str, Any]:
     """What a student that says nothing of it has of its teacher: the process, and what the samples are."""
+    variance = {"sigma_small": False} if student.get("learn_sigma") else {}
     samples = {
         name: getattr(teacher.architecture, name) for name in ("image_size", "class_cond", "num_classes")
     }
-    return flat(teacher.process) | flat(teacher.space) | samples
+    return flat(teacher.process) | variance | flat(teacher.space) | samples
 
 
 def _build_found(

@@ -122,7 +122,9 @@ class AdmArchitecture(Architecture):
     num_heads: int = key(4, "attention heads, unless num_head_channels gives their width")
     num_heads_upsample: int = key(-1, "attention heads on the way up (-1: as num_heads)")
     num_head_channels: int = key(-1, "width of an attention head (-1: by num_heads)")
-    attention_resolutions: str = key("16,8", "feature map sizes with attention")
+    attention_resolutions: str = key(
+        "16,8", "sizes S with attention: where maps are halved image_size // S fold"
+    )
     channel_mult: str = key("", "width multiplier of each level ('': ADM's for the image size)")
     dropout: float = key(0.0, "dropout probability in training", idle_in=("teacher",))
     use_checkpoint: bool = key(
@@ -177,9 +179,9 @@ class Process:
     )
 
     def __post_init__(self) -> None:
-        """Give `predict_xstart` its one meaning, and betas that are the schedule's own their one form, 0."""
-        if self.predict_xstart and self.prediction_type == "epsilon":
-            self.prediction_type = "sample"
+        """Say `prediction_type` for `predict_xstart`, and 0 for betas that are the schedule's own."""
+        if self.predict_xstart and self.prediction_type in ("epsilon", "sample"):
+            self.prediction_type, self.predict_xstart = "sample", False
         if self.noise_schedule != "cosine" and self.diffusion_steps > 0:
             betas = beta_range(self.noise_schedule, self.diffusion_steps)
             for name, own in zip(("beta_start", "beta_end"), betas, strict=True):
@@ -200,7 +202,7 @@ class Process:
         _require_one_of(self.noise_schedule, NOISE_SCHEDULES, f"{where}noise_schedule")
         _require_one_of(self.prediction_type, PREDICTION_TYPES, f"{where}prediction_type")
         _require(
-            not self.predict_xstart or self.prediction_type == "sample",
+            not self.predict_xstart,
             f"{where}predict_xstart contradicts {where}prediction_type: {self.prediction_type}",
         )
         for name in ("beta_start", "beta_end"):
@@ -210,8 +212,7 @@ class Process:
                 not beta or self.noise_schedule != "cosine", f"{where}{name}: the cosine schedule has none"
             )
         if self.noise_schedule != "cosine":
-            found = beta_range(self.noise_schedule, self.diffusion_steps, self.beta_start, self.beta_end)
-            for name, beta in zip(("beta_start", "beta_end"), found, strict=True):
+            for name, beta in zip(("beta_start", "beta_end"), self.beta_range, strict=True):
                 _require(
                     beta <= 1,
                     f"{where}{name} would be {beta:g}, more than 1, with {where}diffusion_steps "
@@ -329,6 +330,10 @@ class Training:
         _require(self.lr > 0, f"{where}lr must be positive, not {self.lr}")
         _require(self.weight_decay >= 0, f"{where}weight_decay must not be negative")
         _require(self.lr_anneal_steps >= 0, f"{where}lr_anneal_steps must not be negative")
+        _require(
+            1e-6 <= self.fp16_scale_growth <= 1,
+            f"{where}fp16_scale_growth must be in [1e-6, 1], not {self.fp16_scale_growth}",
+        )
         _require(
             self.microbatch == -1 or self.microbatch > 0,
             f"{where}microbatch must be -1 or positive, not {self.microbatch}",
@@ -463,7 +468,7 @@ class Run:
         "50", "timestep_respacing of such a grid, and of what is scored, unless the process is respaced"
     )
     eval_interval: int = key(
-        0, "iterations between scores of the averaged weights, whose checkpoints are kept (0: never)"
+        0, "iterations between scores of the averaged weights; each writes a checkpoint (0: never)"
     )
     eval_samples: int = key(10000, "samples that are scored")
     eval_backend: str = key("tensorflow", "what scores them: tensorflow or torch (FID), or digits")

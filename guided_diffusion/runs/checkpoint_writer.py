@@ -35,7 +35,7 @@ class CheckpointWriter:
         retention: which of them stay; by default all.
         publish: called in the thread after each save. Its failure is told, and it is called again
             after the next save.
-        description: of the network, see `checkpoint.read_description`.
+        description: of the network, see `io.description.read_description`.
         weights_format: of its files, see `run.weights_format`.
     """
 

@@ -50,7 +50,7 @@ def export_pipeline(
     _require_free(out, overwrite)
     diffusers = import_diffusers("exporting")
     require_agreement(student, weights, experiment.where)
-    network, _ = build_network(student)
+    network, _ = build_network(student, experiment.where)
     load_network(network, weights)
     network.eval()
     try:

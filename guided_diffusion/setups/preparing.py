@@ -142,7 +142,7 @@ def _write(
         if first:
             if world > 1:
                 join_parts(path, total, shape, identity, world)
-            for left in path.parent.glob(glob.escape(_partial_path(path, 0).name).replace("rank0", "rank*")):
+            for left in path.parent.glob(f"{glob.escape(path.name)}.rank*.partial"):
                 left.unlink()
 
 

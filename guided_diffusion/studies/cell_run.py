@@ -256,8 +256,7 @@ class CellRun:
         rows = read_progress(folder / "progress.csv")
         shutil.rmtree(folder)
         first, last = rows[0], rows[-1]
-        spent = [row["step"] / row["iterations_per_second"] for row in (first, last)]
-        return (spent[1] - spent[0]) / (last["step"] - first["step"])
+        return (last["seconds"] - first["seconds"]) / (last["step"] - first["step"])
 
     def _train(self, iterations: int, data: Prepared) -> None:
         if "trained" in self.steps.done:

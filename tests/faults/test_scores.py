@@ -106,15 +106,19 @@ def test_killed_after_a_score(project, tmp_path):
     assert_undisturbed(straight, folder)
 
 
-def test_stopped_while_drawing_samples(project, tmp_path):
+@pytest.mark.parametrize("step", [8, 10])
+def test_stopped_while_drawing_samples(project, tmp_path, step):
+    """In the midst of a run and after its last iteration, which then has not ended either."""
     command, straight = project
     folder = tmp_path / "run"
-    tamper = instead("_draw", 8, lambda: os.kill(os.getpid(), signal.SIGTERM))
+    tamper = instead("_draw", step, lambda: os.kill(os.getpid(), signal.SIGTERM))
     code, text = run(tmp_path, *command, "--exp_dir", folder, tamper=tamper)
-    assert code == 75 and "stopped by SIGTERM at step 8" in text and "step 8: digits-FD" not in text
-    assert newest_checkpoint(folder).step == 8
+    assert (
+        code == 75 and f"stopped by SIGTERM at step {step}" in text and f"step {step}: digits-FD" not in text
+    )
+    assert newest_checkpoint(folder).step == step
     code, text = run(tmp_path, *command, "--exp_dir", folder)
-    assert code == 0 and text.count("step 8: digits-FD") == 1
+    assert code == 0 and text.count(f"step {step}: digits-FD") == 1
     assert_undisturbed(straight, folder)
 
 
