@@ -6,7 +6,7 @@ import torch as th
 
 from guided_diffusion.config.loading import load_distillation
 from guided_diffusion.config.settings import DistillationExperiment
-from guided_diffusion.distill.dynamic_batch import DynamicBatch, prepare
+from guided_diffusion.distill.dynamic_batch import DynamicBatch, pool_size, prepare
 from guided_diffusion.distill.pool_file import write_pool
 from guided_diffusion.logger import RunLog
 from guided_diffusion.networks.base import DenoisingNetwork
@@ -70,8 +70,8 @@ class ShortRuns:
 
     def pool_size(self, experiment: DistillationExperiment) -> int:
         """Samples in the pool that an experiment asks for."""
-        batches = round(experiment.teacher.BATCH * self.teacher.process.num_timesteps)
-        return batches * experiment.student.training.batch_size
+        teacher, batch_size = experiment.teacher, experiment.student.training.batch_size
+        return pool_size(teacher.iter_choice, teacher.BATCH, self.teacher.process.num_timesteps, batch_size)
 
     def distil(
         self, experiment: DistillationExperiment, pool: DynamicBatch, folder: Path, *, record: bool

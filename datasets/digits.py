@@ -22,9 +22,9 @@ def main() -> None:
     """Parse, convert, write."""
     parser = make_bare_parser(__doc__)
     parser.add_argument(
-        "--out", type=local_path, default=Path("datasets/digits"), help="folder for digits.npz"
+        "--out", type=local_path, default=Path("datasets/digits"), help="folder (default datasets/digits)"
     )
-    parser.add_argument("--size", type=int, choices=SIZES, default=SIZES[0], help="of the images in pixels")
+    parser.add_argument("--size", type=int, choices=SIZES, default=SIZES[0], help="in pixels (default 16)")
     args = parser.parse_args()
     images, labels = load_digit_images(args.size)
     path = args.out / digits_file(args.size)

@@ -56,7 +56,10 @@ def main() -> None:
     """Parse, download, convert."""
     parser = make_bare_parser(__doc__)
     parser.add_argument(
-        "--out", type=local_path, default=Path("datasets"), help="folder for cifar_train and cifar_test"
+        "--out",
+        type=local_path,
+        default=Path("datasets"),
+        help="of cifar_train and cifar_test (default datasets)",
     )
     parser.add_argument("--archive", type=Path, help="the official cifar-10-python.tar.gz")
     args = parser.parse_args()

@@ -111,7 +111,11 @@ def few(count: int, settings: Settings) -> str:
 
 
 def reference_images(npz: NpzFile, settings: Settings) -> ImageFile | None:
-    """The reference's images; None if it holds stored Inception statistics alone."""
+    """The reference's images; None if it holds stored Inception statistics alone.
+
+    Raises:
+        UserError: images or statistics that cannot be used, or statistics where images are needed.
+    """
     if "arr_0" not in npz.headers and _has_statistics(npz, settings):
         if settings.density_coverage or settings.kid:
             raise UserError(f"{npz.path}: holds statistics alone; KID, density and coverage need its images")

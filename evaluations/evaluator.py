@@ -14,7 +14,15 @@ from pathlib import Path
 from typing import Any, Literal, overload
 
 from evaluations.evaluation import evaluate_files
-from evaluations.results import DigitsResult, InceptionResult, Result, format_result, format_table, write_json
+from evaluations.results import (
+    DigitsResult,
+    InceptionResult,
+    Result,
+    format_result,
+    format_table,
+    require_replaceable,
+    write_json,
+)
 from evaluations.settings import BACKENDS, Settings
 from guided_diffusion.config.command_line import make_bare_parser
 from guided_diffusion.errors import UserError
@@ -98,6 +106,8 @@ def main() -> None:
         raise UserError(f"--output {args.output} is a folder, a file to write is wanted")
     if args.output is not None and args.output.suffix == ".npz":
         raise UserError(f"--output {args.output} is the name of images, a JSON file to write is wanted")
+    if args.output is not None and args.output.is_file():
+        require_replaceable(args.output)
     results: list[Result] = []
     try:
         for result in evaluate_files(args.reference, args.samples, settings):

@@ -93,10 +93,14 @@ def load_reference(
         )
         if settings.use_cache:
             _write_cache(path, key, reference)
-    if "mu" not in stored:
+    if not stored:
         return reference
-    spatial = stored.get("mu_s", reference.spatial_gaussian)
-    return replace(reference, gaussian=stored["mu"], spatial_gaussian=spatial, origin="stored")
+    return replace(
+        reference,
+        gaussian=stored.get("mu", reference.gaussian),
+        spatial_gaussian=stored.get("mu_s", reference.spatial_gaussian),
+        origin="stored",
+    )
 
 
 def _stored_statistics(npz: NpzFile) -> dict[str, Gaussian]:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from guided_diffusion.errors import UserError
 from guided_diffusion.io.files import short_names, write_text
 from guided_diffusion.io.shipped import installed_versions
 
@@ -120,6 +121,22 @@ def write_json(results: Sequence[Result], path: Path) -> None:
     """Write results as a JSON list of objects, one per sample file, atomically."""
     text = json.dumps([dataclasses.asdict(result) for result in results], indent=2)
     write_text(path, text + "\n")
+
+
+def require_replaceable(path: Path) -> None:
+    """Refuse to write results over a file that holds none.
+
+    Raises:
+        UserError: it holds something else.
+    """
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError):
+        found = None
+    if not (
+        isinstance(found, list) and found and all(isinstance(one, dict) and "samples" in one for one in found)
+    ):
+        raise UserError(f"{path}: holds no results, and would be replaced; name another file")
 
 
 # What a score is called, its lowest and its highest value.

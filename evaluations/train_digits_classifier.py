@@ -1,14 +1,13 @@
 #!/usr/bin/env python
-"""Train the digits classifier: `python evaluations/train_digits_classifier.py --seed 0`.
+"""Train the digits classifier: `python evaluations/train_digits_classifier.py --out FILE`.
 
 A stratified 80 % of the digits is trained on, with shifts, small rotations and faint noise; the
 other 20 % only measures. Prints the held-out accuracy and writes the weights in 16 bits.
 """
 
 import math
-from pathlib import Path
 
-from guided_diffusion.config.command_line import make_bare_parser
+from guided_diffusion.config.command_line import make_bare_parser, not_negative
 from guided_diffusion.errors import UserError
 from guided_diffusion.io.files import atomic_path
 from guided_diffusion.io.remote import local_path
@@ -99,14 +98,14 @@ def augment(x, generator):
 def main() -> None:
     """Parse, train, write."""
     parser = make_bare_parser(__doc__)
-    parser.add_argument("--seed", type=int, default=0, help="of everything random (default 0)")
+    parser.add_argument("--seed", type=not_negative, default=0, help="of everything random (default 0)")
     parser.add_argument("--epochs", type=int, default=40, help="passes over the data (default 40)")
-    parser.add_argument(
-        "--out", type=local_path, default=Path("model/digits_classifier.pt"), help="file to write"
-    )
+    parser.add_argument("--out", type=local_path, required=True, help="file to write")
     args = parser.parse_args()
     if args.epochs < 1:
         raise UserError("--epochs must be at least 1")
+    if args.seed >= 2**63:
+        raise UserError("--seed must be less than 2^63")
 
     import torch
 

@@ -14,4 +14,4 @@ def message_of(error: Exception) -> str:
     """An error as a user is told it; its kind where it says nothing."""
     if isinstance(error, (FileExistsError, NotADirectoryError)) and error.filename:
         return f"{error.filename} is a file, and a folder is wanted"
-    return str(error) or type(error).__name__
+    return " ".join(str(error).split("\n")) or type(error).__name__

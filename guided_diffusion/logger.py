@@ -243,6 +243,8 @@ def _raw_rows(path: str | os.PathLike) -> list[dict[str, str]]:
 
 def _is_whole(row: dict[str, Any]) -> bool:
     try:
-        return bool(row["step"]) and all(not value or float(value) is not None for value in row.values())
+        for value in row.values():
+            float(value or 0)
+        return bool(row["step"])
     except (KeyError, TypeError, ValueError):
         return False

@@ -49,6 +49,9 @@ def discretized_gaussian_log_likelihood(
 
     Returns:
         Nats, of x's shape. The outermost bins reach to infinity.
+
+    Raises:
+        ValueError: the shapes differ.
     """
     if not x.shape == means.shape == log_scales.shape:
         raise ValueError(f"shapes differ: {x.shape}, {means.shape}, {log_scales.shape}")

@@ -148,7 +148,7 @@ def mean_flat(x: th.Tensor) -> th.Tensor:
 
 
 def checkpointed(function: Callable[..., th.Tensor], enabled: bool, *inputs: th.Tensor) -> th.Tensor:
-    """Call `function(*inputs)`; when enabled and training, recompute it in backward to save memory."""
+    """Call `function(*inputs)`; when enabled, and gradients are recorded, backward computes it again."""
     if enabled and th.is_grad_enabled():
         return checkpoint(function, *inputs, use_reentrant=False)
     return function(*inputs)

@@ -31,10 +31,14 @@ def main() -> None:
         help="the checkpoint: model* or ema_*, .pt, .safetensors or .ckpt; or a run's best.json",
     )
     parser.add_argument(
-        "--batch_size", type=command_line.positive, default=16, help="images at a time and rank"
+        "--batch_size", type=command_line.positive, default=16, help="images at a time and rank (default 16)"
     )
-    parser.add_argument("--num_samples", type=command_line.positive, default=10000, help="images in all")
-    parser.add_argument("--timestep_respacing", help="steps: 50, ddim50, ... (default: the configuration's)")
+    parser.add_argument(
+        "--num_samples", type=command_line.positive, default=10000, help="images (default 10000)"
+    )
+    parser.add_argument(
+        "--timestep_respacing", help="steps: 50, ddim50, ... (default: the configuration's, or all)"
+    )
     parser.add_argument(
         "--sampler",
         help=f"{', '.join(SAMPLERS)}, or package.module:Name; see docs/sampling.md (default ancestral)",

@@ -17,6 +17,7 @@ def main() -> None:
     parser.add_argument(
         "overrides",
         nargs="*",
+        default=[],
         metavar="key=value",
         help="what it does not say, such as noise_schedule=cosine",
     )

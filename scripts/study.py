@@ -23,7 +23,7 @@ def main() -> None:
     parser.add_argument("study", type=find_config, help="the study's YAML file")
     parser.add_argument("--out", type=local_path, help="where it is run (default: experiments/study/NAME)")
     parser.add_argument(
-        "--jobs", type=positive, default=1, help="runs at a time, of one thread each if several"
+        "--jobs", type=positive, default=1, help="runs at a time, of one thread each if several (default 1)"
     )
     parser.add_argument(
         "--only",
@@ -56,7 +56,9 @@ def main() -> None:
     if not args.report:
         failures = Runner(study, out, root, results, scorer(study, reference), args.jobs).run(args.only)
     report = root / study.report if study.report and not args.fresh else out / "report.md"
-    write_report(study, results, out, report, os.path.relpath(root / "docs/studies.md", report.parent))
+    page = root / "docs/studies.md"  # there in a checkout
+    how = f"[how]({os.path.relpath(page, report.parent)})" if page.is_file() else "see docs/studies.md"
+    write_report(study, results, out, report, how)
     print(f"report: {report}")
     if failures:
         raise UserError(f"{len(failures)} cells failed and have no result; the first: {failures[0]}")

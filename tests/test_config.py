@@ -56,6 +56,8 @@ def test_overrides_win(config):
         ("lr=1e-3", "did you mean 'student.lr'"),
         ("student.lr=fast", "student.lr: Value 'fast'"),
         ("student.lr=-1", "student.lr must be positive"),
+        ("student.lr=.inf", "student.lr must be positive"),
+        ("student.fp16_scale_growth=0", "fp16_scale_growth must be in [1e-6, 1], not 0"),
         ("student.ema_rate=1.5", "ema_rate must be in [0, 1)"),
         ("student.microbatch=0", "microbatch must be -1 or positive"),
         ("student.schedule_sampler=loss-second-moment", "the pool gives the timesteps"),
@@ -122,6 +124,17 @@ def test_a_base_may_refer_to_other_keys_and_may_be_empty(tmp_path):
         (tmp_path / "net.yaml").write_text(f"base: {base}\nnoise_schedule: linear")
         found[base] = load_experiment(tmp_path / "net.yaml").student.training.lr
     assert list(found.values()) == [0.5, 0.5, 1e-4]
+
+
+def test_what_a_student_says_counts_and_not_its_teachers_name_for_it(config):
+    found = load_experiment(config, ["teacher.predict_xstart=true"])
+    assert found.teacher.process.prediction_type == found.student.process.prediction_type == "sample"
+    for kind in ("epsilon", "v_prediction"):
+        found = load_experiment(config, ["teacher.predict_xstart=true", f"student.prediction_type={kind}"])
+        assert found.student.process.prediction_type == kind
+    fixed = ["teacher.learn_sigma=false", "teacher.sigma_small=true"]
+    found = load_experiment(config, [*fixed, "student.learn_sigma=true"])
+    assert found.teacher.process.sigma_small and not found.student.process.sigma_small
 
 
 def test_a_baselines_keys_may_be_given_as_a_students(tmp_path):

@@ -20,6 +20,12 @@ PAGES = [
 NAMES = [path.relative_to(ROOT).as_posix() for path in PAGES]
 
 
+@pytest.mark.parametrize("page, study", [("study.md", "digits.yaml"), ("study32.md", "digits32.yaml")])
+def test_a_studys_page_has_its_files_findings(page, study):
+    findings = yaml.safe_load((ROOT / "yaml/study" / study).read_text())["findings"]
+    assert findings.strip() in (ROOT / "docs" / page).read_text()
+
+
 def test_the_configuration_page_is_what_make_docs_writes():
     page = runpy.run_path(str(ROOT / "docs/build.py"))["page"]()
     assert (ROOT / "docs/configuration.md").read_text() == page

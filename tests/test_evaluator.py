@@ -262,6 +262,10 @@ def test_stored_statistics_are_used_as_they_are(small, graph, extractor, images)
     assert (adm.precision, adm.recall) == (plain.precision, plain.recall)
     # The second time, the images' features come from the cache and the statistics from the file.
     assert values(evaluate(small / "adm.npz", small / "sample.npz", weights=graph)) == values(adm)
+    spatial = {name: statistics[name] for name in ("mu_s", "sigma_s")}
+    np.savez(small / "half.npz", arr_0=images["ref"][:40], **spatial)
+    half = evaluate(small / "half.npz", small / "sample.npz", weights=graph)
+    assert (half.fid, half.sfid) == (plain.fid, adm.sfid)
 
 
 def test_statistics_alone_give_no_precision_and_recall(small, graph, extractor, images):

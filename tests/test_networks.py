@@ -8,6 +8,7 @@ from guided_diffusion.config.adm_diffusers import group_count
 from guided_diffusion.errors import UserError
 from guided_diffusion.networks.noise_encoder import NoiseEncoder
 from guided_diffusion.nn import GroupNorm32, timestep_embedding
+from guided_diffusion.respace import space_timesteps
 from guided_diffusion.script_util import build_network, create_model
 
 
@@ -81,6 +82,7 @@ def test_labels_are_given_if_and_only_if_wanted():
         ({"channel_mult": ""}, "image_size 16 has no default channel_mult"),
         ({"channel_mult": "1,2,2,2,2,2"}, "cannot be halved 5 times"),
         ({"timestep_respacing": "ddim8"}, "no integer stride"),
+        ({"channel_mult": "1e30"}, "student: "),
         ({"timestep_respacing": "x"}, "timestep_respacing 'x'"),
     ],
 )
@@ -89,6 +91,20 @@ def test_sizes_that_do_not_fit_are_told(keys, told):
         build_network(denoiser(**network(16, **keys)), "student.")
     assert told in str(error.value)
     assert "student" in str(error.value)
+
+
+def test_heads_are_checked_where_there_is_attention():
+    """Which is where maps are halved image_size // S fold, also if no map is of the size S."""
+    keys = {"num_channels": 32, "channel_mult": "1,2", "attention_resolutions": "16", "image_size": 24}
+    network = create_model(**keys, num_res_blocks=1, num_head_channels=32)
+    with th.no_grad():
+        assert network.eval()(th.randn(1, 3, 24, 24), th.zeros(1)).shape == (1, 3, 24, 24)
+    with pytest.raises(ValueError, match="num_head_channels 64 does not divide the attention width 32"):
+        create_model(**keys, num_res_blocks=1, num_head_channels=64)
+
+
+def test_one_step_may_be_left_of_any_number():
+    assert space_timesteps(1000, "ddim1") == {0} and space_timesteps(1, "ddim1") == {0}
 
 
 def test_heads_on_the_way_up_are_those_of_its_own_attention_alone():

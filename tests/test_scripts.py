@@ -215,6 +215,12 @@ def test_mistakes_get_one_line(tmp_path):
         "is the name of images": [
             *("evaluations/evaluator.py", "a.npz", "b.npz", "--backend", "digits", "--output", "a.npz"),
         ],
+        "holds no results, and would be replaced": [
+            *("evaluations/evaluator.py", "a.npz", "b.npz", "--backend", "digits", "--output", config),
+        ],
+        "is no pool, and would be replaced": [
+            *("scripts/dynamic_prepare.py", "--config", config, f"teacher.tempfile={config}", "--overwrite"),
+        ],
         "the demo is of the digits": ["scripts/demo.py", "--config", "digits_32/exp/digits32-TCCD.yaml"],
         "timestep_respacing '30'": [
             *("scripts/image_sample.py", "--config", config, "--model_path", tmp_path / "teacher.pt"),

@@ -13,6 +13,7 @@ from tiny import T, distillation, make_teacher, network, one_line_error, script
 from guided_diffusion.config.loading import load_experiment
 from guided_diffusion.distill.pool_file import read_pool
 from guided_diffusion.io.description import read_description
+from guided_diffusion.logger import read_progress
 
 SIZE, B = 8, 4
 ONE = ["run.iterations=1"]
@@ -398,6 +399,21 @@ def test_what_stage_1_cannot_compare_is_told(config):
         *("student.microbatch=1", "run.iterations=1"),
     )
     assert "WARNING: stage 1 compares a sample with the others of its piece" in done.stdout
+
+
+def test_a_mistake_before_the_first_iteration_leaves_no_directory(config):
+    done = script_here("scripts/image_kd.py", "--config", config, "teacher.BATCH=0.2", check=False)
+    assert "was made for rho" in one_line_error(done)
+    assert not [*(config.parent / "experiments").glob("kd/*")]
+
+
+def test_a_learning_rate_that_ends_before_the_run_is_told(config):
+    flags = ["scripts/image_kd.py", "--config", config, "--exp_dir", config.parent / "annealed"]
+    flags += ["student.log_interval=1", "run.warmup_steps=0", "student.lr=0.25"]
+    done = script_here(*flags, "run.iterations=4", "student.lr_anneal_steps=2")
+    assert "WARNING: the learning rate is 0 after 2 iterations (lr_anneal_steps), of 4" in done.stdout
+    rates = [row["lr"] for row in read_progress(config.parent / "annealed/progress.csv")]
+    assert rates == [0.25, 0.25, 0.125, 0.0]  # each the step's own
 
 
 def test_the_teachers_file_is_no_pool(tmp_path):

@@ -101,9 +101,11 @@ class UNet2DArchitecture(Architecture):
             "num_class_embeds": self.num_classes + self.null_class if self.class_cond else None,
             **{
                 name: getattr(self, name) or None
-                for name in ("mid_block_type", "attention_head_dim", "attn_norm_num_groups")
+                for name in (
+                    *("mid_block_type", "attention_head_dim", "attn_norm_num_groups"),
+                    *("time_embedding_dim", "num_train_timesteps"),
+                )
             },
-            **{name: getattr(self, name) or None for name in ("time_embedding_dim", "num_train_timesteps")},
         }
 
 

@@ -327,8 +327,9 @@ class Training:
         """Raise `UserError` for values that cannot be right."""
         for name in ("batch_size", "log_interval", "save_interval"):
             _require(getattr(self, name) > 0, f"{where}{name} must be positive, not {getattr(self, name)}")
-        _require(self.lr > 0, f"{where}lr must be positive, not {self.lr}")
-        _require(self.weight_decay >= 0, f"{where}weight_decay must not be negative")
+        _require(0 < self.lr < math.inf, f"{where}lr must be positive, not {self.lr}")
+        decay = self.weight_decay
+        _require(0 <= decay < math.inf, f"{where}weight_decay must be 0 or positive, not {decay}")
         _require(self.lr_anneal_steps >= 0, f"{where}lr_anneal_steps must not be negative")
         _require(
             1e-6 <= self.fp16_scale_growth <= 1,

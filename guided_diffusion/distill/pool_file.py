@@ -8,6 +8,7 @@ class labels, and `answers_NAME` [M, ...] what a run keeps of the teacher's answ
 import json
 import os
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -177,6 +178,21 @@ def join_parts(
 def part_path(path: str | os.PathLike, rank: int) -> Path:
     """Where a rank leaves its share until rank 0 has joined them."""
     return Path(f"{path}.rank{rank}{_SUFFIX_OF_PART}")
+
+
+def require_replaceable(path: Path) -> None:
+    """Refuse to write a pool over what is none, whole or damaged.
+
+    Raises:
+        UserError: it is something else.
+    """
+    with open(path, "rb") as file:
+        start = file.read(9)
+    is_pool = not start or start[:1] == b"\x80" or start[8:] == b"{"
+    with suppress(UserError), open_safetensors(path, "pool") as arrays:  # else a pickle, or damaged
+        is_pool = set(_REQUIRED) <= {*arrays.keys()}
+    if not is_pool:
+        raise UserError(f"teacher.tempfile: {path} is no pool, and would be replaced; name another file")
 
 
 def _is_pickle(path: Path) -> bool:

@@ -20,8 +20,9 @@ def read_description(path: str | os.PathLike) -> dict[str, Any]:
     """What a checkpoint of ours says of itself; {} for one of others, and for a folder.
 
     Returns:
-        "architecture" and "process" (their configuration keys), "space", "config" (its name), "step",
-        "revision" (of this program), "method" and "teacher" (how it was trained), as far as they were known.
+        "architecture", "process" and "space_keys" (their configuration keys), "space" (what these come to),
+        "config" (its name), "step", "revision" (of this program), "method" and "teacher" (its training),
+        as far as they were known; the first four are mappings.
 
     Raises:
         UserError: as `read_torch_file`, or what it says of itself is damaged.
@@ -37,6 +38,9 @@ def read_description(path: str | os.PathLike) -> dict[str, Any]:
         description = json.loads(text)
         if not isinstance(description, dict):
             raise ValueError("it is no mapping")
+        for part in ("architecture", "process", "space", "space_keys"):
+            if not isinstance(description.get(part, {}), dict):
+                raise ValueError(f"{part} is no mapping")
     except (ValueError, AttributeError, TypeError, RecursionError) as error:
         raise UserError(f"{path}: what it says of itself is damaged ({error})") from None
     return description

@@ -248,14 +248,22 @@ class NpzFile:
             raise UserError(f"{self.path}: not a readable npz archive ({first_line(error)})") from None
 
     def require(self, name: str) -> tuple[tuple[int, ...], np.dtype]:
-        """Shape and dtype of an array that must be there."""
+        """Shape and dtype of an array that must be there.
+
+        Raises:
+            UserError: it is not.
+        """
         if name not in self.headers:
             have = ", ".join(sorted(self.headers)) or "nothing"
             raise UserError(f"{self.path}: has no array '{name}' (it holds: {have})")
         return self.headers[name]
 
     def load(self, name: str) -> np.ndarray:
-        """The whole array."""
+        """The whole array.
+
+        Raises:
+            UserError: there is none of that name, or the file is damaged.
+        """
         shape, dtype = self.require(name)
         try:
             with zipfile.ZipFile(self.path) as archive, archive.open(f"{name}.npy") as stream:
@@ -288,7 +296,11 @@ class NpzFile:
         return found
 
     def stream(self, name: str, rows: int) -> Iterator[np.ndarray]:
-        """Yield the array in blocks of at most `rows` rows, decompressing as it goes."""
+        """Yield the array in blocks of at most `rows` rows, decompressing as it goes.
+
+        Raises:
+            UserError: there is none of that name, it has no rows, or the file is damaged.
+        """
         shape, dtype = self.require(name)
         if not shape:
             raise UserError(f"{self.path}: array '{name}' is a single number, rows were expected")

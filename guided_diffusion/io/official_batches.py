@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from ..errors import UserError
+from ..errors import UserError, first_line
 from .files import NpzFile
 from .image_sets import BLOCK, ImageSet
 from .safe_pickle import load_arrays
@@ -53,7 +53,8 @@ def cifar10_images(archive: Path, split: str) -> ImageSet:
             while unpacked.read(1 << 20):
                 pass  # gzip's checksum of all of it stands at the end
     except (tarfile.TarError, zlib.error, lzma.LZMAError, EOFError, OSError) as error:
-        raise UserError(f"{archive}: damaged, or not the official CIFAR-10 archive ({error})") from None
+        told = f"damaged, or not the official CIFAR-10 archive ({first_line(error)})"
+        raise UserError(f"{archive}: {told}") from None
     missing = [file for file in CIFAR10_FILES[split] if file not in batches]
     if missing:
         raise UserError(f"{archive}: is not the official CIFAR-10 archive, it has no {', '.join(missing)}")

@@ -112,9 +112,6 @@ def require_agreement(denoiser: Denoiser, path: str | os.PathLike, where: str = 
         UserError: a key on which the two differ, with both values.
     """
     description = _told_by_folder(denoiser, path) if Path(path).is_dir() else read_description(path)
-    for part in ("architecture", "process", "space"):
-        if not isinstance(description.get(part, {}), dict):
-            raise UserError(f"{path}: what it says of itself is damaged ({part} is no mapping)")
     for part in ("architecture", "process"):
         told, configured = description.get(part, {}), getattr(denoiser, part)
         for name, value in _as_configured(told, configured).items():
@@ -304,7 +301,7 @@ def save_checkpoint(
     for name, content in contents.items():
         for file in file_names(name, step, weights_format):
             with atomic_path(directory / file) as temporary:
-                if isinstance(content, Callable):  # type: ignore[arg-type]
+                if callable(content):
                     content(temporary)
                 elif file.endswith(".safetensors"):
                     plain = {key: value.contiguous() for key, value in content.items()}

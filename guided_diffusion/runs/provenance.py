@@ -82,7 +82,7 @@ def require_known_steps(denoiser: Denoiser, process: SpacedDiffusion, descriptio
     Raises:
         UserError: as said.
     """
-    if not (trained := str(dict(description.get("process") or {}).get("timestep_respacing") or "")):
+    if not (trained := str(description.get("process", {}).get("timestep_respacing", ""))):
         return
     known = build_process(denoiser, "the checkpoint's timestep_respacing", trained).timestep_map
     if not set(process.timestep_map) <= set(known):

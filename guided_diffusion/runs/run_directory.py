@@ -6,6 +6,7 @@ import hashlib
 import json
 import re
 import secrets
+import shutil
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
@@ -150,7 +151,8 @@ def _recorded(
     """Open a run's record, and close it with the reason for which the block ended.
 
     What the run is (config.yaml, run.json) is written at once; but where a run has been, only when it goes on
-    (`RunLog.begin`): of an attempt that is refused, the log alone tells.
+    (`RunLog.begin`): of an attempt that is refused, the log alone tells. A new directory that nobody named
+    does not outlive a mistake that is found before the first iteration.
     """
     launch, directory = dist_util.setup_dist(), start.directory
     log = RunLog(
@@ -169,10 +171,11 @@ def _recorded(
         own = start.resume is not None and start.resume.directory == directory
         names_itself = own and Path(wanted).suffix not in (".pt", ".safetensors")
         record["began_from"] = _began_from(directory) if names_itself else wanted
-    begun = False
+    begun, trains, in_vain = False, False, False
 
-    def begin() -> None:
-        nonlocal begun
+    def begin(*, training: bool = True) -> None:
+        nonlocal begun, trains
+        trains = training
         if launch.rank == 0 and not begun:
             _write(directory, record | {"ended": _NOT_YET})
             write_text(directory / "config.yaml", experiment_text(experiment))
@@ -180,7 +183,7 @@ def _recorded(
 
     log.begin = begin
     if not start.has_been:
-        begin()
+        begin(training=False)
     log.info(f"{experiment.name}: writing to {directory}")
     if start.changes:
         log.info(f"goes on with other settings than before: {start.changes}")
@@ -195,6 +198,8 @@ def _recorded(
     except BaseException as error:
         told = isinstance(error, (Stopped, UserError))
         reason = str(error) if told else repr(error)
+        is_new = args.exp_dir is None and start.resume is None
+        in_vain = launch.rank == 0 and is_new and isinstance(error, UserError) and not trains
         log.info(f"ended: {reason} (at its peak {dist_util.peak_memory()})")
         with log.tolerant():
             if begun and (launch.rank == 0 or not _together(error)):
@@ -210,6 +215,8 @@ def _recorded(
             if launch.rank == 0 and (directory / "progress.csv").exists():
                 save_curves(directory / "curves.png", directory / "progress.csv", experiment.name)
         log.close()
+        if in_vain:
+            shutil.rmtree(directory, ignore_errors=True)
 
 
 def _together(error: BaseException) -> bool:

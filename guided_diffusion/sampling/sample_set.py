@@ -159,7 +159,7 @@ class SampleSet:
             try:
                 before = dict(json.loads(path.read_text()))
             except (ValueError, TypeError, RecursionError):
-                raise UserError(f"{path}: is damaged; choose another --name, or remove the folder") from None
+                raise UserError(f"{path}: is damaged; choose another folder, or remove this one") from None
             changed = [key for key in settings if before.get(key) != settings[key]]
             for part in ("architecture", "process"):
                 told, ours = before.get(part), provenance.get(part)
@@ -171,7 +171,7 @@ class SampleSet:
             if changed:
                 raise UserError(
                     f"{self.directory}: holds samples drawn with another {', '.join(changed)}; "
-                    "choose another --name, or remove it"
+                    "choose another --log_dir or --name, or remove it"
                 )
         write_text(path, json.dumps({**provenance, **settings}))
 

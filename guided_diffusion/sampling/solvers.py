@@ -27,6 +27,9 @@ def make_scheduler(scheduler_class: Any, diffusion: GaussianDiffusion) -> Any:
 
     To the scheduler the (respaced) process is a trained one whose every step is visited, so nothing of
     diffusers' own choice of timesteps enters. A scheduler remembers its trajectory: make one for each.
+
+    Raises:
+        RuntimeError: this version of diffusers visits other timesteps.
     """
     steps = diffusion.num_timesteps
     scheduler = scheduler_class(

@@ -185,9 +185,18 @@ def open_pool(
 
 
 def build_objective(
-    experiment: DistillationExperiment, teacher: Teacher, network: Any, process: Any
+    experiment: DistillationExperiment,
+    teacher: Teacher,
+    network: DenoisingNetwork,
+    process: SpacedDiffusion,
 ) -> Distillation:
     """The objective that `distill.objective` names, with the heads it trains beside the student.
+
+    Args:
+        experiment: the configuration.
+        teacher: the teacher, from which heads may take widths.
+        network: the student.
+        process: the student's.
 
     Raises:
         UserError: no such objective.
@@ -238,6 +247,9 @@ def distillation_loop(
         resume: continue from this checkpoint, with the pool it holds.
         description: what checkpoints say of the student.
         load_judge: gives what scores images of a size, while the student trains; None for no scores.
+
+    Raises:
+        UserError: files that are missing, damaged or of something else, or settings that contradict another.
     """
     student, run, device = experiment.student, experiment.run, dist_util.dev()
     teacher, belongs_to = load_teacher(experiment, weights), teacher_identity(experiment, weights)

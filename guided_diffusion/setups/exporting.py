@@ -148,7 +148,8 @@ def scheduler_config(denoiser: Denoiser, network: str) -> dict[str, Any]:
     if process.timestep_respacing:
         raise ValueError(
             f"it knows some of its steps only (timestep_respacing {process.timestep_respacing}), which no "
-            "scheduler says; if it was trained on all of them, give student.timestep_respacing="
+            "scheduler says; if it was trained on all of them, give timestep_respacing= (of a distillation "
+            "student.timestep_respacing= teacher.timestep_respacing=)"
         )
     if process.rescale_timesteps and process.diffusion_steps != 1000:
         raise ValueError("its timesteps are rescaled to 0..1000 (rescale_timesteps), which no scheduler does")

@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from .. import dist_util
 from ..config.settings import DistillationExperiment
 from ..distill.dynamic_batch import DynamicBatch, draw_goals, pool_size, prepare
-from ..distill.pool_file import join_parts, part_path, read_pool, write_pool
+from ..distill.pool_file import join_parts, part_path, read_pool, require_replaceable, write_pool
 from ..distill.teacher import Teacher
 from ..errors import UserError
 from ..io.files import atomic_path, remove_leftovers
@@ -59,7 +59,9 @@ def prepare_pool(
         raise UserError("teacher.timestep_respacing: leaves one step; a pool is prepared for two or more")
     size = pool_size(settings.iter_choice, settings.BATCH, total, batch_size)
     identity = pool_identity(experiment, weights, size * world)
-    if path.is_file() and not overwrite:
+    if path.is_file() and overwrite:
+        require_replaceable(path)
+    elif path.is_file():
         read_pool(path, total, shape, expected=identity)
         _say(f"{path} is already prepared for this configuration (--overwrite prepares it anew)")
         return

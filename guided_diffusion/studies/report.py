@@ -1,4 +1,4 @@
-"""The report of a study: a page of tables and plots, made from its results alone."""
+"""The report of a study: a page of tables and plots, made from its results."""
 
 import math
 import re
@@ -33,7 +33,7 @@ error: the mean squared difference of the noise predictions of student and teach
 teacher's full chain. On-policy error: the same at the states of the student's own chain. Path KL: the sum
 over that chain's steps of KL(student's step ‖ teacher's step), in nats an image. Chains: about how many of
 the teacher's different chains the student was shown. Wall time and FLOPs are of preparation and training
-together: FLOPs are counted ([how]({how})), wall times depend on the machine and on what ran beside, both of
+together: FLOPs are counted ({how}), wall times depend on the machine and on what ran beside, both of
 which stand at the end."""
 
 
@@ -73,7 +73,7 @@ def write_report(study: Study, results: Results, out: Path, path: Path, how: str
         results: its results.
         out: where it was run; pictures of samples are taken from there if they are there.
         path: the page, Markdown.
-        how: a link to what explains the counting.
+        how: where the counting is explained, Markdown.
     """
     known = results.read()
     rows = _rows(study, known)
