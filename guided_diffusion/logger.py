@@ -6,14 +6,14 @@ import json
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from .config.loading import mapping_text
 from .errors import UserError, first_line
 from .io.files import atomic_path, write_text
-from .io.json_lines import append_line, read_lines
+from .io.json_lines import append_line, ends_whole, read_lines
 from .io.progress import say, warn
 
 
@@ -196,7 +196,7 @@ class RunLog:
         if path.exists():
             with open(path, newline="", errors="replace") as file:
                 header = next(csv.reader(file), [])
-            whole = _ends_whole(path)
+            whole = ends_whole(path)
         if header and whole and set(row) <= set(header):
             with open(path, "a", newline="") as file:
                 csv.DictWriter(file, header).writerow(row)
@@ -212,14 +212,6 @@ class RunLog:
             writer = csv.DictWriter(file, columns)
             writer.writeheader()
             writer.writerows(rows)
-
-
-def _ends_whole(path: Path) -> bool:
-    """Whether a file's last line is whole, or there is none."""
-    with open(path, "rb") as file, suppress(OSError):  # of an empty file
-        file.seek(-1, os.SEEK_END)
-        return file.read() == b"\n"
-    return True
 
 
 def read_pool_records(path: str | os.PathLike) -> list[dict[str, Any]]:

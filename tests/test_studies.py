@@ -442,7 +442,7 @@ class TestCell:
         def do(script, *words):
             folder = Path(words[words.index("--exp_dir") + 1])
             folder.mkdir()
-            rows = ["step,iterations_per_second", "10,2.0", "20,2.5", "60,4.0"]  # after 5, 8 and 15 seconds
+            rows = ["step,seconds", "10,5", "20,8", "60,15"]
             (folder / "progress.csv").write_text("\n".join(rows) + "\n")
 
         assert cell_run(do)._seconds_per_iteration(Prepared(Path(), 0.0)) == pytest.approx(10 / 50)

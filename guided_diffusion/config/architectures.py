@@ -8,7 +8,7 @@ from `num_classes` if `class_cond`. What is null there is 0 or '' here. Imports 
 from dataclasses import dataclass
 from typing import Any
 
-from .settings import Architecture, _require, _require_one_of, key
+from .settings import Architecture, key, require, require_one_of
 
 DOWN_BLOCKS = (
     *("DownBlock2D", "AttnDownBlock2D", "ResnetDownsampleBlock2D"),
@@ -53,36 +53,36 @@ class UNet2DArchitecture(Architecture):
         """Raise `UserError` for values that cannot be right."""
         super().check(where)
         levels = split(self.block_out_channels)
-        _require(
+        require(
             bool(levels) and all(width.isdigit() and int(width) > 0 for width in levels),
             f"{where}block_out_channels must be widths such as '64,128', not '{self.block_out_channels}'",
         )
         for name, known in (("down_block_types", DOWN_BLOCKS), ("up_block_types", UP_BLOCKS)):
             blocks = split(getattr(self, name))
-            _require(
+            require(
                 len(blocks) == len(levels),
                 f"{where}{name} must be {len(levels)}, as {where}block_out_channels, not {len(blocks)}",
             )
             for block in blocks:
-                _require_one_of(block, known, f"each of {where}{name}")
-        _require_one_of(self.mid_block_type, ("UNetMidBlock2D", ""), f"{where}mid_block_type")
-        _require_one_of(self.time_embedding_type, ("positional", "learned"), f"{where}time_embedding_type")
-        _require_one_of(
+                require_one_of(block, known, f"each of {where}{name}")
+        require_one_of(self.mid_block_type, ("UNetMidBlock2D", ""), f"{where}mid_block_type")
+        require_one_of(self.time_embedding_type, ("positional", "learned"), f"{where}time_embedding_type")
+        require_one_of(
             self.resnet_time_scale_shift, ("default", "scale_shift"), f"{where}resnet_time_scale_shift"
         )
-        _require_one_of(self.act_fn, ("silu", "swish", "mish", "gelu", "relu"), f"{where}act_fn")
+        require_one_of(self.act_fn, ("silu", "swish", "mish", "gelu", "relu"), f"{where}act_fn")
         for name in ("downsample_type", "upsample_type"):
-            _require_one_of(getattr(self, name), ("conv", "resnet"), f"{where}{name}")
-        _require(
+            require_one_of(getattr(self, name), ("conv", "resnet"), f"{where}{name}")
+        require(
             self.time_embedding_type == "positional" or self.num_train_timesteps > 0,
             f"{where}num_train_timesteps: a learned timestep embedding needs their number",
         )
         for name in ("layers_per_block", "norm_num_groups", "norm_eps", "mid_block_scale_factor"):
-            _require(getattr(self, name) > 0, f"{where}{name} must be positive, not {getattr(self, name)}")
+            require(getattr(self, name) > 0, f"{where}{name} must be positive, not {getattr(self, name)}")
         for name in ("attention_head_dim", "attn_norm_num_groups", "time_embedding_dim"):
-            _require(getattr(self, name) >= 0, f"{where}{name} must not be negative")
-        _require(self.downsample_padding in (0, 1), f"{where}downsample_padding must be 0 or 1")
-        _require(0 <= self.dropout < 1, f"{where}dropout must be in [0, 1), not {self.dropout}")
+            require(getattr(self, name) >= 0, f"{where}{name} must not be negative")
+        require(self.downsample_padding in (0, 1), f"{where}downsample_padding must be 0 or 1")
+        require(0 <= self.dropout < 1, f"{where}dropout must be in [0, 1), not {self.dropout}")
 
     def config(self, channels: int, out_channels: int) -> dict[str, Any]:
         """The arguments of diffusers' UNet2DModel: what stands in its config.json.
@@ -128,15 +128,15 @@ class DiTArchitecture(Architecture):
     def check(self, where: str) -> None:
         """Raise `UserError` for values that cannot be right."""
         super().check(where)
-        _require(self.null_class, f"{where}null_class: a dit always has one; leave it out")
+        require(self.null_class, f"{where}null_class: a dit always has one; leave it out")
         for name in ("num_attention_heads", "attention_head_dim", "num_layers", "patch_size", "norm_eps"):
-            _require(getattr(self, name) > 0, f"{where}{name} must be positive, not {getattr(self, name)}")
-        _require(
+            require(getattr(self, name) > 0, f"{where}{name} must be positive, not {getattr(self, name)}")
+        require(
             self.image_size % self.patch_size == 0,
             f"{where}patch_size {self.patch_size} does not divide {where}image_size {self.image_size}",
         )
-        _require_one_of(self.activation_fn, ACTIVATIONS, f"{where}activation_fn")
-        _require(0 <= self.dropout < 1, f"{where}dropout must be in [0, 1), not {self.dropout}")
+        require_one_of(self.activation_fn, ACTIVATIONS, f"{where}activation_fn")
+        require(0 <= self.dropout < 1, f"{where}dropout must be in [0, 1), not {self.dropout}")
 
     def config(self, channels: int, out_channels: int) -> dict[str, Any]:
         """The arguments of diffusers' DiTTransformer2DModel: what stands in its config.json.

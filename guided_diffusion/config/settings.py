@@ -32,13 +32,15 @@ def key(default: Any, help: str, *, idle_in: tuple[str, ...] = ()) -> Any:
     return dataclasses.field(default=default, metadata={"help": help, "idle_in": idle_in})
 
 
-def _require(condition: bool, message: str) -> None:
+def require(condition: bool, message: str) -> None:
+    """Raise `UserError` with a message unless a condition holds."""
     if not condition:
         raise UserError(message)
 
 
-def _require_one_of(value: str, choices: tuple[str, ...], where: str) -> None:
-    _require(
+def require_one_of(value: str, choices: tuple[str, ...], where: str) -> None:
+    """Raise `UserError`, naming the key `where`, unless a value is one of several."""
+    require(
         value in choices, f"{where} must be {', '.join(choices[:-1])} or {choices[-1]}, not '{value:.60}'"
     )
 
@@ -71,14 +73,14 @@ class Architecture:
     def check(self, where: str) -> None:
         """Raise `UserError` for values that cannot be right."""
         for name in ("image_size", "num_classes"):
-            _require(getattr(self, name) > 0, f"{where}{name} must be positive, not {getattr(self, name)}")
-        _require(
+            require(getattr(self, name) > 0, f"{where}{name} must be positive, not {getattr(self, name)}")
+        require(
             self.image_size <= _MOST_PIXELS,
             f"{where}image_size must be at most {_MOST_PIXELS}, not {self.image_size}",
         )
         prob = self.class_dropout_prob
-        _require(0 <= prob < 1, f"{where}class_dropout_prob must be in [0, 1), not {prob}")
-        _require(
+        require(0 <= prob < 1, f"{where}class_dropout_prob must be in [0, 1), not {prob}")
+        require(
             not prob or self.has_null_class,
             f"{where}class_dropout_prob: needs {where}class_cond and {where}null_class",
         )
@@ -87,7 +89,7 @@ class Architecture:
         """Raise `UserError` for more layers than any network has: building them would take days."""
         for name in ("num_res_blocks", "layers_per_block", "num_layers"):
             value = getattr(self, name, 0)
-            _require(value <= _MOST_LAYERS, f"{where}{name} must be at most {_MOST_LAYERS}, not {value}")
+            require(value <= _MOST_LAYERS, f"{where}{name} must be at most {_MOST_LAYERS}, not {value}")
 
     @property
     def has_null_class(self) -> bool:
@@ -105,8 +107,8 @@ class Architecture:
         Raises:
             UserError: it is negative or no number, or there is no null class.
         """
-        _require(math.isfinite(scale) and scale >= 0, f"{what} must be 0 or more, but is {scale}")
-        _require(
+        require(math.isfinite(scale) and scale >= 0, f"{what} must be 0 or more, but is {scale}")
+        require(
             not scale or self.has_null_class,
             f"{what}: guidance needs a network with classes and a null class: {where}class_cond and "
             f"{where}null_class (of a dit, class_cond)",
@@ -138,14 +140,14 @@ class AdmArchitecture(Architecture):
         """Raise `UserError` for values that cannot be right."""
         super().check(where)
         for name in ("num_channels", "num_res_blocks"):
-            _require(getattr(self, name) > 0, f"{where}{name} must be positive, not {getattr(self, name)}")
-        _require(0 <= self.dropout < 1, f"{where}dropout must be in [0, 1), not {self.dropout}")
+            require(getattr(self, name) > 0, f"{where}{name} must be positive, not {getattr(self, name)}")
+        require(0 <= self.dropout < 1, f"{where}dropout must be in [0, 1), not {self.dropout}")
         for name, example, whole in (
             ("attention_resolutions", "16,8", True),
             ("channel_mult", "1,1.5,2", False),
         ):
             value = getattr(self, name)
-            _require(
+            require(
                 not value or all(_is_positive(part, whole) for part in value.split(",")),
                 f"{where}{name} must be positive{' whole' if whole else ''} numbers such as '{example}', "
                 f"not '{value:.60}'",
@@ -195,30 +197,30 @@ class Process:
 
     def check(self, where: str) -> None:
         """Raise `UserError` for values that cannot be right."""
-        _require(
+        require(
             0 < self.diffusion_steps <= MOST_STEPS,
             f"{where}diffusion_steps must be 1 to {MOST_STEPS}, not {self.diffusion_steps}",
         )
-        _require_one_of(self.noise_schedule, NOISE_SCHEDULES, f"{where}noise_schedule")
-        _require_one_of(self.prediction_type, PREDICTION_TYPES, f"{where}prediction_type")
-        _require(
+        require_one_of(self.noise_schedule, NOISE_SCHEDULES, f"{where}noise_schedule")
+        require_one_of(self.prediction_type, PREDICTION_TYPES, f"{where}prediction_type")
+        require(
             not self.predict_xstart,
             f"{where}predict_xstart contradicts {where}prediction_type: {self.prediction_type}",
         )
         for name in ("beta_start", "beta_end"):
             beta = getattr(self, name)
-            _require(0 <= beta <= 1, f"{where}{name} must be in [0, 1], not {beta}")
-            _require(
+            require(0 <= beta <= 1, f"{where}{name} must be in [0, 1], not {beta}")
+            require(
                 not beta or self.noise_schedule != "cosine", f"{where}{name}: the cosine schedule has none"
             )
         if self.noise_schedule != "cosine":
             for name, beta in zip(("beta_start", "beta_end"), self.beta_range, strict=True):
-                _require(
+                require(
                     beta <= 1,
                     f"{where}{name} would be {beta:g}, more than 1, with {where}diffusion_steps "
                     f"{self.diffusion_steps}; give it, or {where}noise_schedule: cosine",
                 )
-        _require(
+        require(
             not (self.learn_sigma and self.sigma_small),
             f"{where}sigma_small: does nothing with learn_sigma; set one of the two to false",
         )
@@ -233,8 +235,8 @@ class Space:
 
     def check(self, where: str) -> None:
         """Raise `UserError` for values that cannot be right."""
-        _require(self.vae_scale >= 0, f"{where}vae_scale must not be negative, but is {self.vae_scale}")
-        _require(
+        require(self.vae_scale >= 0, f"{where}vae_scale must not be negative, but is {self.vae_scale}")
+        require(
             not self.vae_scale or bool(self.vae_path),
             f"{where}vae_scale: does nothing without {where}vae_path",
         )
@@ -286,13 +288,13 @@ class Teacher(Denoiser):
         """Raise `UserError` for values that cannot be right."""
         super().check(where)
         self.architecture.require_guidable(self.guidance_scale, f"{where}guidance_scale", where)
-        _require(0 < self.prob <= 1, f"{where}prob must be in (0, 1], not {self.prob}")
-        _require(0 < self.BATCH < math.inf, f"{where}BATCH must be positive, not {self.BATCH}")
-        _require(self.input_perturb >= 0, f"{where}input_perturb must not be negative")
-        _require(self.batch_size > 0, f"{where}batch_size must be positive, not {self.batch_size}")
+        require(0 < self.prob <= 1, f"{where}prob must be in (0, 1], not {self.prob}")
+        require(0 < self.BATCH < math.inf, f"{where}BATCH must be positive, not {self.BATCH}")
+        require(self.input_perturb >= 0, f"{where}input_perturb must not be negative")
+        require(self.batch_size > 0, f"{where}batch_size must be positive, not {self.batch_size}")
         orders = ("dynamic_iterative", "shuffled_iterative", "iterative")
         choices = tuple(f"{order}_distillation" for order in orders)
-        _require_one_of(self.iter_choice, choices, f"{where}iter_choice")
+        require_one_of(self.iter_choice, choices, f"{where}iter_choice")
 
 
 @dataclass
@@ -326,29 +328,29 @@ class Training:
     def check(self, where: str) -> None:
         """Raise `UserError` for values that cannot be right."""
         for name in ("batch_size", "log_interval", "save_interval"):
-            _require(getattr(self, name) > 0, f"{where}{name} must be positive, not {getattr(self, name)}")
-        _require(0 < self.lr < math.inf, f"{where}lr must be positive, not {self.lr}")
+            require(getattr(self, name) > 0, f"{where}{name} must be positive, not {getattr(self, name)}")
+        require(0 < self.lr < math.inf, f"{where}lr must be positive, not {self.lr}")
         decay = self.weight_decay
-        _require(0 <= decay < math.inf, f"{where}weight_decay must be 0 or positive, not {decay}")
-        _require(self.lr_anneal_steps >= 0, f"{where}lr_anneal_steps must not be negative")
-        _require(
+        require(0 <= decay < math.inf, f"{where}weight_decay must be 0 or positive, not {decay}")
+        require(self.lr_anneal_steps >= 0, f"{where}lr_anneal_steps must not be negative")
+        require(
             1e-6 <= self.fp16_scale_growth <= 1,
             f"{where}fp16_scale_growth must be in [1e-6, 1], not {self.fp16_scale_growth}",
         )
-        _require(
+        require(
             self.microbatch == -1 or self.microbatch > 0,
             f"{where}microbatch must be -1 or positive, not {self.microbatch}",
         )
-        _require(
+        require(
             self.cache_save_interval == -1 or self.cache_save_interval > 0,
             f"{where}cache_save_interval must be -1 or positive, not {self.cache_save_interval}",
         )
-        _require_one_of(self.schedule_sampler, ("uniform", "loss-second-moment"), f"{where}schedule_sampler")
+        require_one_of(self.schedule_sampler, ("uniform", "loss-second-moment"), f"{where}schedule_sampler")
         try:
             rates = self.ema_rates
         except ValueError:
             raise UserError(f"{where}ema_rate must be numbers, not '{self.ema_rate}'") from None
-        _require(all(0 <= rate < 1 for rate in rates), f"{where}ema_rate must be in [0, 1)")
+        require(all(0 <= rate < 1 for rate in rates), f"{where}ema_rate must be in [0, 1)")
 
     @property
     def ema_rates(self) -> list[float]:
@@ -416,24 +418,24 @@ class Distill:
     def check(self, where: str) -> None:
         """Raise `UserError` for values that cannot be right."""
         for name in ("stage1_weight", "stage2_weight", "bottleneck_weight"):
-            _require(getattr(self, name) >= 0, f"{where}{name} must not be negative")
+            require(getattr(self, name) >= 0, f"{where}{name} must not be negative")
         for name in ("temperature", "loss_weight_cap"):
-            _require(getattr(self, name) > 0, f"{where}{name} must be positive, not {getattr(self, name)}")
+            require(getattr(self, name) > 0, f"{where}{name} must be positive, not {getattr(self, name)}")
         for name in ("stride", "advance_stride", "teacher_interval", "replay_batches"):
             value = getattr(self, name)
-            _require(1 <= value <= MOST_STEPS, f"{where}{name} must be 1 to {MOST_STEPS}, not {value}")
+            require(1 <= value <= MOST_STEPS, f"{where}{name} must be 1 to {MOST_STEPS}, not {value}")
         for name in ("stage1_fraction", "stage2_fraction"):
             share = getattr(self, name)
-            _require(0 < share <= 1, f"{where}{name} must be in (0, 1], not {share}")
-        _require(0 <= self.on_policy <= 1, f"{where}on_policy must be in [0, 1], not {self.on_policy}")
-        _require_one_of(self.loss_weight, ("eps", "v", "min_snr"), f"{where}loss_weight")
-        _require_one_of(self.initial_weights, ("random", "teacher"), f"{where}initial_weights")
-        _require_one_of(self.stage2_time, ("same", "between"), f"{where}stage2_time")
-        _require(self.pool_seed >= -1, f"{where}pool_seed must be -1 or more, not {self.pool_seed}")
-        _require_one_of(self.pool_dtype, ("float32", "float16"), f"{where}pool_dtype")
-        _require_one_of(self.pool_device, ("auto", "cpu"), f"{where}pool_device")
+            require(0 < share <= 1, f"{where}{name} must be in (0, 1], not {share}")
+        require(0 <= self.on_policy <= 1, f"{where}on_policy must be in [0, 1], not {self.on_policy}")
+        require_one_of(self.loss_weight, ("eps", "v", "min_snr"), f"{where}loss_weight")
+        require_one_of(self.initial_weights, ("random", "teacher"), f"{where}initial_weights")
+        require_one_of(self.stage2_time, ("same", "between"), f"{where}stage2_time")
+        require(self.pool_seed >= -1, f"{where}pool_seed must be -1 or more, not {self.pool_seed}")
+        require_one_of(self.pool_dtype, ("float32", "float16"), f"{where}pool_dtype")
+        require_one_of(self.pool_device, ("auto", "cpu"), f"{where}pool_device")
         if self.stage2_align:
-            _require(
+            require(
                 self.stage1_weight > 0 and self.stage2_weight > 0,
                 f"{where}stage2_align: the alignment, weighted by stage1_weight, is added to stage 2: "
                 "both weights must be positive",
@@ -478,20 +480,20 @@ class Run:
     def check(self, where: str) -> None:
         """Raise `UserError` for values that cannot be right."""
         for name in ("iterations", "warmup_steps", "seed", "grad_clip", "keep_last", "keep_every"):
-            _require(getattr(self, name) >= 0, f"{where}{name} must not be negative")
-        _require(self.eval_interval >= 0, f"{where}eval_interval must not be negative")
-        _require(self.eval_samples > 0, f"{where}eval_samples must be positive, not {self.eval_samples}")
-        _require_one_of(self.eval_backend, ("tensorflow", "torch", "digits"), f"{where}eval_backend")
-        _require(
+            require(getattr(self, name) >= 0, f"{where}{name} must not be negative")
+        require(self.eval_interval >= 0, f"{where}eval_interval must not be negative")
+        require(self.eval_samples > 0, f"{where}eval_samples must be positive, not {self.eval_samples}")
+        require_one_of(self.eval_backend, ("tensorflow", "torch", "digits"), f"{where}eval_backend")
+        require(
             not self.eval_interval or bool(self.eval_reference),
             f"{where}eval_interval: scores need {where}eval_reference, an npz of real images",
         )
-        _require_one_of(self.optimizer, ("adamw", "muon"), f"{where}optimizer")
-        _require_one_of(self.precision, ("auto", "fp32", "bf16", "fp16"), f"{where}precision")
-        _require_one_of(self.weights_format, ("pt", "safetensors", "both"), f"{where}weights_format")
-        _require(self.max_bad_steps > 0, f"{where}max_bad_steps must be positive, not {self.max_bad_steps}")
-        _require(self.sample_interval >= -1, f"{where}sample_interval must be -1 or more")
-        _require(self.num_samples > 0, f"{where}num_samples must be positive")
+        require_one_of(self.optimizer, ("adamw", "muon"), f"{where}optimizer")
+        require_one_of(self.precision, ("auto", "fp32", "bf16", "fp16"), f"{where}precision")
+        require_one_of(self.weights_format, ("pt", "safetensors", "both"), f"{where}weights_format")
+        require(self.max_bad_steps > 0, f"{where}max_bad_steps must be positive, not {self.max_bad_steps}")
+        require(self.sample_interval >= -1, f"{where}sample_interval must be -1 or more")
+        require(self.num_samples > 0, f"{where}num_samples must be positive")
 
 
 @dataclass
@@ -528,26 +530,26 @@ class DistillationExperiment(Experiment):
         self.distill.check("distill.")
         ours, theirs = flat(self.student), flat(self.teacher)
         for name in SHARED_KEYS:
-            _require(
+            require(
                 ours[name] == theirs[name],
                 f"student.{name} is {ours[name]!r} but teacher.{name} is {theirs[name]!r}: "
                 "both must be the same",
             )
         for where, keys in (("teacher", theirs), ("student", ours)):
-            _require(
+            require(
                 not keys["use_kl"],
                 f"{where}.use_kl: distillation matches noise predictions by MSE, so it must be false",
             )
-        _require(
+        require(
             self.student.training.schedule_sampler == "uniform",
             "student.schedule_sampler must be uniform: in distillation the pool gives the timesteps",
         )
         if self.distill.on_policy:
-            _require(
+            require(
                 bool(self.run.iterations or self.student.training.lr_anneal_steps),
                 "distill.on_policy is raised over a third of the run, which needs an end: set run.iterations",
             )
-            _require(
+            require(
                 not self.teacher.input_perturb,
                 "distill.on_policy follows the student from x_t itself: teacher.input_perturb must be 0",
             )

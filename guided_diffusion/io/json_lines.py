@@ -3,6 +3,7 @@
 import json
 import os
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +16,20 @@ def append_line(path: Path, value: Any, *, durable: bool = False) -> None:
         value: what to write.
         durable: return only when it is on the disk.
     """
-    with open(path, "ab+") as file:
-        line = f"{json.dumps(value)}\n"
-        if file.tell() and (file.seek(-1, os.SEEK_END), file.read(1))[1] != b"\n":
-            line = f"\n{line}"
-        file.write(line.encode())
+    whole = not path.exists() or ends_whole(path)
+    with open(path, "ab") as file:
+        file.write(f"{'' if whole else chr(10)}{json.dumps(value)}\n".encode())
         if durable:
             file.flush()
             os.fsync(file.fileno())
+
+
+def ends_whole(path: Path) -> bool:
+    """Whether a file's last line is whole, or there is none."""
+    with open(path, "rb") as file, suppress(OSError):  # of an empty file
+        file.seek(-1, os.SEEK_END)
+        return file.read() == b"\n"
+    return True
 
 
 def read_lines(path: str | os.PathLike) -> Iterator[tuple[int, Any]]:
