@@ -314,7 +314,7 @@ def test_a_set_drawn_before_samplers_had_names_is_refused(tiny, tmp_path):
     del record["sampler"]
     (tmp_path / "sampling.json").write_text(json.dumps(record | {"use_ddim": False}))
     done = script_here(*sample_flags(tiny, tmp_path), check=False)
-    assert "drawn with another sampler; choose another --name" in one_line_error(done)
+    assert "drawn with another sampler; choose another --log_dir or --name" in one_line_error(done)
 
 
 def test_help_imports_neither_torch_nor_diffusers():

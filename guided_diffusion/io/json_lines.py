@@ -16,9 +16,9 @@ def append_line(path: Path, value: Any, *, durable: bool = False) -> None:
         value: what to write.
         durable: return only when it is on the disk.
     """
-    whole = not path.exists() or ends_whole(path)
+    start = "" if not path.exists() or ends_whole(path) else "\n"
     with open(path, "ab") as file:
-        file.write(f"{'' if whole else chr(10)}{json.dumps(value)}\n".encode())
+        file.write(f"{start}{json.dumps(value)}\n".encode())
         if durable:
             file.flush()
             os.fsync(file.fileno())
