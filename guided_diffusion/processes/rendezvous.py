@@ -17,6 +17,7 @@ from .launch import Launch, OtherRanks, detect_launch, register_other_ranks
 
 TIMEOUT = datetime.timedelta(minutes=30)  # of every wait for another rank
 _PATIENCE = 10.0  # seconds for other ranks to find the mistake that this one found
+_PAUSE = 0.1  # seconds between two questions of who has left
 _SIOCGIFADDR = 0x8915  # Linux' request for an interface's address (netdevice(7))
 
 _store: dist.Store | None = None  # of the ranks that have met
@@ -60,9 +61,11 @@ def leave_together(status: int) -> None:
         while _store.add("left", 0) < detect_launch().world_size:
             if time.monotonic() > deadline:
                 abort(status)
-            time.sleep(0.1)
+            time.sleep(_PAUSE)
+        if detect_launch().rank == 0:
+            time.sleep(3 * _PAUSE)  # the others are about to ask the store, which ends with this rank
     except RuntimeError:
-        pass  # rank 0, which keeps the store, has seen all ranks get here and left
+        pass  # rank 0 has seen all ranks get here and left
 
 
 def abort(status: int) -> NoReturn:
