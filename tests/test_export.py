@@ -4,6 +4,7 @@ import errno
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch as th
 import yaml
@@ -104,6 +105,17 @@ def test_the_cards_code_runs(tmp_path, name):
     names: dict = {}
     exec(code, names)
     assert len(names["images"]) == 4 and names["images"][0].size == (8, 8)
+
+
+def test_the_card_tells_of_a_null_class(tmp_path):
+    """Which diffusers counts among the others, so that our own commands must be told of it."""
+    script_here(*prepared(tmp_path, ADM | CLASSES | {"null_class": True}))
+    told = "of 5 classes (label 5: no class, which null_class=true says to TCCD's commands)"
+    assert told in (tmp_path / "out/README.md").read_text()
+    flags = ["--model_path", tmp_path / "out", "--num_samples", 16, "--timestep_respacing", 2]
+    script_here("scripts/image_sample.py", *flags, "--log_dir", tmp_path / "samples", "null_class=true")
+    with np.load(next((tmp_path / "samples").glob("samples_*.npz"))) as samples:
+        assert set(samples["arr_1"]) <= set(range(5))
 
 
 def test_the_card_tells_of_the_run_rather_than_of_the_configuration(tmp_path):

@@ -253,7 +253,7 @@ def model_card(
         "",
         f"A {theirs.class_name} for {size}x{size} images"
         + (f" of {classes} classes" if classes else "")
-        + (f" (label {classes}: no class)" if architecture.has_null_class else "")
+        + (f" (label {classes}: no class{_told_by_key(theirs)})" if architecture.has_null_class else "")
         + f", {sum(v.numel() for v in theirs.state.values()) / 1e6:.2f}M parameters.",
         "",
         *(f"- {key}: {value}" for key, value in _facts(experiment, weights, description).items()),
@@ -270,6 +270,11 @@ def model_card(
         "",
     ]
     return "\n".join(lines)
+
+
+def _told_by_key(theirs: ForDiffusers) -> str:
+    """What our commands must be told of a network's null class: a transformer has one in any case."""
+    return ", which null_class=true says to TCCD's commands" if theirs.class_name == "UNet2DModel" else ""
 
 
 def _facts(experiment: Experiment, weights: Path, description: dict[str, Any]) -> dict[str, Any]:
