@@ -7,6 +7,7 @@ import sys
 import traceback
 import warnings
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import NoReturn
 
@@ -46,15 +47,17 @@ class Launch:
 
 @dataclass(frozen=True)
 class OtherRanks:
-    """How this process ends without leaving others that wait for it; each takes the exit status.
+    """How this process ends without leaving others that wait for it.
 
     Attributes:
-        leave_together: returns once all ranks have called it, or else ends them all.
-        abort: ends all ranks, whatever they are doing.
+        leave_together: takes the exit status; returns once all ranks have called it, or else ends them all.
+        abort: takes the exit status; ends all ranks, whatever they are doing.
+        rank_zero_tells: takes a mistake that this rank ends with; whether rank 0 ends with the same.
     """
 
     leave_together: Callable[[int], None]
     abort: Callable[[int], NoReturn]
+    rank_zero_tells: Callable[[str], bool]
 
 
 _others: OtherRanks | None = None
@@ -97,9 +100,9 @@ def run_script(main: Callable[[], None], *, ranks_meet: bool = False) -> None:
     So does a file that cannot be read or written. A command that was asked to stop, by SIGTERM or SIGINT at
     whatever moment, exits with `stopping.EXIT_STOPPED`.
 
-    Each rank that fails says so, except that mistakes found before the ranks met (a wrong flag, a
-    missing file), which all ranks find alike, are told by rank 0 alone if it has one too. A rank that fails
-    alone takes the others with it. A warning is one line on standard error, without its place in the code.
+    Each rank that fails says so, except that a mistake which rank 0 finds too (a wrong flag, a missing file)
+    is told by rank 0 alone. A rank that fails alone takes the others with it. A warning is one line on
+    standard error, without its place in the code.
 
     Args:
         main: the script.
@@ -153,13 +156,15 @@ def _rank() -> int:
 
 def _tell_and_leave(error: Exception, waited_for: bool) -> None:
     """Tell a mistake in one line, and end together with the other ranks, if there are any."""
+    mistake, told = message_of(error), False
+    if _others is None and _rank() == 0:
+        _tell(mistake)
+        told = True
+    if _others is None and waited_for:
+        _meet_to_fail()
     if _others is not None:
-        _tell(f"[rank {_rank()}] {message_of(error)}")
-    elif _rank() == 0:
-        _tell(message_of(error))
-    if _others is None and waited_for and not _meet_to_fail() and _rank() != 0:
-        _tell(f"[rank {_rank()}] {message_of(error)}")
-    if _others is not None:
+        if not _others.rank_zero_tells(mistake) and not told:
+            _tell(f"[rank {_rank()}] {mistake}")
         _others.leave_together(1)
 
 
@@ -167,14 +172,12 @@ def _tell(what: str) -> None:
     print(f"error: {what}", file=sys.stderr, flush=True)
 
 
-def _meet_to_fail() -> bool:
-    """Meet the ranks that wait for this one, so that they end with it; whether rank 0 fails too."""
+def _meet_to_fail() -> None:
+    """Meet the ranks that wait for this one, so that they end with it."""
     from .rendezvous import meet_to_fail  # which imports torch: no other failure needs it
 
-    try:
-        return meet_to_fail()
-    except UserError:  # which the others meet as well, and tell
-        return False
+    with suppress(UserError):  # which the others meet as well, and tell
+        meet_to_fail()
 
 
 def _end_all(status: int) -> None:

@@ -17,6 +17,7 @@ from .launch import Launch, OtherRanks, detect_launch, register_other_ranks
 
 TIMEOUT = datetime.timedelta(minutes=30)  # of every wait for another rank
 _PATIENCE = 10.0  # seconds for other ranks to find the mistake that this one found
+_MOMENT = datetime.timedelta(seconds=1)  # for rank 0 to find it
 _PAUSE = 0.1  # seconds between two questions of who has left
 _SIOCGIFADDR = 0x8915  # Linux' request for an interface's address (netdevice(7))
 
@@ -26,7 +27,7 @@ _store: dist.Store | None = None  # of the ranks that have met
 def meet(launch: Launch) -> tuple[dist.Store, int]:
     """`rendezvous`; from here on this rank does not end without the others. Collective."""
     global _store
-    register_other_ranks(OtherRanks(leave_together, abort))
+    register_other_ranks(OtherRanks(leave_together, abort, rank_zero_tells))
     _store, local_rank = rendezvous(launch)
     return _store, local_rank
 
@@ -40,15 +41,29 @@ def introduce(store: dist.Store, launch: Launch, about: Any) -> list[Any]:
     return ranks
 
 
-def meet_to_fail() -> bool:
-    """Meet ranks that wait for this one, and say that it fails; whether rank 0 fails too. Collective.
+def meet_to_fail() -> None:
+    """Meet ranks that wait for this one, and say that it fails. Collective.
 
     Raises:
         UserError: as `rendezvous`.
     """
     launch = detect_launch()
     store, _ = meet(launch)
-    return exchange(store, launch, "rank", None)[0] is None
+    exchange(store, launch, "rank", None)
+
+
+def rank_zero_tells(mistake: str) -> bool:
+    """Whether rank 0 ends with the same mistake, which it does at about this time or never."""
+    if _store is None:
+        return False
+    if detect_launch().rank == 0:
+        _store.set("mistake", mistake)
+        return False
+    try:
+        _store.wait(["mistake"], _MOMENT)
+        return _store.get("mistake").decode() == mistake
+    except RuntimeError:  # it did not, or has left
+        return False
 
 
 def leave_together(status: int) -> None:

@@ -18,6 +18,8 @@ inner = train_util.TrainLoop._optimizer_step
 
 
 def faulty(loop):
+    if fault == "mistake of all":
+        raise UserError("a mistake on every rank")
     if loop.step == 2 and dist_util.rank() == 1:
         if fault == "exception":
             raise ValueError("a fault on rank 1")

@@ -146,6 +146,12 @@ def test_a_mistake_found_before_the_ranks_meet_ends_all(tmp_path, alone):
     assert "Traceback" not in done.stderr
 
 
+def test_a_mistake_that_all_ranks_find_is_told_once(tmp_path):
+    code, text = under_mpiexec(tmp_path, "mistake of all")
+    assert code == 1, text
+    assert text.count("error: ") == 1 and "error: [rank 0] a mistake on every rank" in text
+
+
 def test_an_exception_before_the_ranks_meet_ends_all(tmp_path):
     code, text = under_mpiexec(tmp_path, "early exception")
     assert code not in (0, EXIT_STOPPED), text
