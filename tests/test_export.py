@@ -107,15 +107,20 @@ def test_the_cards_code_runs(tmp_path, name):
     assert len(names["images"]) == 4 and names["images"][0].size == (8, 8)
 
 
-def test_the_card_tells_of_a_null_class(tmp_path):
-    """Which diffusers counts among the others, so that our own commands must be told of it."""
+def test_an_export_says_that_its_last_label_is_the_null_class(tmp_path):
+    """Diffusers counts it among the others; our own commands never draw it, and its samples are ours."""
     script_here(*prepared(tmp_path, ADM | CLASSES | {"null_class": True}))
-    told = "of 5 classes (label 5: no class, which null_class=true says to TCCD's commands)"
-    assert told in (tmp_path / "out/README.md").read_text()
-    flags = ["--model_path", tmp_path / "out", "--num_samples", 16, "--timestep_respacing", 2]
-    script_here("scripts/image_sample.py", *flags, "--log_dir", tmp_path / "samples", "null_class=true")
-    with np.load(next((tmp_path / "samples").glob("samples_*.npz"))) as samples:
-        assert set(samples["arr_1"]) <= set(range(5))
+    assert "of 5 classes (label 5: no class)" in (tmp_path / "out/README.md").read_text()
+    flags = ["--num_samples", 16, "--timestep_respacing", 2]
+    script_here(
+        "scripts/image_sample.py", "--model_path", tmp_path / "out", *flags, "--log_dir", tmp_path / "a"
+    )
+    model = ["--config", tmp_path / "student.yaml", "--model_path", tmp_path / "model.pt"]
+    script_here("scripts/image_sample.py", *model, *flags, "--log_dir", tmp_path / "b")
+    drawn = [dict(np.load(next(folder.glob("samples_*.npz")))) for folder in (tmp_path / "a", tmp_path / "b")]
+    assert set(drawn[0]["arr_1"]) <= set(range(5))
+    np.testing.assert_array_equal(drawn[0]["arr_1"], drawn[1]["arr_1"])
+    assert np.abs(drawn[0]["arr_0"].astype(int) - drawn[1]["arr_0"]).max() <= 1
 
 
 def test_the_card_tells_of_the_run_rather_than_of_the_configuration(tmp_path):

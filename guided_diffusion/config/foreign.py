@@ -15,6 +15,9 @@ from .adm_diffusers import adm_keys
 from .architectures import DiTArchitecture, UNet2DArchitecture, own_keys
 from .settings import MOST_STEPS, PREDICTION_TYPES, Architecture
 
+NULL_CLASS = (
+    "_null_class"  # of a UNet2DModel that we export; diffusers keeps keys that begin so and heeds none
+)
 _SCHEDULES = {"linear": "linear", "scaled_linear": "scaled_linear", "squaredcos_cap_v2": "cosine"}
 # Those whose betas are of a process trained in discrete steps. The former two clip the predicted x_0 unless
 # they say they do not; the others have no such choice.
@@ -52,7 +55,7 @@ def folder_keys(folder: ModelFolder, given: Mapping[str, Any]) -> dict[str, Any]
         folder: the folder.
         given: the section's own keys: `architecture` chooses among those that can read the folder's network,
             `image_size` where the folder does not say it, `null_class` whether a UNet2DModel's last label is
-            that, `vae_path` the space of a network without pipeline.
+            that (an export of ours says so itself), `vae_path` the space of a network without pipeline.
 
     Raises:
         UserError: something that is not expressed here, or weights that do not fit the description.
@@ -199,7 +202,8 @@ def _unet(
     config.require("class_embed_type")
     config.require("time_embedding_type", "positional", "learned")
     keys = _own(config, UNet2DArchitecture)
-    classes = _classes(config.get("num_class_embeds", None, int), null_class=bool(given.get("null_class")))
+    null_class = given.get("null_class", config.truth(NULL_CLASS, False))
+    classes = _classes(config.get("num_class_embeds", None, int), null_class=bool(null_class))
     settings = UNet2DArchitecture(**{"image_size": size, **classes, **keys})
     settings.check(config.where)
     made = settings.config(channels, out_channels)

@@ -9,6 +9,7 @@ from typing import Any
 import torch as th
 from safetensors import SafetensorError
 
+from ..config.foreign import NULL_CLASS
 from ..config.settings import Denoiser, Experiment
 from ..errors import UserError, first_line
 from ..io.description import read_description
@@ -61,6 +62,8 @@ def export_pipeline(
         raise UserError(f"{weights}: cannot be expressed in diffusers: {error}") from None
     model = getattr(diffusers, theirs.class_name)(**theirs.config)
     model.load_state_dict(theirs.state)
+    if student.architecture.has_null_class and theirs.class_name == "UNet2DModel":
+        model.register_to_config(**{NULL_CLASS: True})
     pipeline = _pipeline(diffusers, model, scheduler, student)
 
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -253,7 +256,7 @@ def model_card(
         "",
         f"A {theirs.class_name} for {size}x{size} images"
         + (f" of {classes} classes" if classes else "")
-        + (f" (label {classes}: no class{_told_by_key(theirs)})" if architecture.has_null_class else "")
+        + (f" (label {classes}: no class)" if architecture.has_null_class else "")
         + f", {sum(v.numel() for v in theirs.state.values()) / 1e6:.2f}M parameters.",
         "",
         *(f"- {key}: {value}" for key, value in _facts(experiment, weights, description).items()),
@@ -270,11 +273,6 @@ def model_card(
         "",
     ]
     return "\n".join(lines)
-
-
-def _told_by_key(theirs: ForDiffusers) -> str:
-    """What our commands must be told of a network's null class: a transformer has one in any case."""
-    return ", which null_class=true says to TCCD's commands" if theirs.class_name == "UNet2DModel" else ""
 
 
 def _facts(experiment: Experiment, weights: Path, description: dict[str, Any]) -> dict[str, Any]:
