@@ -33,9 +33,8 @@ def folder_images(root: Path, size: int) -> ImageSet:
         raise UserError(f"no such folder: {root}")
     paths = list_images(root)
     told = len({path.parent for path in paths}) > 1 or all("_" in path.name for path in paths)
-    names = class_names(paths) if told else []
-    numbers = {name: i for i, name in enumerate(sorted(set(names)))}
-    labels = np.array([numbers[name] for name in names], np.int64) if len(numbers) > 1 else None
+    classes, numbers = np.unique(class_names(paths) if told else [], return_inverse=True)
+    labels = numbers if len(classes) > 1 else None
 
     def blocks() -> Iterator[tuple[np.ndarray, np.ndarray | None]]:
         for start in range(0, len(paths), BLOCK):

@@ -68,6 +68,8 @@ def open_dataset(data_dir: str | Path, image_size: int, class_cond: bool) -> Ima
         raise UserError(f"no such dataset: {path}")
     # The evaluator's statistics lie beside what they are of.
     if shards := sorted(p for p in path.glob("*.npz") if not p.name.endswith(".ref-stats.npz")):
+        if dist_util.rank() == 0 and any(p.suffix.lower() in IMAGE_SUFFIXES for p in path.iterdir()):
+            warn(f"{path}: its .npz files are the dataset, the images beside them are not read")
         return ArrayDataset(shards, image_size, class_cond)
     return FolderDataset(path, image_size, class_cond)
 
@@ -123,10 +125,8 @@ class FolderDataset:
         self.labels = np.zeros(len(self.paths), np.int64)
         self.num_classes = 0
         if class_cond:
-            names = class_names(self.paths)
-            numbers = {name: i for i, name in enumerate(sorted(set(names)))}
-            self.labels = np.array([numbers[name] for name in names], np.int64)
-            self.num_classes = len(numbers)
+            classes, self.labels = np.unique(class_names(self.paths), return_inverse=True)
+            self.num_classes = len(classes)
 
     def __len__(self) -> int:
         return len(self.paths)

@@ -131,6 +131,15 @@ def test_bad_archives_are_refused_by_name(tmp_path):
 # --- folders ---------------------------------------------------------------------------------------
 
 
+def test_images_beside_an_archive_are_told_to_be_left_out(tmp_path, capsys):
+    write_npz(tmp_path / "set.npz", numbered(3))
+    open_dataset(tmp_path, 4, class_cond=False)
+    assert capsys.readouterr().err == ""
+    write_images(tmp_path, ["a.png"])
+    assert len(open_dataset(tmp_path, 4, class_cond=False)) == 3
+    assert "images beside them are not read" in capsys.readouterr().err
+
+
 def test_a_folder_per_class(tmp_path, capsys):
     write_images(tmp_path, ["zebra/b.png", "ant/10.png", "ant/2.bmp", "deep/er/bee/x.PNG"])
     (tmp_path / "ant/readme.txt").write_text("no image")
