@@ -200,10 +200,11 @@ class TrainLoop:
         contrastive term differs, since it sees no more than its own microbatch's negatives. Non-finite
         gradients leave the weights as they are.
         """
-        self._set_lr()
+        rate = self._learning_rate()
         found = self._gradients(batch)
         dist_util.average_gradients(self.parameters)
-        self.metrics.take(found | self._update(self._learning_rate()))
+        self.metrics.take(found | self._update(rate if self._lr is None else self._lr.fill_(rate)))
+        self._set_lr(rate)  # the number again, for the log and checkpoints
         self.step += 1
 
     def _all_gradients(self, batch: Any) -> dict[str, th.Tensor]:
@@ -224,8 +225,7 @@ class TrainLoop:
 
     def _new_weights(self, rate: float | th.Tensor) -> dict[str, th.Tensor]:
         """The optimizer's step at this learning rate, and the averages'; the sums for the log."""
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
+        self._set_lr(rate)
         skipped, norm = self._optimizer_step()
         for ema in self.emas.values():
             ema.update(skipped, self.step if self.run_settings.ema_warmup else None)
@@ -359,7 +359,7 @@ class TrainLoop:
         interval = self.run_settings.sample_interval
         return saved if interval == 0 else interval > 0 and self.step % interval == 0
 
-    def _set_lr(self) -> None:
+    def _learning_rate(self) -> float:
         """This iteration's learning rate: linear warm-up times ADM's linear annealing.
 
         ADM lowers the rate after each step by the steps done before that one, so it lags one step behind.
@@ -369,18 +369,16 @@ class TrainLoop:
             factor = max(0.0, 1 - max(0, self.step - 1) / self.training.lr_anneal_steps)
         if self.run_settings.warmup_steps:
             factor *= min(1.0, (self.step + 1) / self.run_settings.warmup_steps)
+        return self.training.lr * factor
+
+    def _set_lr(self, rate: float | th.Tensor) -> None:
         for group in self.optimizer.param_groups:
-            group["lr"] = self.training.lr * factor
+            group["lr"] = rate
 
     def _can_be_captured(self) -> bool:
         """Whether iterations may be launched as CUDA graphs, which do the same every time."""
         asked = self.run_settings.cuda_graphs and not self.run_settings.ema_warmup
         return asked and self.network.capturable and self.objective.capturable
-
-    def _learning_rate(self) -> float | th.Tensor:
-        """The present learning rate, on a GPU as float32 [] in its place there."""
-        rate = self.optimizer.param_groups[0]["lr"]
-        return rate if self._lr is None else self._lr.fill_(rate)
 
     def _log(self, rate: float, seconds: float) -> None:
         """Record this step: `rate` in iterations per second, `seconds` of training so far."""

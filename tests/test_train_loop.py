@@ -7,6 +7,7 @@ from test_objectives import DKDM, build, loop_for, make_batch
 from tiny import denoiser, distillation, network, one_line_error
 
 from guided_diffusion.config.settings import Run
+from guided_diffusion.logger import RunLog, read_progress
 from guided_diffusion.networks.precision import compute_dtype
 from guided_diffusion.runs.checkpoint import complete_checkpoints
 from guided_diffusion.train_util import reseed
@@ -31,15 +32,25 @@ def test_learning_rate(tmp_path):
     loop = loop_for(model, diffusion, objective, tmp_path, lr=1.0, lr_anneal_steps=10)
     rates = []
     for loop.step in range(12):
-        loop._set_lr()
-        rates.append(loop.optimizer.param_groups[0]["lr"])
+        rates.append(loop._learning_rate())
     assert rates == pytest.approx([1.0, 1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1, 0.0])
     loop.training.lr_anneal_steps, loop.run_settings.warmup_steps = 0, 4
     rates = []
     for loop.step in range(6):
-        loop._set_lr()
-        rates.append(loop.optimizer.param_groups[0]["lr"])
+        rates.append(loop._learning_rate())
     assert rates == pytest.approx([0.25, 0.5, 0.75, 1.0, 1.0, 1.0])
+
+
+def test_a_learning_rate_on_the_device_is_logged_as_a_number(tmp_path):
+    """On a GPU the optimizer reads it there; rows of the log that are no numbers would be dropped."""
+    model, diffusion, objective = build()
+    loop = loop_for(model, diffusion, objective, tmp_path, lr=0.5)
+    loop.log, loop._lr = RunLog(tmp_path, active=True), th.zeros(())
+    loop.train_step(make_batch(diffusion))
+    loop._log(1.0, 2.0)
+    assert float(loop._lr) == 0.5
+    assert [row["lr"] for row in read_progress(tmp_path / "progress.csv")] == [0.5]
+    assert [group["lr"] for group in loop.optimizer.state_dict()["param_groups"]] == [0.5]
 
 
 def test_averages():
