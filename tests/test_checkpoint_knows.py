@@ -131,6 +131,12 @@ def test_a_checkpoint_needs_no_configuration_as_a_teacher(trained, tmp_path):
         load_distillation(config, ["teacher.diffusion_steps=30"])
 
 
+def test_a_checkpoint_below_the_home_folder_says_what_it_is(trained, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(trained))
+    (tmp_path / "c.yaml").write_text(yaml.safe_dump({"model_path": "~/run/ema_0.9_000002.pt"}))
+    assert load_experiment(tmp_path / "c.yaml").student.architecture.image_size == 8
+
+
 def test_other_images_begin_another_run(trained, tmp_path):
     """And where a directory is named, it says that they changed."""
     np.savez(tmp_path / "others.npz", np.load(trained / "images.npz")["arr_0"][::-1])

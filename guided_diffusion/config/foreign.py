@@ -4,13 +4,11 @@ A `UNet2DModel` that ADM's U-Net can express becomes one (`architecture: adm`); 
 `DiTTransformer2DModel`, runs as diffusers wrote it.
 """
 
-from collections.abc import Iterable, Mapping
-from pathlib import Path
+from collections.abc import Mapping
 from typing import Any
 
 from ..errors import UserError
-from ..io.model_folder import ModelFolder, fetch_from_hub, is_hub_name
-from ..io.remote import is_url
+from ..io.model_folder import ModelFolder
 from .adm_diffusers import adm_keys
 from .architectures import DiTArchitecture, UNet2DArchitecture, own_keys
 from .settings import MOST_STEPS, PREDICTION_TYPES, Architecture
@@ -29,23 +27,6 @@ _FIXED = {
     "fixed_large": False,
     "fixed_large_log": False,
 }
-
-
-def find_folder(name: str, roots: Iterable[Path]) -> Path | None:
-    """Find a model's folder by name: here, in one of `roots`, or on the Hub; None for a file, a URL, and a
-    name that the Hub cannot have.
-
-    Raises:
-        UserError: it may be a name of the Hub's, but there is no such model there either.
-    """
-    if not name or is_url(name):
-        return None
-    places = [Path(name), *(root / name for root in roots)]
-    if found := next((place for place in places if place.is_dir()), None):
-        return found
-    if any(place.is_file() for place in places) or not is_hub_name(name):
-        return None
-    return fetch_from_hub(name)
 
 
 def folder_keys(folder: ModelFolder, given: Mapping[str, Any]) -> dict[str, Any]:

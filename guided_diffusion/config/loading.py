@@ -31,10 +31,11 @@ from yaml import parse as parse_yaml  # type: ignore[attr-defined]
 
 from ..errors import UserError, first_line
 from ..io.files import folder_name, read_object
-from ..io.model_folder import read_model_folder
+from ..io.model_folder import fetch_from_hub, is_hub_name, read_model_folder
+from ..io.remote import is_url
 from ..io.shipped import IS_INSTALLED, SHIPPED
 from .described import described_keys
-from .foreign import find_folder, folder_keys
+from .foreign import folder_keys
 from .registry import ARCHITECTURES, OBJECTIVES, settings_of
 from .settings import (
     SECTIONS,
@@ -252,6 +253,21 @@ def input_folders(config: Path) -> list[Path]:
     return list(dict.fromkeys([Path.cwd(), project_root(config), config.resolve().parent]))
 
 
+def find_model(name: str, config: Path) -> Path | None:
+    """The file or folder that a configuration names as a model: in one of `input_folders`, in the library
+    (`model/digits_teacher.pt`), or fetched from the Hub; None for a URL, and where there is none.
+
+    Raises:
+        UserError: it may be a name of the Hub's, but there is no such model there either.
+    """
+    if not name or is_url(name):
+        return None
+    name = os.path.expanduser(name)
+    places = (Path(name), *(folder / name for folder in (*input_folders(config), SHIPPED)))
+    found = next((place for place in places if place.is_file() or place.is_dir()), None)
+    return fetch_from_hub(name) if found is None and is_hub_name(name) else found
+
+
 def experiment_keys(experiment: Experiment) -> dict[str, Any]:
     """The resolved configuration, section by section, as a file would give it."""
     if isinstance(experiment, DistillationExperiment):
@@ -416,16 +432,14 @@ def _build_found(
 
 def _found_keys(given: dict[str, Any], path: Path) -> dict[str, Any]:
     """What a section's model says of itself: a folder; where no network is configured, a checkpoint."""
-    model = str(given.get("model_path") or "")
-    if folder := find_folder(model, input_folders(path)):
-        return folder_keys(read_model_folder(folder), given)
-    places = (folder / model for folder in (*input_folders(path), SHIPPED))
-    file = next((place for place in places if place.is_file()), None)
-    if file is None or any(name == "architecture" or _architectures_with(name) for name in given):
+    model = find_model(str(given.get("model_path") or ""), path)
+    if model is not None and model.is_dir():
+        return folder_keys(read_model_folder(model), given)
+    if model is None or any(name == "architecture" or _architectures_with(name) for name in given):
         return {}
     from ..io.description import read_description  # which imports torch
 
-    return described_keys(read_description(file), file)
+    return described_keys(read_description(model), model)
 
 
 def _with_space(values: dict[str, Any], path: Path) -> dict[str, Any]:
@@ -435,7 +449,7 @@ def _with_space(values: dict[str, Any], path: Path) -> dict[str, Any]:
     """
     if not (name := values.get("vae_path")):
         return values
-    folders = [folder / str(name) for folder in input_folders(path)]
+    folders = [folder / os.path.expanduser(str(name)) for folder in input_folders(path)]
     found = next((str(folder.resolve()) for folder in folders if folder.is_dir()), name)
     return {"clip_denoised": False} | values | {"vae_path": found}
 

@@ -5,15 +5,12 @@ from pathlib import Path
 
 from ..errors import UserError
 from ..io.remote import is_url, local_path, normalised
-from ..io.shipped import SHIPPED
-from .foreign import find_folder
 from .known_models import download_hint
-from .loading import input_folders, project_root
+from .loading import find_model, input_folders, project_root
 
 
 def input_file(name: str, config: Path, what: str) -> str:
-    """The model a key or flag names: in one of `loading.input_folders`, in the library
-    (`model/digits_teacher.pt`), or on the Hub.
+    """The model a key or flag names; see `loading.find_model`.
 
     Returns:
         The path of an existing file or folder, or a URL, which `dist_util.local_copy` fetches.
@@ -25,13 +22,10 @@ def input_file(name: str, config: Path, what: str) -> str:
         raise UserError(f"{config}: {what} is not set")
     if is_url(name):
         return normalised(name)
-    name, folders = os.path.expanduser(name), input_folders(config)
-    for folder in (*folders, SHIPPED):
-        if (path := folder / name).is_file():
-            return name if folder == Path.cwd() else str(path)
-    if found := find_folder(name, folders):
+    if found := find_model(name, config):
         return str(found)
-    places = "" if Path(name).is_absolute() else f" in {', '.join(map(str, folders))}"
+    name = os.path.expanduser(name)
+    places = f" in {', '.join(map(str, input_folders(config)))}" if not Path(name).is_absolute() else ""
     raise UserError(f"{what}: no such file: {name}{places}{download_hint(name)}")
 
 
