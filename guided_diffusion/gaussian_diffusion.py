@@ -166,8 +166,8 @@ class GaussianDiffusion:
         self.rescale_timesteps = rescale_timesteps
         self.bounds = bounds
         betas = np.array(betas, dtype=np.float64)
-        if betas.ndim != 1 or not ((betas > 0) & (betas <= 1)).all():
-            raise ValueError("betas must be one-dimensional and within (0, 1]")
+        if betas.ndim != 1 or not len(betas) or not ((betas > 0) & (betas <= 1)).all():
+            raise ValueError("betas must be one-dimensional, within (0, 1], and at least one")
         self.betas = betas
         self.num_timesteps = len(betas)
         self.timestep_map = list(range(len(betas)) if timestep_map is None else timestep_map)

@@ -624,6 +624,13 @@ class TestRunner:
         with pytest.raises(CommandFailed, match="was stopped by somebody else"):
             Commands(tmp_path).run(tmp_path / "log", tmp_path / "stopped.py")
 
+    def test_what_a_command_says_in_other_bytes_is_told(self, tmp_path):
+        (tmp_path / "latin.py").write_text(
+            "import os, sys; os.write(2, b'error: no such file: \\xfc\\n'); sys.exit(1)"
+        )
+        with pytest.raises(CommandFailed, match=r"no such file: \\xfc"):
+            Commands(tmp_path).run(tmp_path / "log", tmp_path / "latin.py")
+
     def test_an_error_after_a_cell_is_told_and_the_others_run(self, tmp_path, ran, monkeypatch):
         def tidy(self):
             raise OSError("directory not empty")

@@ -90,6 +90,7 @@ def test_score_points_are_whole_iterations(tmp_path):
         ({"budgets": {"short": {"iterations": 4, "seconds": 1}}}, "budgets.short must be one of"),
         ({"budgets": {"short": {"iterations": 2.5}}}, "must be a positive number, not 2.5"),
         ({"score_at": [0.3]}, "4 iterations are no multiple of 10"),
+        ({"metrics": {"sets": 100}}, "metrics.sets must be at most 99, not 100"),  # the next seed's noise
         ({"score_at": [1.5]}, "score_at must be fractions"),
         ({"keep": "some"}, "keep must be little or all"),
         ({"config": "nowhere.yaml"}, "'nowhere.yaml' is to be found neither"),

@@ -9,6 +9,7 @@ import math
 import os
 import re
 import secrets
+import shutil
 import socket
 import struct
 import sys
@@ -197,7 +198,7 @@ def remove_leftovers(directory: Path, name: str = "") -> None:
     pattern = re.compile(rf"\.{re.escape(name)}.*\.\d+(-[0-9a-f]+)?\.tmp")
     for path in directory.glob(".*.tmp"):
         if pattern.fullmatch(path.name):
-            path.unlink(missing_ok=True)
+            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
 
 
 def sha256_of(path: str | os.PathLike) -> str:

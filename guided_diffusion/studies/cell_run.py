@@ -29,7 +29,7 @@ from .commands import CommandFailed, Commands, Steps
 from .comparison import Comparison, held_out_states
 from .ledger import Ledger, ledger_of
 from .results import plain, primary_name
-from .study_file import Study
+from .study_file import MOST_SETS, Study
 
 ScoreFiles = Callable[[Path, Path], dict[str, float]]
 _DIVERGED = "gradients were not finite"  # what train_util says of a run that gives up
@@ -199,7 +199,7 @@ class CellRun:
                 steps.add("seed", cell.seed)
                 config = folder / "teacher.yaml"
                 with steps.timed("prepare"):
-                    seed = _noise_seed(cell.seed, 99)  # not that of a set of samples that are scored
+                    seed = _noise_seed(cell.seed, MOST_SETS)  # not that of a set of samples that are scored
                     self._sample_teacher(config, count, data.respacing, folder / "teacher", seed)
                     synthetic = next((folder / "teacher").glob("samples_*.npz"))
                     self._command(
@@ -435,8 +435,8 @@ class CellRun:
 
 
 def _noise_seed(seed: int, number: int) -> int:
-    """The seed of a set of samples: another one for each of a study's seeds and each set."""
-    return 1000 + 100 * seed + number
+    """The seed of a set of samples, 0 to `MOST_SETS`: another one for each of a study's seeds and each set."""
+    return 1000 + (MOST_SETS + 1) * seed + number
 
 
 def _key(content: dict[str, Any]) -> str:

@@ -54,7 +54,7 @@ class Commands:
         """
         words = [str(SHIPPED / script), *map(str, arguments)]
         log.parent.mkdir(parents=True, exist_ok=True)
-        with open(log, "a+") as file:
+        with open(log, "a+", encoding="utf-8", errors="backslashreplace") as file:
             print(f"\n$ python {script} {' '.join(map(str, arguments))}", file=file, flush=True)
             start = file.tell()
             with self._lock:

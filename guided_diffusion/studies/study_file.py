@@ -18,6 +18,7 @@ _T = TypeVar("_T")
 _NAME = re.compile(r"[A-Za-z0-9][\w.+=-]*", re.ASCII)
 BUDGET_KINDS = ("iterations", "flops", "seconds")
 MOST_SEEDS = 20  # the exact test looks at all 2^n signs
+MOST_SETS = 99  # of samples, each of a seed of its own
 
 
 @dataclass(frozen=True)
@@ -210,6 +211,8 @@ def _check(study: Study) -> None:
     for name, value in vars(study.metrics).items():
         if name != "respacing" and value < (name in ("samples", "sets", "batch_size")):
             raise UserError(f"{study.path}: metrics.{name} must not be {value}")
+    if study.metrics.sets > MOST_SETS:
+        raise UserError(f"{study.path}: metrics.sets must be at most {MOST_SETS}, not {study.metrics.sets}")
     for budget in study.budgets.values():
         if budget.kind == "iterations" and budget.amount % study.divisor:
             raise UserError(
