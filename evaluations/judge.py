@@ -11,10 +11,9 @@ from guided_diffusion.io.image_sets import ImageArray
 from guided_diffusion.io.progress import warn
 
 from .evaluation import build_extractor, few, reference_images, require_scorable
-from .features import extract_features
 from .reference import load_reference
 from .results import values
-from .scoring import noise_of, score_set
+from .scoring import score_samples
 from .settings import Settings
 
 
@@ -58,7 +57,5 @@ class Judge:
             UserError: the network answered with NaN or infinity.
         """
         file = ImageArray(images, Path("the samples"))
-        samples = extract_features(self.extractor, file, self.settings.batch_size)
-        noise = noise_of(file, self.settings)
-        scores = values(score_set(self.reference, samples, noise, self.extractor, self.settings))
+        scores = values(score_samples(file, self.reference, self.extractor, self.settings)[0])
         return {"fd": scores.pop("fd" if self.is_digits else "fid")} | scores

@@ -5,7 +5,6 @@ class labels, and `answers_NAME` [M, ...] what a run keeps of the teacher's answ
 `DistillationBatch`. The header records what the pool belongs to, so that a wrong one is refused.
 """
 
-import json
 import os
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
@@ -15,22 +14,16 @@ from typing import Any
 
 import numpy as np
 import torch as th
-from safetensors.torch import save_file
 
 from ..config.settings import Process
 from ..errors import UserError
-from ..io.files import atomic_path
 from ..io.safe_pickle import load_arrays
-from ..io.safetensors_file import arrays_sha256, open_safetensors, require_checksum
+from ..io.safetensors_file import open_safetensors, read_about, read_arrays, write_arrays
 from .dynamic_batch import DistillationBatch, DynamicBatch
 
 _SUFFIX_OF_PART = ".part"
 _REQUIRED = ("total_t", "total_x_t_1")
 _ANSWERS = "answers_"
-_ARRAYS = (
-    *(*_REQUIRED, "total_y"),
-    *(f"{_ANSWERS}{field.name}" for field in fields(DistillationBatch)),
-)
 # What a pool says of itself only where it has it: one that does not say it has it not.
 _SAID_IF_SET = (
     *("beta_start", "beta_end", "sigma_small", "clip_denoised", "rescale_timesteps", "guidance_scale"),
@@ -51,9 +44,7 @@ def write_pool(path: str | os.PathLike, pools: list[DynamicBatch], belongs_to: M
     if answers:
         kept = vars(DistillationBatch.joined(answers))
         arrays |= {f"{_ANSWERS}{name}": value.cpu() for name, value in kept.items() if value is not None}
-    header = {"pool": json.dumps(dict(belongs_to)), "sha256": arrays_sha256(arrays)}
-    with atomic_path(path) as temporary:
-        save_file(arrays, temporary, metadata=header)
+    write_arrays(path, "pool", arrays, belongs_to)
 
 
 def read_pool(
@@ -154,11 +145,7 @@ def read_pool_header(path: str | os.PathLike) -> dict[str, Any]:
     Raises:
         UserError: a damaged file.
     """
-    path = Path(path)
-    if _is_pickle(path):
-        return {}
-    with open_safetensors(path, "pool") as file:
-        return _belongs_to(file)
+    return {} if _is_pickle(Path(path)) else _belongs_to(read_about(path, "pool"))
 
 
 def join_parts(
@@ -202,15 +189,13 @@ def _is_pickle(path: Path) -> bool:
     return start[:1] == b"\x80" and start[8:] != b"{"
 
 
-def _belongs_to(file: Any) -> dict[str, Any]:
-    belongs_to = json.loads((file.metadata() or {}).get("pool", "{}"))
-    if not isinstance(belongs_to, dict):
-        raise ValueError("its header does not say what it belongs to")
-    if "T" in belongs_to:  # earlier versions said betas too that are the schedule's own
-        names = [name for name in ("noise_schedule", "beta_start", "beta_end") if name in belongs_to]
-        process = Process(belongs_to["T"], **{name: belongs_to[name] for name in names})
-        return {k: v for k, v in belongs_to.items() if k not in names or getattr(process, k)}
-    return belongs_to
+def _belongs_to(about: dict[str, Any]) -> dict[str, Any]:
+    """What a pool says it belongs to; earlier versions said betas too that are the schedule's own."""
+    if "T" not in about:
+        return about
+    names = [name for name in ("noise_schedule", "beta_start", "beta_end") if name in about]
+    process = Process(about["T"], **{name: about[name] for name in names})
+    return {k: v for k, v in about.items() if k not in names or getattr(process, k)}
 
 
 def _require_pool(path: Path, names: Iterable[str]) -> None:
@@ -219,11 +204,9 @@ def _require_pool(path: Path, names: Iterable[str]) -> None:
 
 
 def _read_safetensors(path: Path) -> tuple[dict[str, th.Tensor], dict[str, Any]]:
-    with open_safetensors(path, "pool") as file:
-        _require_pool(path, file.keys())
-        arrays = {name: file.get_tensor(name) for name in _ARRAYS if name in file.keys()}  # noqa: SIM118
-        require_checksum(file, arrays)
-        return arrays, _belongs_to(file)
+    arrays, about = read_arrays(path, "pool")
+    _require_pool(path, arrays)
+    return arrays, _belongs_to(about)
 
 
 def _read_pickle(path: Path) -> tuple[dict[str, th.Tensor], dict[str, Any]]:

@@ -37,7 +37,6 @@ _DAMAGE = (
 )
 # An entry that unfolds into more than this must not be this many times larger than it is in the file.
 _BOMB_BYTES, _BOMB_RATIO = 64 << 20, 200
-_CHUNK = 1 << 20
 _MAX_TEXT = 1 << 20  # characters
 _UMASK = os.umask(0o077)  # which cannot be read without being set
 os.umask(_UMASK)
@@ -265,14 +264,12 @@ class NpzFile:
         Raises:
             UserError: there is none of that name, or the file is damaged.
         """
-        shape, dtype = self.require(name)
+        self.require(name)
         try:
             with zipfile.ZipFile(self.path) as archive, archive.open(f"{name}.npy") as stream:
-                _read_header(stream)
-                data = bytearray()
-                while chunk := stream.read(_CHUNK):  # at the end zipfile compares the checksum
-                    data += chunk
-                return np.frombuffer(data, dtype, math.prod(shape)).reshape(shape)
+                array = npy_format.read_array(stream, allow_pickle=False)
+                stream.read(1)  # at the end zipfile compares the checksum
+                return array
         except _DAMAGE as error:
             raise UserError(f"{self.path}: damaged archive ({first_line(error)})") from None
 

@@ -1,6 +1,7 @@
 """Safetensors files: a header of names, types, shapes and text, then plain numbers. None can run."""
 
 import hashlib
+import json
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -9,8 +10,10 @@ from typing import Any
 
 import torch as th
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 
 from ..errors import UserError, first_line
+from .files import atomic_path
 
 
 @contextmanager
@@ -56,21 +59,53 @@ def read_metadata(path: str | os.PathLike) -> dict[str, str]:
         return dict(file.metadata() or {})
 
 
-def arrays_sha256(arrays: Mapping[str, th.Tensor]) -> str:
+def write_arrays(
+    path: str | os.PathLike, what: str, arrays: Mapping[str, th.Tensor], about: Mapping[str, Any]
+) -> None:
+    """Write named arrays, which are on the CPU, and `about`, what the file says of itself; atomically.
+
+    The header has `about` as JSON under the name `what`, and a checksum of the arrays.
+    """
+    header = {what: json.dumps(dict(about)), "sha256": _arrays_sha256(arrays)}
+    with atomic_path(path) as temporary:
+        save_file(dict(arrays), temporary, metadata=header)
+
+
+def read_arrays(path: str | os.PathLike, what: str) -> tuple[dict[str, th.Tensor], dict[str, Any]]:
+    """The arrays that `write_arrays` wrote, which are the mapped file, and what it says of itself or {}.
+
+    Raises:
+        UserError: missing or damaged file.
+    """
+    with open_safetensors(path, what) as file:
+        arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        checksum = (file.metadata() or {}).get("sha256")  # older files have none
+        if checksum is not None and checksum != _arrays_sha256(arrays):
+            raise ValueError("its contents do not have their checksum")
+        return arrays, _about(file, what)
+
+
+def read_about(path: str | os.PathLike, what: str) -> dict[str, Any]:
+    """What a file of `write_arrays` says of itself; its arrays are not read.
+
+    Raises:
+        UserError: missing or damaged file.
+    """
+    with open_safetensors(path, what) as file:
+        return _about(file, what)
+
+
+def _about(file: Any, what: str) -> dict[str, Any]:
+    about = json.loads((file.metadata() or {}).get(what, "{}"))
+    if not isinstance(about, dict):
+        raise ValueError("its header does not say what it belongs to")
+    return about
+
+
+def _arrays_sha256(arrays: Mapping[str, th.Tensor]) -> str:
     """SHA-256 of named arrays on the CPU: names, dtypes, shapes and contents."""
     digest = hashlib.sha256()
     for name in sorted(arrays):
         digest.update(f"{name} {arrays[name].dtype} {list(arrays[name].shape)}".encode())
         digest.update(arrays[name].contiguous().reshape(-1).view(th.uint8).numpy().data)
     return digest.hexdigest()
-
-
-def require_checksum(file: Any, arrays: Mapping[str, th.Tensor]) -> None:
-    """Compare a file's arrays with the `arrays_sha256` in its header; older files have none.
-
-    Raises:
-        ValueError: they differ.
-    """
-    checksum = (file.metadata() or {}).get("sha256")
-    if checksum is not None and checksum != arrays_sha256(arrays):
-        raise ValueError("its contents do not have their checksum")

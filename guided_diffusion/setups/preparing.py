@@ -5,7 +5,6 @@ same command goes on from there as if it had never stopped, to the last bit.
 """
 
 import glob
-import json
 import math
 import shutil
 from collections.abc import Mapping
@@ -13,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import torch as th
-from safetensors.torch import save_file
 
 from .. import dist_util
 from ..config.settings import DistillationExperiment
@@ -21,9 +19,9 @@ from ..distill.dynamic_batch import DynamicBatch, draw_goals, pool_size, prepare
 from ..distill.pool_file import join_parts, part_path, read_pool, require_replaceable, write_pool
 from ..distill.teacher import Teacher
 from ..errors import UserError
-from ..io.files import atomic_path, remove_leftovers
+from ..io.files import remove_leftovers
 from ..io.progress import Progress, say, warn
-from ..io.safetensors_file import arrays_sha256, open_safetensors, require_checksum
+from ..io.safetensors_file import read_arrays, write_arrays
 from ..processes.stopping import Stopped, StopSignals
 from ..train_util import reseed
 from .distillation import load_teacher, noise_pool, pool_file, pool_identity, pool_seed, stored
@@ -160,10 +158,7 @@ def _write_partial(path: Path, pool: DynamicBatch, goal: th.Tensor, belongs_to: 
         arrays["y"] = pool.y
     if dist_util.dev().type == "cuda":
         arrays["random_cuda"] = th.cuda.get_rng_state(dist_util.dev())
-    arrays = {name: array.cpu() for name, array in arrays.items()}
-    header = {"preparation": json.dumps(dict(belongs_to)), "sha256": arrays_sha256(arrays)}
-    with atomic_path(path) as temporary:
-        save_file(arrays, temporary, metadata=header)
+    write_arrays(path, "preparation", {name: array.cpu() for name, array in arrays.items()}, belongs_to)
 
 
 def _read_partial(
@@ -177,10 +172,7 @@ def _read_partial(
     if not path.is_file():
         return None
     try:
-        with open_safetensors(path, "preparation") as file:
-            before = dict(json.loads((file.metadata() or {})["preparation"]))
-            arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-            require_checksum(file, arrays)
+        arrays, before = read_arrays(path, "preparation")
     except UserError as error:
         warn(f"{error}; preparing anew")
         return None

@@ -435,7 +435,7 @@ class CellRun:
 
 
 def _noise_seed(seed: int, number: int) -> int:
-    """The seed of a set of samples, 0 to `MOST_SETS`: another one for each of a study's seeds and each set."""
+    """The seed of a set of samples, 0 to `MOST_SETS`; no two of a study are equal."""
     return 1000 + (MOST_SETS + 1) * seed + number
 
 
