@@ -1,5 +1,8 @@
 """Mistakes of the user's, told in one line."""
 
+import difflib
+from collections.abc import Collection
+
 
 class UserError(Exception):
     """A mistake the user can mend: shown as one clear line, without a traceback, exit status 1."""
@@ -8,6 +11,12 @@ class UserError(Exception):
 def first_line(error: BaseException) -> str:
     """The first line of what an error says; its kind where it says nothing."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def suggestion(name: str, known: Collection[str]) -> str:
+    """What to say of a name that is not known: the one most like it, or all that there are."""
+    nearest = difflib.get_close_matches(name, known, n=1, cutoff=0.4)
+    return f"did you mean '{nearest[0]}'?" if nearest else f"there are {', '.join(known)}"
 
 
 def message_of(error: Exception) -> str:

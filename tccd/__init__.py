@@ -4,14 +4,13 @@ In a wheel this package also holds the folders scripts/, datasets/, yaml/ and mo
 """
 
 import ast
-import difflib
 import importlib.util
 import sys
 from pathlib import Path
 from types import ModuleType
 
 from guided_diffusion import __version__
-from guided_diffusion.errors import UserError
+from guided_diffusion.errors import UserError, suggestion
 from guided_diffusion.io.shipped import LIBRARY, SHIPPED
 from guided_diffusion.processes.launch import run_script
 
@@ -80,9 +79,7 @@ def _run(name: str) -> None:
         UserError: there is no such command; or whatever the script raises.
     """
     if name not in COMMANDS:
-        nearest = difflib.get_close_matches(name, COMMANDS, n=1)
-        hint = f"did you mean '{nearest[0]}'?" if nearest else f"there are {', '.join(COMMANDS)}"
-        raise UserError(f"tccd: no command '{name}'; {hint}")
+        raise UserError(f"tccd: no command '{name}'; {suggestion(name, COMMANDS)}")
     sys.argv = [f"tccd {name}", *sys.argv[2:]]
     _load(COMMANDS[name]).main()
 

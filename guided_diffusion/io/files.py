@@ -201,8 +201,12 @@ def remove_leftovers(directory: Path, name: str = "") -> None:
 
 
 def sha256_of(path: str | os.PathLike) -> str:
-    """SHA-256 of a file's contents, as 64 hexadecimal digits, read in chunks."""
-    digest = hashlib.sha256()
+    """SHA-256 of a file's contents, as 64 hexadecimal digits."""
+    return digest_of(path, hashlib.sha256())
+
+
+def digest_of(path: str | os.PathLike, digest: Any) -> str:
+    """A file's contents, read in chunks, by one of hashlib's objects; in hexadecimal digits."""
     with open(path, "rb") as file:
         while chunk := file.read(1 << 20):
             digest.update(chunk)

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import UserError
-from .files import atomic_path
+from .files import atomic_path, digest_of
 
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
 _AZURE = re.compile(r"https://([^/.]+)\.blob\.core\.windows\.net/")
@@ -119,7 +119,10 @@ class Folder:
         """Copy a file here; `path` appears once its contents agree with what the store says of them."""
         with atomic_path(path) as temporary:
             self._do("copy", self._path(name), str(temporary.absolute()))
-            if temporary.stat().st_size != file.size or file.md5 not in (None, _md5(temporary)):
+            if temporary.stat().st_size != file.size or file.md5 not in (
+                None,
+                digest_of(temporary, hashlib.md5(usedforsecurity=False)),
+            ):
                 raise RemoteError(f"{self._path(name)}: arrived damaged, or changed meanwhile")
 
     def upload(self, path: Path) -> None:
@@ -191,11 +194,3 @@ def _store() -> Any:
         log_callback=logger.debug,  # of every retry; what fails in the end is told
         save_access_token_to_disk=False,
     )
-
-
-def _md5(path: Path) -> str:
-    digest = hashlib.md5(usedforsecurity=False)
-    with open(path, "rb") as file:
-        while chunk := file.read(1 << 20):
-            digest.update(chunk)
-    return digest.hexdigest()

@@ -107,7 +107,7 @@ def start_run(
 
 def _mirror(experiment: Experiment, args: argparse.Namespace) -> Mirror | None:
     """The copy that the run's directory has, if `--exp_dir`, or else `--resume_checkpoint`, is a URL."""
-    wanted = args.resume_checkpoint or experiment.student.training.resume_checkpoint
+    wanted = _named_checkpoint(experiment, args)
     if args.exp_dir is None and is_url(wanted):
         url = run_url(wanted)
     elif args.exp_dir is not None and is_url(args.exp_dir):
@@ -117,6 +117,11 @@ def _mirror(experiment: Experiment, args: argparse.Namespace) -> Mirror | None:
     return Mirror(
         url, paths.remote_path(args.config), Retention.of(experiment.student.training, experiment.run)
     )
+
+
+def _named_checkpoint(experiment: Experiment, args: argparse.Namespace) -> str:
+    """The checkpoint, or the run, from which the command or the configuration says to go on; "" for none."""
+    return args.resume_checkpoint or experiment.student.training.resume_checkpoint
 
 
 @contextmanager
@@ -167,7 +172,7 @@ def _recorded(
     if launch.rank == 0:
         remove_leftovers(directory)
         record |= _starts(directory)
-        wanted = args.resume_checkpoint or experiment.student.training.resume_checkpoint
+        wanted = _named_checkpoint(experiment, args)
         own = start.resume is not None and start.resume.directory == directory
         names_itself = own and Path(wanted).suffix not in (".pt", ".safetensors")
         record["began_from"] = _began_from(directory) if names_itself else wanted
@@ -290,7 +295,7 @@ def _find(
     kind: str, experiment: Experiment, args: argparse.Namespace, mirror: Mirror | None, lock: ExitStack
 ) -> tuple[Path, Checkpoint | None]:
     own = mirror.directory if mirror else local_path(args.exp_dir) if args.exp_dir else None
-    wanted = args.resume_checkpoint or experiment.student.training.resume_checkpoint
+    wanted = _named_checkpoint(experiment, args)
     if wanted and not (mirror and is_url(wanted) and normalised(wanted) == mirror.url):
         named = _open_named(wanted, args.config)
         directory = _hold(own or named.directory, lock)
@@ -383,7 +388,7 @@ def _unfinished(
             except (UserError, PermissionError):
                 continue  # another process's, or another user's
             newest = newest_checkpoint(directory)
-            if newest is not None and _ended(directory) != "finished":  # it may just have done so
+            if newest is not None and _read(directory)["ended"] != "finished":  # it may just have done so
                 lock.enter_context(attempt.pop_all())
                 return directory, newest
     return None
@@ -398,8 +403,9 @@ def _of_configuration(parent: Path, experiment: Experiment, data: dict[str, str]
                 begun.append(((directory / "run.json").stat().st_mtime, directory))
     for _, directory in sorted(begun, reverse=True):
         try:
-            same_data = (data | _read(directory)).get("data_dir") == data.get("data_dir")
-            wanted = same_data and _ended(directory) != "finished" and _is_of(directory, experiment)
+            record = _read(directory)
+            same_data = (data | record).get("data_dir") == data.get("data_dir")
+            wanted = same_data and record["ended"] != "finished" and _is_of(directory, experiment)
         except (OSError, ValueError, UserError):
             continue  # not a run of ours
         if wanted:
@@ -459,9 +465,7 @@ def _data(args: argparse.Namespace) -> dict[str, str]:
 
 def _starts(directory: Path) -> dict[str, Any]:
     """When the run in a directory first started, and when it was started again."""
-    try:
-        earlier = _read(directory)
-    except (OSError, ValueError):
+    if not (earlier := _record_of(directory)):
         return {"started": _now(), "resumed": []}
     return {"started": earlier["started"], "resumed": [*earlier.get("resumed", []), _now()]}
 
@@ -479,31 +483,18 @@ def _record_of(directory: Path) -> dict[str, Any]:
         return {}
 
 
-def _ended(directory: Path) -> str:
-    """How a run ended; raises as `_read`."""
-    return _read(directory)["ended"]
-
-
 def _write_end(directory: Path, record: dict[str, Any], reason: str) -> None:
     """Record why a run ended, unless a rank did already: the first reason is the cause of the others."""
-    try:
-        present = _read(directory)
-    except (OSError, ValueError):
-        present = record | {"ended": _NOT_YET}
+    present = _record_of(directory) or record | {"ended": _NOT_YET}
     if present["ended"] == _NOT_YET:
         _write(directory, present | _ending(reason))
 
 
 def _write_finished(directory: Path, record: dict[str, Any] | None) -> None:
     """Record that a run has finished; if it had nothing left to do (None), unless it is known already."""
-    if record is None:
-        try:
-            record = _read(directory)
-        except (OSError, ValueError):
-            return  # an original's run
-        if record["ended"] == "finished":
-            return
-    _write(directory, record | _ending("finished"))
+    record = record or _record_of(directory)  # an original's run has none
+    if record and record.get("ended") != "finished":
+        _write(directory, record | _ending("finished"))
 
 
 def _ending(reason: str) -> dict[str, str]:

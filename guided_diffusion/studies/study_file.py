@@ -1,7 +1,6 @@
 """What a study file says, checked before anything is run. Imports no torch."""
 
 import dataclasses
-import difflib
 import math
 import re
 from collections.abc import Mapping
@@ -12,7 +11,7 @@ from typing import Any, TypeVar
 
 from ..config.loading import load_distillation, read_mapping, resolve_path
 from ..config.settings import DistillationExperiment
-from ..errors import UserError
+from ..errors import UserError, suggestion
 
 _T = TypeVar("_T")
 _NAME = re.compile(r"[A-Za-z0-9][\w.+=-]*", re.ASCII)
@@ -351,8 +350,7 @@ def _require_known(values: Mapping[str, Any], known: set[str], path: Path, where
 
 
 def _unknown(path: Path, what: str, name: Any, known: Any) -> UserError:
-    nearest = difflib.get_close_matches(str(name), list(known), n=1, cutoff=0.4)
-    hint = f"did you mean '{nearest[0]}'?" if nearest else f"there are {', '.join(known)}"
+    hint = suggestion(str(name), known)
     return UserError(
         f"{path}: {what} '{name}': {hint}" if " " in what else f"{path}: {what}: no '{name}'; {hint}"
     )

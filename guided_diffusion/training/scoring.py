@@ -143,8 +143,6 @@ class Scorer:
                     batch[: len(indices)] = sample_images(
                         network, self.process, self.space, indices, seed=self.run.seed
                     )[0]
-                together = dist_util.all_gather(th.from_numpy(batch)).numpy()[: count - start]
-                if rank == 0:
-                    kept.append(together)
-                progress.advance(len(together))
+                kept.append(dist_util.gather(th.from_numpy(batch)).numpy()[: count - start])
+                progress.advance(len(kept[-1]))
         return np.concatenate(kept)
