@@ -223,6 +223,62 @@ def _grids(experiment: DistillationExperiment, teacher: Teacher) -> Grids | None
     return Grids(own, teacher.space, run.num_samples, run.seed, (teacher.network, theirs))
 
 
+def _student(
+    experiment: DistillationExperiment,
+    teacher: Teacher,
+    weights: Path,
+    log: RunLog,
+    initial: Path | None,
+    resume: Checkpoint | None,
+) -> tuple[DenoisingNetwork, SpacedDiffusion, Distillation]:
+    """The student with its first weights, its process and its objective, on the device."""
+    student = experiment.student
+    reseed(experiment.run.seed, 0, 2**32 - 2)  # the same initial weights on every rank
+    network, process = build_network(student, "student.")
+    objective = build_objective(experiment, teacher, network, process)
+    if resume is not None:
+        require_agreement(student, resume.path("model"), "student.")
+    elif initial is not None:
+        require_agreement(student, initial, "student.")
+        if head := load_network(network, initial):
+            objective.load_foreign_head(head, initial)
+    elif experiment.distill.initial_weights == "teacher":
+        select_weights(network, experiment, weights)
+        log.info("the student's first weights are selected from the teacher's")
+    place(network, student.architecture.use_fp16, experiment.run)
+    return network, process, objective.to(dist_util.dev())
+
+
+def _kept_pool(
+    experiment: DistillationExperiment,
+    path: Path,
+    belongs_to: dict[str, Any],
+    teacher: Teacher,
+    batch_size: int,
+    log: RunLog,
+) -> DynamicBatch:
+    """This rank's share of the pool that a checkpoint keeps."""
+    rank, world, total = dist_util.rank(), dist_util.world_size(), teacher.process.num_timesteps
+    says = "teacher_sha256" in read_pool_header(path)  # one of an earlier version does not
+    expected = belongs_to if says else None
+    pool = read_pool(path, total, teacher.space.shape, expected=expected, rank=rank, world_size=world)
+    configured = pool_size(experiment.teacher.iter_choice, experiment.teacher.BATCH, total, batch_size)
+    if len(pool) != configured:
+        log.info(
+            f"the pool stays the checkpoint's, {len(pool)} samples per rank, though teacher.BATCH, "
+            f"student.batch_size and teacher.iter_choice say {configured}"
+        )
+    return pool
+
+
+def _compared(experiment: DistillationExperiment, batch_size: int) -> int:
+    """How many samples stage 1 compares with each other."""
+    microbatch = experiment.student.training.microbatch
+    piece = batch_size if microbatch < 1 else min(microbatch, batch_size)
+    compared = share_of(experiment.distill.stage1_fraction, piece)
+    return compared * (dist_util.world_size() if experiment.distill.gather_negatives else 1)
+
+
 def distillation_loop(
     experiment: DistillationExperiment,
     *,
@@ -251,53 +307,26 @@ def distillation_loop(
     Raises:
         UserError: files that are missing, damaged or of something else, or settings that contradict another.
     """
-    student, run, device = experiment.student, experiment.run, dist_util.dev()
+    student, run = experiment.student, experiment.run
     teacher, belongs_to = load_teacher(experiment, weights), teacher_identity(experiment, weights)
     scorer = None
     if load_judge is not None:
         scorer = Scorer(load_judge, run, sampling_process(student, run), teacher.space, batch_size)
-    reseed(run.seed, 0, 2**32 - 2)  # the same initial weights on every rank
-    network, process = build_network(student, "student.")
-    objective = build_objective(experiment, teacher, network, process)
-    if resume is not None:
-        require_agreement(student, resume.path("model"), "student.")
-    elif initial is not None:
-        require_agreement(student, initial, "student.")
-        if head := load_network(network, initial):
-            objective.load_foreign_head(head, initial)
-    elif experiment.distill.initial_weights == "teacher":
-        select_weights(network, experiment, weights)
-        log.info("the student's first weights are selected from the teacher's")
-    place(network, student.architecture.use_fp16, run)
-    objective.to(device)
-
+    network, process, objective = _student(experiment, teacher, weights, log, initial, resume)
     if resume is not None and resume.has("pool"):
-        rank, world = dist_util.rank(), dist_util.world_size()
-        kept, total = resume.path("pool"), teacher.process.num_timesteps
-        says = "teacher_sha256" in read_pool_header(kept)  # one of an earlier version does not
-        expected = belongs_to if says else None
-        pool = read_pool(kept, total, teacher.space.shape, expected=expected, rank=rank, world_size=world)
-        configured = pool_size(experiment.teacher.iter_choice, experiment.teacher.BATCH, total, batch_size)
-        if len(pool) != configured:
-            log.info(
-                f"the pool stays the checkpoint's, {len(pool)} samples per rank, though teacher.BATCH, "
-                f"student.batch_size and teacher.iter_choice say {configured}"
-            )
+        pool = _kept_pool(experiment, resume.path("pool"), belongs_to, teacher, batch_size, log)
     else:
         pool = open_pool(experiment, weights, pool_path, teacher, batch_size)
     pool = stored(pool, experiment)
     if len(pool) < batch_size:
         raise UserError(f"the pool's {len(pool)} samples per rank are fewer than the batch's {batch_size}")
-
     count = sum(p.numel() for p in network.parameters())
     log.info(
         f"objective: {objective.describe()}; student {count / 1e6:.2f}M parameters; pool of {len(pool)} "
-        f"samples per rank (seed {pool_seed(experiment)}); {network.compute_dtype} arithmetic on {device}"
+        f"samples per rank (seed {pool_seed(experiment)}); {network.compute_dtype} arithmetic on "
+        f"{dist_util.dev()}"
     )
-    piece = batch_size if student.training.microbatch < 1 else min(student.training.microbatch, batch_size)
-    compared = share_of(experiment.distill.stage1_fraction, piece)
-    compared *= dist_util.world_size() if experiment.distill.gather_negatives else 1
-    if objective.noise_encoder is not None and compared == 1:
+    if objective.noise_encoder is not None and _compared(experiment, batch_size) == 1:
         log.info(
             "WARNING: stage 1 compares a sample with the others of its piece, and there are none: it trains "
             "nothing with this student.batch_size, student.microbatch and distill.stage1_fraction"
