@@ -29,7 +29,11 @@ from .processes.stopping import ranks_have_met
 
 _T = TypeVar("_T")
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # glibc's malloc.h
-_state: dict[str, Any] = {"device": th.device("cpu"), "launch": Launch("none", 0, 1, 0)}
+_state: dict[str, Any] = {
+    "device": th.device("cpu"),
+    "launch": Launch("none", 0, 1, 0),
+    "cores": usable_cores(),  # this rank's share of its host's
+}
 
 
 def setup_dist() -> Launch:
@@ -45,7 +49,7 @@ def setup_dist() -> Launch:
     _state["launch"] = launch
     if launch.world_size == 1:
         _state["device"] = _choose_device(0)
-        use_threads(max(1, round(since_start.free_cores())))
+        use_threads(round(since_start.free_cores()))
         return launch
     store, local_rank = meet(launch)
     _state["store"] = store
@@ -54,7 +58,8 @@ def setup_dist() -> Launch:
     ranks = introduce(store, launch, (socket.gethostname(), _gpu()))
     # Ranks share the host's cores; without this each would start a thread on every one.
     ranks_here = sum(host == socket.gethostname() for host, _ in ranks)
-    use_threads(max(1, min(usable_cores(), (os.cpu_count() or 1) // ranks_here)))
+    _state["cores"] = min(usable_cores(), (os.cpu_count() or 1) // ranks_here)
+    use_threads(_state["cores"])
     gpus = {gpu for _, gpu in ranks if gpu is not None}
     dist.init_process_group(
         "nccl" if len(gpus) == len(ranks) else "gloo",  # nccl refuses two ranks on one GPU
@@ -83,12 +88,13 @@ def _gpu() -> str | None:
 
 
 def use_threads(count: int) -> None:
-    """Compute with so many threads on a CPU, unless OMP_NUM_THREADS says how many.
+    """Compute with so many threads on a CPU, or as many as this rank has cores, if it has fewer; unless
+    OMP_NUM_THREADS says how many.
 
     What they sum up in another order differs in the last digits, so a run that is continued keeps its number.
     """
     if dev().type == "cpu" and "OMP_NUM_THREADS" not in os.environ:
-        th.set_num_threads(count)
+        th.set_num_threads(max(1, min(count, _state["cores"])))
 
 
 def _keep_freed_memory() -> None:

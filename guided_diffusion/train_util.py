@@ -433,8 +433,8 @@ class TrainLoop:
             load_strictly(self.objective, load_state_dict(path), path)
         except UserError as error:
             raise UserError(
-                f"{error}; a run goes on with the stages that it has: with others, begin from its weights "
-                "(student.model_path) in another --exp_dir"
+                f"{error}; a run goes on with the stages, or the schedule_sampler, that it has: with others, "
+                "begin from its weights (model_path) in another --exp_dir"
             ) from None
 
     def _load_optimizer(self, path: str | os.PathLike) -> None:

@@ -11,12 +11,14 @@ import os
 import signal
 import socket
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType, TracebackType
 from typing import Any
 
 EXIT_STOPPED = 75  # EX_TEMPFAIL of sysexits.h: run the same command again to continue
+ECHO = 2.0  # seconds in which more signals are the same one: launchers pass on what all processes got
 GRACE = 10.0  # seconds in which the main thread must act upon a signal outside `StopSignals`
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
@@ -35,7 +37,7 @@ class StoppedHere(Stopped):
 class StopSignals:
     """While the block runs, the first SIGTERM or SIGINT is remembered; the block sees to it.
 
-    A second signal ends the process at once, with status 128 + its number.
+    A second signal, later than `ECHO`, ends the process at once, with status 128 + its number.
 
     Attributes:
         received: the first signal's name, or "" before there was one.
@@ -100,6 +102,7 @@ class _State:
     """What has come, and whether a block sees to it."""
 
     received = ""
+    when = 0.0  # it came, on the monotonic clock
     remembered = False  # a block has been told
     blocks = 0  # that see to signals and are running now
     meeting = False  # other ranks are going to wait for this one
@@ -130,9 +133,12 @@ def _restore(before: dict[int, Any]) -> None:
 
 
 def _handle(number: int, frame: FrameType | None) -> None:
+    now = time.monotonic()
     if _state.received:
+        if now - _state.when < ECHO:
+            return
         os._exit(128 + number)
-    _state.received = signal.Signals(number).name
+    _state.received, _state.when = signal.Signals(number).name, now
     if _state.blocks:
         _state.remembered = True
     elif not _state.meeting and not _is_import(frame):
@@ -152,9 +158,9 @@ def _is_import(frame: FrameType | None) -> bool:
 
 def _watch(wakeup: socket.socket, end_all: Callable[[int], None]) -> None:
     """End the process at a second signal, and all ranks if the first is not acted upon."""
-    signals = 0
+    first: float | None = None  # when it came
     while True:
-        wakeup.settimeout(GRACE if signals and not _state.remembered else None)
+        wakeup.settimeout(GRACE if first is not None and not _state.remembered else None)
         try:
             received = wakeup.recv(16)
         except TimeoutError:
@@ -164,9 +170,10 @@ def _watch(wakeup: socket.socket, end_all: Callable[[int], None]) -> None:
         if not received:  # the other end is closed: another command runs in this process
             return
         arrived = [number for number in received if number in _SIGNALS]
-        signals += len(arrived)
-        if signals > 1:
+        if arrived and first is not None and time.monotonic() - first >= ECHO:
             os._exit(128 + arrived[-1])
+        if arrived and first is None:
+            first = time.monotonic()
 
 
 def ignore_signals(worker: int = 0) -> None:

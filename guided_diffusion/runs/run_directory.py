@@ -267,14 +267,16 @@ def _choose(
         return _Start(directory, has_been, resume)  # an original's run, which has none
     _require_same_kind(earlier, experiment, resume.directory)
     before_flips, record = _before_flips(resume.directory, experiment), _record_of(resume.directory)
-    threads = record.get("threads")
+    # Another number of ranks draws otherwise in any case, and leaves each other cores.
+    threads, ranks = record.get("threads"), record.get("ranks")
+    same_ranks = isinstance(ranks, list) and len(ranks) == dist_util.world_size()
     return _Start(
         directory,
         has_been,
         resume,
         _changes(earlier, experiment, record, _data(args)),
         before_flips and experiment.student.training.random_flip,
-        threads if type(threads) is int and threads > 0 else 0,
+        threads if type(threads) is int and same_ranks else 0,
     )
 
 

@@ -8,6 +8,7 @@ import glob
 import math
 import shutil
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from ..distill.dynamic_batch import DynamicBatch, draw_goals, pool_size, prepare
 from ..distill.pool_file import join_parts, part_path, read_pool, require_replaceable, write_pool
 from ..distill.teacher import Teacher
 from ..errors import UserError
-from ..io.files import remove_leftovers
+from ..io.files import held, remove_leftovers
 from ..io.progress import Progress, say, warn
 from ..io.safetensors_file import read_arrays, write_arrays
 from ..processes.stopping import Stopped, StopSignals
@@ -61,6 +62,9 @@ def prepare_pool(
         require_replaceable(path)
     elif path.is_file():
         read_pool(path, total, shape, expected=identity)
+        if rank == 0:
+            with suppress(UserError, OSError), held(path, patience=0.0):
+                _remove_shares(path)
         _say(f"{path} is already prepared for this configuration (--overwrite prepares it anew)")
         return
 
@@ -142,8 +146,14 @@ def _write(
         if first:
             if world > 1:
                 join_parts(path, total, shape, identity, world)
-            for left in path.parent.glob(f"{glob.escape(path.name)}.rank*.partial"):
-                left.unlink()
+            _remove_shares(path)
+
+
+def _remove_shares(path: Path) -> None:
+    """Remove what preparations that were stopped or killed have left of a pool that is there."""
+    for kind in ("part", "partial"):
+        for left in path.parent.glob(f"{glob.escape(path.name)}.rank*.{kind}"):
+            left.unlink()
 
 
 def _partial_path(path: Path, rank: int) -> Path:

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 from guided_diffusion import dist_util, train_util
 from guided_diffusion.errors import UserError
@@ -25,7 +26,12 @@ def faulty(loop):
             raise ValueError("a fault on rank 1")
         if fault == "mistake":
             raise UserError("a mistake on rank 1")
-        if fault.startswith("SIG"):
+        if fault == "SIGTERM to mpiexec too":
+            proxy = os.getppid()
+            os.kill(int(Path(f"/proc/{proxy}/stat").read_text().split()[3]), signal.SIGTERM)
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(1)  # for mpiexec to pass it on
+        elif fault.startswith("SIG"):
             os.kill(os.getpid(), getattr(signal, fault))
     return inner(loop)
 

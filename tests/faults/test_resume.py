@@ -2,6 +2,7 @@
 
 import datetime
 import json
+import os
 import random
 import tarfile
 import time
@@ -68,7 +69,10 @@ def test_killed_in_a_step_and_started_again(tmp_path, kind, ranks):
 def test_another_number_of_ranks_is_told(tmp_path):
     command = [*distil(tmp_path), "--exp_dir", tmp_path / "run"]
     run_ranks(tmp_path, 1, *command, "run.iterations=4")
-    text = run_ranks(tmp_path, 2, *command)
+    record = tmp_path / "run/run.json"
+    record.write_text(json.dumps(json.loads(record.read_text()) | {"threads": 100}))
+    text = run_ranks(tmp_path, 2, *command, tamper=lambda: os.environ.pop("OMP_NUM_THREADS", None))
+    assert json.loads(record.read_text())["threads"] <= max(1, os.cpu_count() // 2)
     assert "resumed from step 4" in text
     assert "the run had 1 rank(s), now 2: what is drawn at random differs from here on" in text
     assert newest_checkpoint(tmp_path / "run").step == 6
@@ -299,6 +303,16 @@ def test_preparing_clears_what_a_killed_one_left(tmp_path):
         path.write_bytes(b"half")
     assert run(tmp_path, "scripts/dynamic_prepare.py", "--config", config, "--overwrite")[0] == 0
     assert not left.exists() and other.exists() and not list(tmp_path.glob(".*.lock"))
+
+
+@pytest.mark.parametrize("flags", [[], ["--overwrite"]])
+def test_preparing_clears_the_parts_of_one_killed_while_they_were_joined(tmp_path, flags):
+    config = distil(tmp_path)[2]
+    (pool,) = tmp_path.glob("*.cache")
+    for rank in (0, 1):
+        (tmp_path / f"{pool.name}.rank{rank}.part").write_bytes(b"its share")
+    assert run(tmp_path, "scripts/dynamic_prepare.py", "--config", config, *flags)[0] == 0
+    assert pool.exists() and not list(tmp_path.glob("*.part"))
 
 
 def test_a_run_that_is_continued_keeps_its_first_start(tmp_path):

@@ -66,7 +66,11 @@ def test_the_step_is_finished_and_saved(tmp_path, name):
 @pytest.mark.parametrize("second, status", [("SIGTERM", 143), pytest.param("SIGINT", 130, marks=SLOW)])
 def test_a_second_signal_stops_at_once(tmp_path, second, status):
     command = [*distil(tmp_path), "--exp_dir", tmp_path / "run"]
-    tamper = signal_in_step(2, signal.SIGTERM, getattr(signal, second))
+
+    def tamper():
+        stopping.ECHO = 0.0
+        signal_in_step(2, signal.SIGTERM, getattr(signal, second))()
+
     code, text = run(tmp_path, *command, tamper=tamper)
     assert code == status, text
     assert "Traceback" not in text
@@ -103,6 +107,13 @@ def test_a_signal_to_one_rank_of_mpiexec(tmp_path):
     assert code == EXIT_STOPPED, text
     assert newest_checkpoint(tmp_path / "run").step == 3
     assert "Traceback" not in text
+
+
+def test_a_signal_to_mpiexec_and_to_its_ranks(tmp_path):
+    """As `scancel` sends it: a rank gets it from mpiexec again, and stops in good order all the same."""
+    code, text = under_mpiexec(tmp_path, "SIGTERM to mpiexec too")
+    assert code == EXIT_STOPPED, text
+    assert newest_checkpoint(tmp_path / "run").step == 3
 
 
 def test_an_exception_on_one_rank_ends_all(tmp_path):
