@@ -260,9 +260,15 @@ class TrainLoop:
         return skipped, norm
 
     def _give_up_if_hopeless(self, batch: Any) -> None:
-        """End the run when the last iterations were all skipped; checkpoints before them stay as they are."""
-        limit = self.run_settings.max_bad_steps
-        if self.bad_steps < (min(limit, self.step) if self.step == self.iterations else limit):
+        """End the run when the last iterations were all skipped; checkpoints before them stay as they are.
+
+        So it does at the end of one that is shorter, unless its loss scale has not yet found its size.
+        """
+        limit, at_the_end = self.run_settings.max_bad_steps, self.step == self.iterations
+        if self.bad_steps < (min(limit, self.step) if at_the_end else limit):
+            return
+        if self.bad_steps < limit and self.scaler.get_scale() > 1:
+            self.log.info("WARNING: every iteration was skipped, the loss scale still being found: run more")
             return
         name = f"bad-step{self.step:06d}.json"
         if dist_util.rank() == 0:
@@ -276,7 +282,7 @@ class TrainLoop:
         self.writer.wait()
         raise UserError(
             f"gradients were not finite for {int(self.bad_steps)} iterations in a row, up to step "
-            f"{self.step}; the last checkpoint is kept, and {name} describes the step"
+            f"{self.step}; checkpoints of before are kept, and {name} describes the step"
         )
 
     def save(self) -> None:

@@ -82,7 +82,7 @@ def main() -> None:
     )
     from guided_diffusion.sampling.sample_set import SampleSet
     from guided_diffusion.sampling.samplers import Sampler
-    from guided_diffusion.script_util import build_network, build_space
+    from guided_diffusion.script_util import build_network, build_process, build_space
 
     dist_util.setup_dist()
     cache = paths.fetched_path(config)
@@ -115,6 +115,7 @@ def main() -> None:
     checkpoint = read_description(weights)
     if args.timestep_respacing is not None:
         student.process.timestep_respacing = sampler.respacing(args.timestep_respacing)
+        build_process(student, "--timestep_respacing")  # for what it refuses to be told of the flag
     network, process = build_network(student, experiment.where)
     require_known_steps(student, process, checkpoint)
     load_network(network, weights)

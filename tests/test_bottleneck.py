@@ -129,7 +129,7 @@ def test_runs_match_it_and_go_on_exactly(tmp_path, ranks):
         ("student.num_channels=64", "the bottleneck's 64 channels do not cover 128; give 0"),
         ("student.channel_mult=1", "the larger network has 2 levels, the smaller 1; give 0"),
         ("student.architecture=dit", "the two networks are of different kinds; give 0"),
-        ("distill.bottleneck_weight=-1", "must not be negative"),
+        ("distill.bottleneck_weight=-1", "must be 0 or positive, not -1"),
     ],
 )
 def test_students_without_the_teachers_bottleneck_are_refused(prepared_at_8, tmp_path, override, told):

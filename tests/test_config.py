@@ -20,7 +20,7 @@ def config(tmp_path):
 
 
 def test_overrides_win(config):
-    experiment = load_experiment(config, ["student.lr=5e-4", "distill.stage2_weight=0", "run.iterations=9"])
+    experiment = load_experiment(config, ["student.lr=5e-4", "distill.stage2_weight=0", "run.iterations=9e0"])
     assert experiment.student.training.lr == 5e-4
     assert experiment.distill.stage2_weight == 0
     assert experiment.run.iterations == 9
@@ -57,6 +57,8 @@ def test_overrides_win(config):
         ("student.lr=fast", "student.lr: Value 'fast'"),
         ("student.lr=-1", "student.lr must be positive"),
         ("student.lr=.inf", "student.lr must be positive"),
+        ("distill.stage2_weight=.inf", "distill.stage2_weight must be 0 or positive, not inf"),
+        ("run.iterations=1.5", "run.iterations: Value '1.5' of type 'float' could not be converted"),
         ("student.fp16_scale_growth=0", "fp16_scale_growth must be in [1e-6, 1], not 0"),
         ("student.ema_rate=1.5", "ema_rate must be in [0, 1)"),
         ("student.microbatch=0", "microbatch must be -1 or positive"),

@@ -149,7 +149,7 @@ def test_grids_beside_the_teachers(project, tmp_path):
         ({"reference": "absent.npz"}, "run.eval_reference: no such file: absent.npz"),
         ({"samples": 0}, "run.eval_samples must be positive, not 0"),
         ({"samples": 3}, "run.eval_samples must be at least 6, not 3"),
-        ({"interval": -1}, "run.eval_interval must not be negative"),
+        ({"interval": -1}, "run.eval_interval must be 0 or positive, not -1"),
         ({"backend": "clip"}, "run.eval_backend must be tensorflow, torch or digits, not 'clip'"),
     ],
 )

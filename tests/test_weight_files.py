@@ -137,11 +137,23 @@ def test_nothing_of_a_lightning_checkpoint_is_run(ldm, tmp_path, protocol):
     with pytest.raises(UserError, match="refused, nothing in it was run: it holds something else than plain"):
         load_state_dict(path)
     th.save(trap, path, pickle_protocol=protocol)
-    with pytest.raises(UserError, match=r"no checkpoint of Lightning's: it has no state_dict"):
+    with pytest.raises(UserError, match="refused, nothing in it was run: it holds something else than plain"):
         load_state_dict(path)
     assert not (tmp_path / "trapped").exists()
     th.load(path, weights_only=False)
     assert (tmp_path / "trapped").exists()  # as it would have been
+
+
+@pytest.mark.parametrize("suffix", [".pt", ".ckpt"])
+def test_weights_are_found_whatever_is_around_them(tmp_path, suffix):
+    weights, path = {"a.weight": th.randn(2, 3)}, tmp_path / f"model{suffix}"
+    parallel = {f"module.{name}": value for name, value in weights.items()}
+    for content in (weights, parallel, {"state_dict": weights, "epoch": 3}, {"state_dict": parallel}):
+        th.save(content, path)
+        assert same(load_state_dict(path), weights)
+    th.save({"model": weights, "ema": weights}, path)
+    with pytest.raises(UserError, match=r"holds no state dict \(.*\); it has model, ema"):
+        load_state_dict(path)
 
 
 def test_a_pt_file_stays_as_strict_as_it_was(ldm, tmp_path):

@@ -8,7 +8,7 @@ from `num_classes` if `class_cond`. What is null there is 0 or '' here. Imports 
 from dataclasses import dataclass
 from typing import Any
 
-from .settings import Architecture, key, require, require_one_of
+from .settings import Architecture, key, require, require_not_negative, require_one_of, require_positive
 
 DOWN_BLOCKS = (
     *("DownBlock2D", "AttnDownBlock2D", "ResnetDownsampleBlock2D"),
@@ -77,10 +77,10 @@ class UNet2DArchitecture(Architecture):
             self.time_embedding_type == "positional" or self.num_train_timesteps > 0,
             f"{where}num_train_timesteps: a learned timestep embedding needs their number",
         )
-        for name in ("layers_per_block", "norm_num_groups", "norm_eps", "mid_block_scale_factor"):
-            require(getattr(self, name) > 0, f"{where}{name} must be positive, not {getattr(self, name)}")
-        for name in ("attention_head_dim", "attn_norm_num_groups", "time_embedding_dim"):
-            require(getattr(self, name) >= 0, f"{where}{name} must not be negative")
+        require_positive(
+            self, where, "layers_per_block", "norm_num_groups", "norm_eps", "mid_block_scale_factor"
+        )
+        require_not_negative(self, where, "attention_head_dim", "attn_norm_num_groups", "time_embedding_dim")
         require(self.downsample_padding in (0, 1), f"{where}downsample_padding must be 0 or 1")
         require(0 <= self.dropout < 1, f"{where}dropout must be in [0, 1), not {self.dropout}")
 
@@ -129,8 +129,8 @@ class DiTArchitecture(Architecture):
         """Raise `UserError` for values that cannot be right."""
         super().check(where)
         require(self.null_class, f"{where}null_class: a dit always has one; leave it out")
-        for name in ("num_attention_heads", "attention_head_dim", "num_layers", "patch_size", "norm_eps"):
-            require(getattr(self, name) > 0, f"{where}{name} must be positive, not {getattr(self, name)}")
+        sizes = ("num_attention_heads", "attention_head_dim", "num_layers", "patch_size")
+        require_positive(self, where, *sizes, "norm_eps")
         require(
             self.image_size % self.patch_size == 0,
             f"{where}patch_size {self.patch_size} does not divide {where}image_size {self.image_size}",

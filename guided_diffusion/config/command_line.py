@@ -1,6 +1,8 @@
 """What the scripts' command lines share. Imports no torch, so that --help and mistakes answer at once."""
 
 import argparse
+import difflib
+import re
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -11,8 +13,21 @@ from .settings import SECTIONS, DistillationExperiment, Experiment, describe_key
 
 
 class _Parser(argparse.ArgumentParser):
+    """Attributes: `keys`, the configuration's, which the command takes as `key=value`."""
+
+    keys: tuple[str, ...] = ()
+
     def error(self, message: str) -> None:  # type: ignore[override]
-        raise UserError(f"{message} (--help lists the options)")
+        hint = "--help lists the options"
+        if unknown := re.match(r"unrecognized arguments: --([\w.]+)", message):
+            name, options = unknown[1], [o for action in self._actions for o in action.option_strings]
+            keys = [key for key in self.keys if name in (key, key.rpartition(".")[2])]
+            nearest = difflib.get_close_matches(f"--{name}", options, n=1)
+            if keys:
+                hint = f"{name} is a key of the configuration: {' or '.join(f'{key}=VALUE' for key in keys)}"
+            elif nearest:
+                hint = f"did you mean {nearest[0]}?"
+        raise UserError(f"{message} ({hint})")
 
 
 def make_parser(
@@ -25,11 +40,13 @@ def make_parser(
         sections: the configuration sections it reads; "" for the top level of a baseline.
         without_config: what it goes by without --config; "" if it needs one.
     """
-    lines = ["configuration keys (override any with section.key=value):"]
+    lines, keys = ["configuration keys (override any with section.key=value):"], []
     for name in sections:
         for key, default, meaning in describe_keys(SECTIONS[name or "student"], name):
-            lines.append(f"  {name}{'.' if name else ''}{key} = {default!r}: {meaning}")
+            keys.append(f"{name}{'.' if name else ''}{key}")
+            lines.append(f"  {keys[-1]} = {default!r}: {meaning}")
     parser = make_bare_parser(description, "\n".join(lines))
+    parser.keys = tuple(keys)
     parser.add_argument(
         "--config",
         type=find_config,
@@ -41,7 +58,7 @@ def make_parser(
     return parser
 
 
-def make_bare_parser(description: str | None, epilog: str = "") -> argparse.ArgumentParser:
+def make_bare_parser(description: str | None, epilog: str = "") -> _Parser:
     """A parser that knows nothing yet.
 
     Args:

@@ -492,6 +492,7 @@ def _build(section: type[_T], values: dict[str, Any], path: Path, where: str) ->
         name = str(values.get("objective", Distill.objective))
         section = given = settings_of(OBJECTIVES, name, f"{where}objective", Distill)
     parts = {key.name: part for part, key in keys_of(given)}
+    whole = {key.name for _, key in keys_of(given) if key.type is int}
     nested: dict[str, Any] = {}
     for name, value in values.items():
         if name not in parts:
@@ -506,6 +507,8 @@ def _build(section: type[_T], values: dict[str, Any], path: Path, where: str) ->
         if value == "???":  # OmegaConf's mark of a missing value
             raise UserError(f"{path}: {where}{name} has no value")
         plain = ",".join(map(str, value)) if isinstance(value, list) else value
+        if name in whole and isinstance(value, float) and value.is_integer():  # such as 1e5
+            plain = int(value)
         (nested.setdefault(parts[name], {}) if parts[name] else nested)[name] = plain
     try:
         built = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(given), nested))

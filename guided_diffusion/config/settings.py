@@ -45,6 +45,20 @@ def require_one_of(value: str, choices: tuple[str, ...], where: str) -> None:
     )
 
 
+def require_positive(section: Any, where: str, *names: str) -> None:
+    """Raise `UserError` unless these keys of a section are above 0 and finite."""
+    for name in names:
+        value = getattr(section, name)
+        require(0 < value < math.inf, f"{where}{name} must be positive, not {value}")
+
+
+def require_not_negative(section: Any, where: str, *names: str) -> None:
+    """Raise `UserError` unless these keys of a section are 0, or above and finite."""
+    for name in names:
+        value = getattr(section, name)
+        require(0 <= value < math.inf, f"{where}{name} must be 0 or positive, not {value}")
+
+
 def _is_positive(text: str, whole: bool) -> bool:
     try:
         return 0 < (int(text) if whole else float(text)) < math.inf
@@ -72,8 +86,7 @@ class Architecture:
 
     def check(self, where: str) -> None:
         """Raise `UserError` for values that cannot be right."""
-        for name in ("image_size", "num_classes"):
-            require(getattr(self, name) > 0, f"{where}{name} must be positive, not {getattr(self, name)}")
+        require_positive(self, where, "image_size", "num_classes")
         require(
             self.image_size <= _MOST_PIXELS,
             f"{where}image_size must be at most {_MOST_PIXELS}, not {self.image_size}",
@@ -139,8 +152,7 @@ class AdmArchitecture(Architecture):
     def check(self, where: str) -> None:
         """Raise `UserError` for values that cannot be right."""
         super().check(where)
-        for name in ("num_channels", "num_res_blocks"):
-            require(getattr(self, name) > 0, f"{where}{name} must be positive, not {getattr(self, name)}")
+        require_positive(self, where, "num_channels", "num_res_blocks")
         require(0 <= self.dropout < 1, f"{where}dropout must be in [0, 1), not {self.dropout}")
         for name, example, whole in (
             ("attention_resolutions", "16,8", True),
@@ -235,7 +247,7 @@ class Space:
 
     def check(self, where: str) -> None:
         """Raise `UserError` for values that cannot be right."""
-        require(self.vae_scale >= 0, f"{where}vae_scale must not be negative, but is {self.vae_scale}")
+        require_not_negative(self, where, "vae_scale")
         require(
             not self.vae_scale or bool(self.vae_path),
             f"{where}vae_scale: does nothing without {where}vae_path",
@@ -289,9 +301,8 @@ class Teacher(Denoiser):
         super().check(where)
         self.architecture.require_guidable(self.guidance_scale, f"{where}guidance_scale", where)
         require(0 < self.prob <= 1, f"{where}prob must be in (0, 1], not {self.prob}")
-        require(0 < self.BATCH < math.inf, f"{where}BATCH must be positive, not {self.BATCH}")
-        require(self.input_perturb >= 0, f"{where}input_perturb must not be negative")
-        require(self.batch_size > 0, f"{where}batch_size must be positive, not {self.batch_size}")
+        require_positive(self, where, "BATCH", "batch_size")
+        require_not_negative(self, where, "input_perturb")
         orders = ("dynamic_iterative", "shuffled_iterative", "iterative")
         choices = tuple(f"{order}_distillation" for order in orders)
         require_one_of(self.iter_choice, choices, f"{where}iter_choice")
@@ -327,12 +338,8 @@ class Training:
 
     def check(self, where: str) -> None:
         """Raise `UserError` for values that cannot be right."""
-        for name in ("batch_size", "log_interval", "save_interval"):
-            require(getattr(self, name) > 0, f"{where}{name} must be positive, not {getattr(self, name)}")
-        require(0 < self.lr < math.inf, f"{where}lr must be positive, not {self.lr}")
-        decay = self.weight_decay
-        require(0 <= decay < math.inf, f"{where}weight_decay must be 0 or positive, not {decay}")
-        require(self.lr_anneal_steps >= 0, f"{where}lr_anneal_steps must not be negative")
+        require_positive(self, where, "batch_size", "log_interval", "save_interval", "lr")
+        require_not_negative(self, where, "weight_decay", "lr_anneal_steps")
         require(
             1e-6 <= self.fp16_scale_growth <= 1,
             f"{where}fp16_scale_growth must be in [1e-6, 1], not {self.fp16_scale_growth}",
@@ -417,10 +424,11 @@ class Distill:
 
     def check(self, where: str) -> None:
         """Raise `UserError` for values that cannot be right."""
-        for name in ("stage1_weight", "stage2_weight", "bottleneck_weight"):
-            require(getattr(self, name) >= 0, f"{where}{name} must not be negative")
-        for name in ("temperature", "loss_weight_cap"):
-            require(getattr(self, name) > 0, f"{where}{name} must be positive, not {getattr(self, name)}")
+        require_not_negative(self, where, "stage1_weight", "stage2_weight", "bottleneck_weight")
+        require_positive(self, where, "temperature")
+        require(
+            self.loss_weight_cap > 0, f"{where}loss_weight_cap must be positive, not {self.loss_weight_cap}"
+        )
         for name in ("stride", "advance_stride", "teacher_interval", "replay_batches"):
             value = getattr(self, name)
             require(1 <= value <= MOST_STEPS, f"{where}{name} must be 1 to {MOST_STEPS}, not {value}")
@@ -479,10 +487,12 @@ class Run:
 
     def check(self, where: str) -> None:
         """Raise `UserError` for values that cannot be right."""
-        for name in ("iterations", "warmup_steps", "seed", "grad_clip", "keep_last", "keep_every"):
-            require(getattr(self, name) >= 0, f"{where}{name} must not be negative")
-        require(self.eval_interval >= 0, f"{where}eval_interval must not be negative")
-        require(self.eval_samples > 0, f"{where}eval_samples must be positive, not {self.eval_samples}")
+        require_not_negative(
+            self,
+            where,
+            *("iterations", "warmup_steps", "seed", "grad_clip", "keep_last", "keep_every", "eval_interval"),
+        )
+        require_positive(self, where, "eval_samples", "max_bad_steps", "num_samples")
         require_one_of(self.eval_backend, ("tensorflow", "torch", "digits"), f"{where}eval_backend")
         require(
             not self.eval_interval or bool(self.eval_reference),
@@ -491,9 +501,7 @@ class Run:
         require_one_of(self.optimizer, ("adamw", "muon"), f"{where}optimizer")
         require_one_of(self.precision, ("auto", "fp32", "bf16", "fp16"), f"{where}precision")
         require_one_of(self.weights_format, ("pt", "safetensors", "both"), f"{where}weights_format")
-        require(self.max_bad_steps > 0, f"{where}max_bad_steps must be positive, not {self.max_bad_steps}")
         require(self.sample_interval >= -1, f"{where}sample_interval must be -1 or more")
-        require(self.num_samples > 0, f"{where}num_samples must be positive")
 
 
 @dataclass

@@ -54,7 +54,7 @@ def read_torch_file(path: str | os.PathLike) -> Any:
     Returns:
         What was saved, out of dict, list, tuple, str, int, float, bool, None and dense tensors. An
         OrderedDict comes back as `StateDict`, a parameter as tensor; expanded tensors are refused. Of a
-        `.ckpt`, as PyTorch Lightning saves it, the `state_dict` alone: what else it holds is not looked at.
+        `.ckpt`, as PyTorch Lightning saves it, the `state_dict` alone, if it has one.
 
     Raises:
         UserError: missing, damaged (every byte read is covered by a checksum), holding anything but
@@ -163,18 +163,16 @@ class _Ignored:
 
 
 class _LightningUnpickler(_TensorUnpickler):
-    """Reads the `state_dict` of a file that also holds callbacks, loop states and hyper-parameters.
+    """Reads the `state_dict` of a file that may also hold callbacks, loop states and hyper-parameters.
 
     Names that tensors have no need of become `_Ignored`, and so does what is made with them. None may be left
     inside the state_dict.
     """
 
     def load(self) -> Any:
-        """The state_dict."""
+        """The state_dict; all that the file holds if there is none."""
         content = pickle._Unpickler.load(self)
-        if not isinstance(content, dict) or not isinstance(content.get("state_dict"), dict):
-            raise UnpicklingError("it is no checkpoint of Lightning's: it has no state_dict")
-        return self.checked(content["state_dict"])
+        return self.checked(content.get("state_dict", content) if isinstance(content, dict) else content)
 
     def find_class(self, module: str, name: str) -> Any:
         """Look nothing up."""

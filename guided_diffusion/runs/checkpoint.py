@@ -61,15 +61,22 @@ def load_state_dict(path: str | os.PathLike) -> dict[str, th.Tensor]:
 def read_state_dict(path: str | os.PathLike) -> Mapping[str, th.Tensor]:
     """`load_state_dict` with every entry of the file, under its own name.
 
+    Training programs save it among other things, as `state_dict`, and DistributedDataParallel puts `module.`
+    before all names; both are seen through.
+
     Raises:
-        UserError: as there.
+        UserError: missing or damaged file, or it holds something else.
     """
     is_safetensors = Path(path).suffix == ".safetensors"
-    state = read_safetensors(path) if is_safetensors else read_torch_file(path)
+    found = read_safetensors(path) if is_safetensors else read_torch_file(path)
+    state = found.get("state_dict", found) if isinstance(found, Mapping) else found
     if not isinstance(state, Mapping) or not all(
         isinstance(k, str) and isinstance(v, th.Tensor) for k, v in state.items()
     ):
-        raise UserError(f"{path}: holds no state dict (a mapping of names to tensors)")
+        holds = f"; it has {', '.join(map(str, found))}" if isinstance(found, Mapping) else ""
+        raise UserError(f"{path}: holds no state dict (a mapping of names to tensors){holds:.200}")
+    if state and all(name.startswith("module.") for name in state):
+        return {name.removeprefix("module."): value for name, value in state.items()}
     return state
 
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+from contextlib import nullcontext
 
 import pytest
 import torch as th
@@ -77,7 +78,9 @@ def test_bad_steps_are_skipped_and_counted(command, tmp_path, value, optimizer):
 def test_too_many_bad_steps_end_the_run(command, tmp_path):
     loop = build(command, tmp_path, "run.max_bad_steps=3", "student.log_interval=100", "run.iterations=50")
     spoil(loop, range(5, 100))
-    with pytest.raises(UserError, match=r"not finite for \d+ iterations in a row.*last checkpoint is kept"):
+    with pytest.raises(
+        UserError, match=r"not finite for \d+ iterations in a row.*checkpoints of before are kept"
+    ):
         loop.run()
     assert 8 <= loop.step < 11
     good = newest_checkpoint(tmp_path)
@@ -110,6 +113,18 @@ def test_float16_lowers_the_scale_to_a_floor(command, tmp_path):
     assert sum(float(row["skipped"]) for row in rows(tmp_path)) == 6
     assert "loss_scale" in rows(tmp_path)[0]
     assert all(value.isfinite().all() for value in weights(loop))
+
+
+@pytest.mark.parametrize("scale, ends", [(2.0**20, "finished"), (1.0, "failed")])
+def test_a_short_run_may_still_look_for_its_loss_scale(command, tmp_path, scale, ends):
+    """As ADM's runs do in their first iterations, none of which moves the weights."""
+    loop = build(command, tmp_path, "run.precision=fp16", "run.iterations=2")
+    loop.network.use_dtype(th.float32)
+    loop.scaler.scale(th.ones(()))
+    loop.scaler.update(scale)
+    spoil(loop, range(2))
+    with nullcontext() if ends == "finished" else pytest.raises(UserError, match="2 iterations in a row"):
+        loop.run()
 
 
 def test_clipping_caps_the_norm(command, tmp_path):
