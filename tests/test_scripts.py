@@ -199,10 +199,6 @@ def test_mistakes_get_one_line(tmp_path):
         "lr is a key of the configuration: student.lr=VALUE": [*kd, "--lr", "1e-3"],
         "teacher.use_fp16=VALUE or student.use_fp16=VALUE": [*kd, "--use_fp16=True"],
         "did you mean --exp_dir?": [*kd, "--expdir", "x"],
-        "--timestep_respacing 'ddim7'": [
-            *("scripts/image_sample.py", "--config", config, "--model_path", tmp_path / "teacher.pt"),
-            *("--timestep_respacing", "ddim7"),
-        ],
         "no such configuration file": ["scripts/image_kd.py", "--config", tmp_path / "absent.yaml"],
         "the following arguments are required: --config": ["scripts/image_kd.py"],
         "teacher.model_path: no such file": [*kd, "teacher.model_path=absent.pt"],
@@ -229,7 +225,7 @@ def test_mistakes_get_one_line(tmp_path):
             *("scripts/dynamic_prepare.py", "--config", config, f"teacher.tempfile={config}", "--overwrite"),
         ],
         "the demo is of the digits": ["scripts/demo.py", "--config", "digits_32/exp/digits32-TCCD.yaml"],
-        "timestep_respacing '30'": [
+        "error: --timestep_respacing '30'": [
             *("scripts/image_sample.py", "--config", config, "--model_path", tmp_path / "teacher.pt"),
             *("--timestep_respacing", "30"),
         ],
