@@ -1,5 +1,7 @@
 """Sample images from a trained model, into samples_NxHxWx3.npz (uint8, arr_0; labels in arr_1)."""
 
+from argparse import ArgumentParser
+
 from guided_diffusion.config import command_line, paths
 from guided_diffusion.config.loading import load_experiment
 from guided_diffusion.config.registry import SAMPLERS, look_up, require_known
@@ -22,8 +24,8 @@ def choose_sampler(sampler: str | None, use_ddim: bool | None) -> str:
     return "ddim" if use_ddim else sampler or "ancestral"
 
 
-def main() -> None:
-    """Parse, build, run."""
+def make_parser() -> ArgumentParser:
+    """What the command takes."""
     parser = command_line.make_parser(__doc__, ["student", "run"], "what the checkpoint says of itself")
     parser.add_argument(
         "--model_path",
@@ -58,7 +60,12 @@ def main() -> None:
     )
     parser.add_argument("--name", help="folder under experiments/sample (default: from CONFIG and MODEL)")
     parser.add_argument("--log_dir", help="write here, a path or a URL, instead of experiments/sample/NAME")
-    args = parser.parse_intermixed_args()
+    return parser
+
+
+def main() -> None:
+    """Parse, build, run."""
+    args = make_parser().parse_intermixed_args()
     experiment = load_experiment(args.config, args.overrides) if args.config else None
     name = choose_sampler(args.sampler, args.use_ddim)
     require_known(SAMPLERS, name, "--sampler")
