@@ -87,7 +87,7 @@ def require_scorable(settings: Settings, image_size: int, count: int, keys: tupl
         keys: what names the backend and the number, for messages.
 
     Raises:
-        UserError: as said.
+        UserError: another size, or too few.
     """
     sizes = IMAGE_SIZES[settings.backend]
     if sizes and image_size not in sizes:

@@ -94,7 +94,7 @@ def run_inputs(experiment: Experiment, config: Path) -> tuple[str, str]:
     what is not wanted.
 
     Raises:
-        UserError: as there.
+        UserError: one of them is wanted and not there.
     """
     training, run = experiment.student.training, experiment.run
     initial = reference = ""

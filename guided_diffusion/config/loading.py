@@ -85,7 +85,7 @@ def experiment_of(keys: dict[str, Any], path: Path, overrides: Sequence[str] = (
     """`load_experiment` of a configuration whose keys lie in something else than a YAML file, at `path`.
 
     Raises:
-        UserError: as there.
+        UserError: any mistake in the keys or the overrides.
     """
     return _experiment(OmegaConf.create(keys), path, overrides)
 
@@ -169,7 +169,7 @@ def load_distillation(path: str | os.PathLike, overrides: Sequence[str] = ()) ->
     """`load_experiment` of a configuration that has a teacher.
 
     Raises:
-        UserError: as there, or it has none.
+        UserError: any mistake in it or in the overrides, or it has no teacher.
     """
     experiment = load_experiment(path, overrides)
     if not isinstance(experiment, DistillationExperiment):
@@ -413,7 +413,7 @@ def _build_found(
     """`_build` a section out of what is configured, what its model says of itself, and what holds otherwise.
 
     Raises:
-        UserError: as there, or the two contradict each other.
+        UserError: a mistake in either, or the two contradict each other.
     """
     otherwise = otherwise or {}
     found = _found_keys(otherwise | given, path)

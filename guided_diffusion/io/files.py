@@ -255,7 +255,7 @@ class NpzFile:
         """Shape and dtype of an array that must be there.
 
         Raises:
-            UserError: it is not.
+            UserError: there is none of that name.
         """
         if name not in self.headers:
             have = ", ".join(sorted(self.headers)) or "nothing"

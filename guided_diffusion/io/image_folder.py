@@ -15,7 +15,7 @@ def require_absent(folder: Path) -> None:
     """Refuse to write over a folder that is there.
 
     Raises:
-        UserError: it is.
+        UserError: something of that name is there.
     """
     if folder.exists():
         raise UserError(f"{folder}: is there already; remove it to make it anew, or choose another name")

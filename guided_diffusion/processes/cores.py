@@ -11,6 +11,16 @@ from dataclasses import dataclass, field
 _STAT = "/proc/stat"  # Linux' counters of what the cores have done
 
 
+def _idle_seconds() -> float:
+    """Seconds that all cores together have been idle; -1 where nobody counts them."""
+    try:
+        with open(_STAT) as file:
+            numbers = file.readline().split()[1:]
+        return (int(numbers[3]) + int(numbers[4])) / os.sysconf("SC_CLK_TCK")  # idle, waiting for a disk
+    except (OSError, ValueError, IndexError):
+        return -1.0
+
+
 @dataclass(frozen=True)
 class Watch:
     """Counts from when it is made.
@@ -20,7 +30,7 @@ class Watch:
 
     started: float = field(default_factory=time.monotonic)
     own: float = field(default_factory=time.process_time)
-    idle: float = field(default_factory=lambda: _idle_seconds())
+    idle: float = field(default_factory=_idle_seconds)
 
     def free_cores(self) -> float:
         """Cores that were idle or busy with this process, in the mean since the start.
@@ -38,16 +48,6 @@ class Watch:
 def usable_cores() -> int:
     """Cores that this process may use: the machine's, or those it is bound to (taskset, srun, mpiexec)."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def _idle_seconds() -> float:
-    """Seconds that all cores together have been idle; -1 where nobody counts them."""
-    try:
-        with open(_STAT) as file:
-            numbers = file.readline().split()[1:]
-        return (int(numbers[3]) + int(numbers[4])) / os.sysconf("SC_CLK_TCK")  # idle, waiting for a disk
-    except (OSError, ValueError, IndexError):
-        return -1.0
 
 
 since_start = Watch()  # `launch`, which every command imports first, imports this module

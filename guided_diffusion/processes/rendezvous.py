@@ -1,6 +1,7 @@
 """How ranks find each other and leave: a store that all reach, and the interface that leads to the others."""
 
 import datetime
+import fcntl
 import json
 import os
 import re
@@ -175,8 +176,6 @@ def exchange(store: dist.Store, launch: Launch, name: str, value: Any) -> list[A
 
 def _interfaces() -> dict[str, str]:
     """The IPv4 address of each network interface that has one; of none where they cannot be asked for."""
-    import fcntl  # not on every system, nor needed on one host
-
     addresses = {}
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         for _, name in socket.if_nameindex():

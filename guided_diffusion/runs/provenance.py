@@ -80,7 +80,7 @@ def require_known_steps(denoiser: Denoiser, process: SpacedDiffusion, descriptio
         description: see `io.description`.
 
     Raises:
-        UserError: as said.
+        UserError: the process visits steps that the network does not know.
     """
     if not (trained := str(description.get("process", {}).get("timestep_respacing", ""))):
         return

@@ -237,7 +237,7 @@ class CellRun:
         """How many iterations of a unit's cost are left, rounded down to a multiple of the study's divisor.
 
         Raises:
-            UserError: none.
+            UserError: fewer are left than the divisor.
         """
         divisor = self.study.divisor
         count = int(left / unit) // divisor * divisor

@@ -105,7 +105,7 @@ class Runner:
         """Refuse sampling steps that a run's process has not.
 
         Raises:
-            UserError: it has not.
+            UserError: a run's process has none of that name.
         """
         for name in names:
             run = self.study.runs[name]
