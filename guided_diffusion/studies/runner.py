@@ -105,7 +105,7 @@ class Runner:
         """Refuse sampling steps that a run's process has not.
 
         Raises:
-            UserError: a run's process has none of that name.
+            UserError: a run is to be sampled in steps that its networks do not know.
         """
         for name in names:
             run = self.study.runs[name]
