@@ -1,6 +1,5 @@
 """Weight files that are downloaded once, whole, into the user's cache."""
 
-import os
 import re
 import urllib.request
 from collections.abc import Callable
@@ -10,13 +9,14 @@ from pathlib import Path
 from guided_diffusion.errors import UserError
 from guided_diffusion.io.files import atomic_path, sha256_of
 from guided_diffusion.io.progress import Progress
+from guided_diffusion.io.shipped import user_cache
 
 _TIMEOUT_SEC = 30
 
 
 def cache_directory() -> Path:
-    """Where downloads are kept: $XDG_CACHE_HOME or ~/.cache, in a folder of this project's."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "guided-diffusion-tccd"
+    """Where downloads are kept: in the user's cache, in a folder of this project's."""
+    return user_cache() / "guided-diffusion-tccd"
 
 
 def download_once(url: str, check: Callable[[Path], object]) -> Path:

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from ..errors import first_line
 from ..io.files import atomic_path
+from ..io.shipped import user_cache
 
 _FLAGS = (
     *("-O2", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-fno-strict-aliasing"),
@@ -32,9 +33,7 @@ def compiled(source: Path) -> ctypes.CDLL:
     """
     compiler = shlex.split(os.environ.get("CC") or "cc")
     named_by = repr((source.read_bytes(), compiler, _FLAGS, _processor())).encode()
-    caches = Path(os.environ.get("XDG_CACHE_HOME") or "")
-    caches = caches if caches.is_absolute() else Path.home() / ".cache"
-    library = caches / "tccd" / f"{source.stem}-{hashlib.sha256(named_by).hexdigest()[:16]}.so"
+    library = user_cache() / "tccd" / f"{source.stem}-{hashlib.sha256(named_by).hexdigest()[:16]}.so"
     if not _is_whole(library):
         with tempfile.TemporaryDirectory() as folder:
             made = Path(folder, library.name)

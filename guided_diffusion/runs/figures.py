@@ -13,21 +13,20 @@ def save_grid(path: str | os.PathLike, images: np.ndarray, columns: int = 8, sca
     """Write uint8 [N, H, W, 3] as one PNG, row by row, with a thin gap, each pixel `scale` wide."""
     from PIL import Image
 
-    n, height, width, _ = images.shape
-    columns = min(columns, n)
-    rows = -(-n // columns)
-    gap = 2
-    grid = np.full(
-        (rows * (height * scale + gap) + gap, columns * (width * scale + gap) + gap, 3), 32, np.uint8
-    )
-    for i, image in enumerate(images):
-        top = gap + i // columns * (height * scale + gap)
-        left = gap + i % columns * (width * scale + gap)
-        grid[top : top + height * scale, left : left + width * scale] = image.repeat(scale, 0).repeat(
-            scale, 1
-        )
+    grid = _tiled(images.repeat(scale, 1).repeat(scale, 2), min(columns, len(images)), shade=32)
     with atomic_path(path) as temporary:
         Image.fromarray(grid).save(temporary, format="PNG")
+
+
+def _tiled(images: np.ndarray, columns: int, shade: int, gap: int = 2) -> np.ndarray:
+    """uint8 [N, H, W, 3] row by row as one picture, with gaps of a shade of grey around each."""
+    rows = -(-len(images) // columns)
+    missing = rows * columns - len(images)
+    images = np.pad(images, ((0, missing), (0, gap), (0, gap), (0, 0)), constant_values=shade)
+    height, width = images.shape[1:3]
+    tiles = images.reshape(rows, columns, height, width, 3).transpose(0, 2, 1, 3, 4)
+    whole = tiles.reshape(rows * height, columns * width, 3)
+    return np.pad(whole, ((gap, 0), (gap, 0), (0, 0)), constant_values=shade)
 
 
 def save_comparison(path: str | os.PathLike, panels: dict[str, np.ndarray]) -> None:
@@ -38,11 +37,7 @@ def save_comparison(path: str | os.PathLike, panels: dict[str, np.ndarray]) -> N
     for axes, (title, images) in zip(
         figure.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True
     ):
-        columns, rows = 10, len(images) // 10
-        images = np.pad(images[: rows * columns], ((0, 0), (1, 1), (1, 1), (0, 0)), constant_values=96)
-        height, width = images.shape[1:3]
-        tiles = images.reshape(rows, columns, height, width, 3)
-        axes.imshow(tiles.transpose(0, 2, 1, 3, 4).reshape(rows * height, columns * width, 3))
+        axes.imshow(_tiled(images, 10, shade=96))
         axes.set_title(title, fontsize=11)
         axes.axis("off")
     with atomic_path(path) as temporary:

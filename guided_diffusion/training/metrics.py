@@ -18,7 +18,7 @@ class Metrics:
         """Take in values [B], or one value []."""
         values = values.detach().float()
         pair = th.stack([values.sum(), th.full((), values.numel(), device=values.device)])
-        self.sums[name] = self.sums[name] + pair if name in self.sums else pair
+        self._add_pair(name, pair)
 
     def add_pass(self, out: PassLoss, num_timesteps: int) -> None:
         """Take in the terms of a pass, also by quartile of t: q0 are the cleanest steps."""
@@ -29,8 +29,10 @@ class Metrics:
             self.add(name, values)
             pairs = th.stack([values.detach().float() @ quartile, quartile.sum(0)], dim=1)  # [4, 2]
             for q in range(4):
-                key = f"{name}_q{q}"
-                self.sums[key] = self.sums[key] + pairs[q] if key in self.sums else pairs[q]
+                self._add_pair(f"{name}_q{q}", pairs[q])
+
+    def _add_pair(self, name: str, pair: th.Tensor) -> None:
+        self.sums[name] = self.sums[name] + pair if name in self.sums else pair
 
     def take(self, sums: Mapping[str, th.Tensor]) -> None:
         """Take in another's sums, gathered elsewhere."""
