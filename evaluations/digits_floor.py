@@ -2,7 +2,6 @@
 
 from dataclasses import dataclass
 from os import PathLike
-from pathlib import Path
 
 import numpy as np
 
@@ -42,14 +41,7 @@ class RealFloor:
     draws: int
 
 
-def real_floor(
-    reference: str | PathLike,
-    n: int,
-    *,
-    draws: int = 100,
-    seed: int = 0,
-    weights: str | PathLike | None = None,
-) -> RealFloor:
+def real_floor(reference: str | PathLike, n: int, *, draws: int = 100) -> RealFloor:
     """The digits scores of a perfect generator: n images drawn from the reference itself.
 
     A Fréchet distance of finitely many images is biased upwards, the more the fewer they are, so
@@ -65,8 +57,6 @@ def real_floor(
         reference: npz with `arr_0` uint8 [M, 16, 16, 3] or [M, 32, 32, 3].
         n: number of images a draw holds, at least 2.
         draws: number of draws, at least 2.
-        seed: of the draws.
-        weights: the classifier's weights; the shipped ones by default.
 
     Raises:
         UserError: a file is missing or not what it should be, or a number is too small.
@@ -74,9 +64,9 @@ def real_floor(
     if n < 2 or draws < 2:
         raise UserError(f"a floor needs at least 2 images and 2 draws, not {n} and {draws}")
     images = open_images(NpzFile(reference), at_least=2, sizes=SIZES)
-    extractor = DigitsExtractor(Path(weights) if weights is not None else DEFAULT_WEIGHTS)
+    extractor = DigitsExtractor(DEFAULT_WEIGHTS)
     real = extract_features(extractor, images, 256)
-    generator = np.random.default_rng(seed)
+    generator = np.random.default_rng(0)
     distances = [
         frechet_distance(real.gaussian, gaussian_of(real.features[generator.integers(images.count, size=n)]))
         for _ in range(draws)

@@ -13,15 +13,15 @@ from guided_diffusion.io.files import atomic_path
 from guided_diffusion.io.remote import local_path
 from guided_diffusion.processes.launch import run_script
 
+_BATCH_SIZE, _LR = 64, 2e-3  # the rate rises over one epoch, then falls along half a cosine
 
-def train(seed: int, epochs: int, batch_size: int = 64, lr: float = 2e-3):
+
+def train(seed: int, epochs: int):
     """Train on the fixed split.
 
     Args:
         seed: of initial weights, order of images and augmentation. The split does not depend on it.
         epochs: passes over the training images, at least 1.
-        batch_size: images per step.
-        lr: peak learning rate of AdamW; linear warm-up over one epoch, then half a cosine.
 
     Returns:
         the classifier (rounded to 16 bits, as it is stored; evaluation mode) and its accuracy on
@@ -40,8 +40,8 @@ def train(seed: int, epochs: int, batch_size: int = 64, lr: float = 2e-3):
     generator = torch.Generator().manual_seed(seed)
     torch.manual_seed(seed)
     model = DigitsClassifier()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=1e-2)
-    steps_per_epoch = math.ceil(len(kept) / batch_size)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=_LR, weight_decay=1e-2)
+    steps_per_epoch = math.ceil(len(kept) / _BATCH_SIZE)
     total = epochs * steps_per_epoch
 
     def factor(step: int) -> float:
@@ -51,7 +51,7 @@ def train(seed: int, epochs: int, batch_size: int = 64, lr: float = 2e-3):
     training = torch.tensor(kept)
     for _ in range(epochs):
         order = training[torch.randperm(len(kept), generator=generator)]
-        for batch in order.split(batch_size):
+        for batch in order.split(_BATCH_SIZE):
             logits = model(augment(x[batch], generator))
             loss = F.cross_entropy(logits, y[batch], label_smoothing=0.1)
             optimizer.zero_grad()

@@ -13,6 +13,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -29,11 +30,21 @@ from .processes.stopping import ranks_have_met
 
 _T = TypeVar("_T")
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # glibc's malloc.h
-_state: dict[str, Any] = {
-    "device": th.device("cpu"),
-    "launch": Launch("none", 0, 1, 0),
-    "cores": usable_cores(),  # this rank's share of its host's
-}
+
+
+@dataclass
+class _State:
+    """What this rank knows of itself and the others; `cores` is its share of its host's."""
+
+    device: th.device
+    launch: Launch
+    cores: int
+    store: dist.Store | None = None
+    cpu_group: dist.ProcessGroup | None = None
+    turn: int = 0  # of `_wait_for_rank_zero`
+
+
+_state = _State(th.device("cpu"), Launch("none", 0, 1, 0), usable_cores())
 
 
 def setup_dist() -> Launch:
@@ -44,22 +55,22 @@ def setup_dist() -> Launch:
             or SLURM describe.
     """
     if dist.is_initialized():
-        return _state["launch"]
+        return _state.launch
     launch = detect_launch()
-    _state["launch"] = launch
+    _state.launch = launch
     if launch.world_size == 1:
-        _state["device"] = _choose_device(0)
+        _state.device = _choose_device(0)
         use_threads(round(since_start.free_cores()))
         return launch
     store, local_rank = meet(launch)
-    _state["store"] = store
+    _state.store = store
     ranks_have_met()
-    _state["device"] = _choose_device(local_rank)
+    _state.device = _choose_device(local_rank)
     ranks = introduce(store, launch, (socket.gethostname(), _gpu()))
     # Ranks share the host's cores; without this each would start a thread on every one.
     ranks_here = sum(host == socket.gethostname() for host, _ in ranks)
-    _state["cores"] = min(usable_cores(), (os.cpu_count() or 1) // ranks_here)
-    use_threads(_state["cores"])
+    _state.cores = min(usable_cores(), (os.cpu_count() or 1) // ranks_here)
+    use_threads(_state.cores)
     gpus = {gpu for _, gpu in ranks if gpu is not None}
     dist.init_process_group(
         "nccl" if len(gpus) == len(ranks) else "gloo",  # nccl refuses two ranks on one GPU
@@ -94,7 +105,7 @@ def use_threads(count: int) -> None:
     What they sum up in another order differs in the last digits, so a run that is continued keeps its number.
     """
     if dev().type == "cpu" and "OMP_NUM_THREADS" not in os.environ:
-        th.set_num_threads(max(1, min(count, _state["cores"])))
+        th.set_num_threads(max(1, min(count, _state.cores)))
 
 
 def _keep_freed_memory() -> None:
@@ -115,17 +126,17 @@ def _leave() -> None:
 
 def dev() -> th.device:
     """This rank's device."""
-    return _state["device"]
+    return _state.device
 
 
 def rank() -> int:
     """This process's number among all, from 0."""
-    return _state["launch"].rank
+    return _state.launch.rank
 
 
 def world_size() -> int:
     """Number of processes."""
-    return _state["launch"].world_size
+    return _state.launch.world_size
 
 
 def describe() -> list[str]:
@@ -194,9 +205,9 @@ def any_rank(flag: bool) -> bool:
 
 def _cpu_group() -> dist.ProcessGroup:
     """All ranks, for tensors on the CPU, which nccl does not take. Collective at its first call."""
-    if _state.get("cpu_group") is None:
-        _state["cpu_group"] = dist.new_group(backend="gloo", timeout=TIMEOUT)
-    return _state["cpu_group"]
+    if _state.cpu_group is None:
+        _state.cpu_group = dist.new_group(backend="gloo", timeout=TIMEOUT)
+    return _state.cpu_group
 
 
 class _GatherWithGrad(th.autograd.Function):
@@ -242,8 +253,9 @@ def _wait_for_rank_zero() -> None:
     """
     if not dist.is_initialized():
         return
-    _state["turn"] = _state.get("turn", 0) + 1
-    name, store, pause = f"turn{_state['turn']}", _state["store"], 0.001
+    _state.turn += 1
+    name, store, pause = f"turn{_state.turn}", _state.store, 0.001
+    assert store is not None
     if rank() == 0:
         store.set(name, "")
     while not store.check([name]):

@@ -1,5 +1,6 @@
 """Started by mpiexec, torchrun, srun or nobody, on one host or two: the same optimization."""
 
+import copy
 import json
 import os
 import shutil
@@ -305,7 +306,7 @@ def test_each_rank_has_its_own_gpu_or_all_meet_without_nccl(
         get_device_properties=lambda device: types.SimpleNamespace(uuid=seen[device.index]),
     )
     monkeypatch.setattr(dist_util.th, "cuda", cuda)
-    monkeypatch.setattr(dist_util, "_state", {})
+    monkeypatch.setattr(dist_util, "_state", copy.copy(dist_util._state))
     monkeypatch.setattr(dist_util, "detect_launch", lambda: Launch("torchrun", 1, 2, 1))
     first = json.dumps([socket.gethostname(), others])
     monkeypatch.setattr(dist_util, "meet", lambda launch: (Store(rank0=first), 1))
