@@ -201,7 +201,7 @@ def measure(experiment: DistillationExperiment, batch_size: int, repeats: int, d
         dtype: what ships, for the machine's rates.
     """
     shipped = loop_of(experiment, batch_size, experiment.run)
-    ordinary = dataclasses.replace(experiment.run, precision="fp32", channels_last=False)
+    ordinary = dataclasses.replace(experiment.run, precision="fp32", channels_last=False, cuda_graphs=False)
     plain = loop_of(experiment, batch_size, ordinary)
     make_plain(plain)
     sides: dict[str, tuple[Parts, Callable]] = {}

@@ -6,6 +6,7 @@ the identity and torch.distributed is not started.
 
 import atexit
 import ctypes
+import gc
 import os
 import resource
 import socket
@@ -154,6 +155,13 @@ def peak_memory() -> str:
     if dev().type == "cuda":
         told += f" and {th.cuda.max_memory_allocated(dev()) / 1e9:.2f} GB of the GPU"
     return told
+
+
+def free_device_memory() -> None:
+    """Give what nothing uses of this rank's GPU to other processes; networks with graphs are cycles."""
+    if dev().type == "cuda":
+        gc.collect()
+        th.cuda.empty_cache()
 
 
 def barrier() -> None:

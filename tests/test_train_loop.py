@@ -121,12 +121,15 @@ def test_a_network_of_a_respaced_process_is_sampled_in_its_own_steps():
         assert list(process.timestep_map) == expected, respacing
 
 
-def test_arithmetic():
+def test_arithmetic(monkeypatch):
     cpu, gpu = th.device("cpu"), th.device("cuda")
     assert compute_dtype("auto", False, gpu) == th.float32
     assert compute_dtype("fp16", False, cpu) == th.float16
     assert compute_dtype("fp32", True, gpu) == th.float32
     assert compute_dtype("auto", True, cpu) in (th.bfloat16, th.float32)
+    # As on GPUs that have bfloat16 only by emulation, slowly (V100, T4).
+    monkeypatch.setattr(th.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation)
+    assert compute_dtype("auto", True, gpu) == th.float16
 
 
 def test_a_step_is_a_function_of_seed_rank_and_number():

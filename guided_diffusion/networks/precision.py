@@ -37,7 +37,7 @@ def compute_dtype(precision: str, use_fp16: bool, device: th.device) -> th.dtype
     if not use_fp16:
         return th.float32
     if device.type == "cuda":
-        return th.bfloat16 if th.cuda.is_bf16_supported() else th.float16
+        return th.bfloat16 if th.cuda.is_bf16_supported(including_emulation=False) else th.float16
     capabilities: dict = getattr(th.cpu, "get_capabilities", dict)()
     fast = capabilities.get("avx512_bf16", False) or capabilities.get("amx_bf16", False)
     return th.bfloat16 if device.type == "cpu" and fast else th.float32

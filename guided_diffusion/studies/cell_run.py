@@ -12,6 +12,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+from .. import dist_util
 from ..config.loading import experiment_keys, mapping_text
 from ..config.settings import flat
 from ..distill.dynamic_batch import pool_size
@@ -422,6 +423,8 @@ class CellRun:
         if metrics.chains:
             chain = comparison.own_chain(metrics.chains, metrics.respacing, check)
             found |= {"on_policy": chain["eps"], "path_kl": chain["path_kl"], "step_kl": chain["step_kl"]}
+        del comparison
+        dist_util.free_device_memory()  # for the commands that train and sample
         return found
 
     def _tidy(self, iterations: int) -> None:

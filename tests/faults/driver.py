@@ -206,7 +206,7 @@ def kill_in_step(step, rank=0):
     """A tampering: the process dies half-way through an iteration, its last checkpoint being complete."""
 
     def tamper():
-        inner = train_util.TrainLoop._optimizer_step
+        inner = train_util.TrainLoop._learning_rate
 
         def dying(loop):
             if loop.step == step and train_util.dist_util.rank() == rank:
@@ -214,7 +214,7 @@ def kill_in_step(step, rank=0):
                 os.kill(os.getpid(), signal.SIGKILL)
             return inner(loop)
 
-        train_util.TrainLoop._optimizer_step = dying
+        train_util.TrainLoop._learning_rate = dying
 
     return tamper
 

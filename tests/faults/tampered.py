@@ -15,7 +15,7 @@ from guided_diffusion.runs import run_directory
 from guided_diffusion.setups import distillation
 
 fault, sys.argv = sys.argv[1], sys.argv[2:]
-inner = train_util.TrainLoop._optimizer_step
+inner = train_util.TrainLoop._learning_rate
 
 
 def faulty(loop):
@@ -64,6 +64,6 @@ if "early" in fault:
     rendezvous._PATIENCE = 2.0
     setup_dist = dist_util.setup_dist
     dist_util.setup_dist = told_early if fault == "told early" else failing_early
-train_util.TrainLoop._optimizer_step = faulty
+train_util.TrainLoop._learning_rate = faulty
 run_directory.save_curves = lambda *_: None
 runpy.run_path(sys.argv[0], run_name="__main__")

@@ -198,14 +198,14 @@ def test_ranks_wait_for_what_rank_0_does_alone(tmp_path):
 
 
 def hang_in_step_2():
-    inner = train_util.TrainLoop._optimizer_step
+    inner = train_util.TrainLoop._learning_rate
 
     def hanging(loop):
         if loop.step == 2:
             time.sleep(SECONDS)
         return inner(loop)
 
-    train_util.TrainLoop._optimizer_step = hanging
+    train_util.TrainLoop._learning_rate = hanging
 
 
 def without_patience():

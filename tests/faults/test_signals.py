@@ -31,7 +31,7 @@ SLOW = pytest.mark.slow
 
 def signal_in_step(step, *numbers):
     def tamper():
-        inner = train_util.TrainLoop._optimizer_step
+        inner = train_util.TrainLoop._learning_rate
 
         def signalled(loop):
             if loop.step == step:
@@ -39,7 +39,7 @@ def signal_in_step(step, *numbers):
                     os.kill(os.getpid(), number)
             return inner(loop)
 
-        train_util.TrainLoop._optimizer_step = signalled
+        train_util.TrainLoop._learning_rate = signalled
 
     return tamper
 
@@ -210,7 +210,7 @@ def test_a_signal_during_an_import(tmp_path, training):
     """An exception in the middle of torch's import would crash the process."""
     code = "import os, signal\nos.kill(os.getpid(), signal.SIGTERM)\nDONE = 1\n"
     (tmp_path / "signalled.py").write_text(code)
-    owner, name = (train_util.TrainLoop, "_optimizer_step") if training else (setup, "load_teacher")
+    owner, name = (train_util.TrainLoop, "_learning_rate") if training else (setup, "load_teacher")
 
     def tamper():
         sys.path.insert(0, str(tmp_path))
