@@ -335,6 +335,13 @@ def test_betas_of_the_schedule_itself_are_the_same_said_or_not(tmp_path):
     assert read_pool_header(tmp_path / "p.cache") == {"T": 1000, "noise_schedule": "linear"}
 
 
+def test_a_pool_that_says_impossible_things_of_itself_is_told(tmp_path):
+    pool = DynamicBatch(th.zeros(2, 3, 8, 8), th.zeros(2, dtype=th.int64), 20)
+    write_pool(tmp_path / "pool.cache", [pool], {"T": "many", "noise_schedule": "linear"})
+    with pytest.raises(UserError, match="pool.cache: not a readable pool"):
+        read_pool_header(tmp_path / "pool.cache")
+
+
 def test_a_pool_that_does_not_say_its_seed_serves_all(tmp_path):
     config = distillation(tmp_path, 8)
     pool = DynamicBatch.of_noise(32, (3, 8, 8), 20)

@@ -16,7 +16,7 @@ import numpy as np
 import torch as th
 
 from ..config.settings import Process
-from ..errors import UserError
+from ..errors import UserError, first_line
 from ..io.safe_pickle import load_arrays
 from ..io.safetensors_file import open_safetensors, read_about, read_arrays, write_arrays
 from .dynamic_batch import DistillationBatch, DynamicBatch
@@ -145,7 +145,7 @@ def read_pool_header(path: str | os.PathLike) -> dict[str, Any]:
     Raises:
         UserError: a damaged file.
     """
-    return {} if _is_pickle(Path(path)) else _belongs_to(read_about(path, "pool"))
+    return {} if _is_pickle(Path(path)) else _belongs_to(read_about(path, "pool"), path)
 
 
 def join_parts(
@@ -189,12 +189,15 @@ def _is_pickle(path: Path) -> bool:
     return start[:1] == b"\x80" and start[8:] != b"{"
 
 
-def _belongs_to(about: dict[str, Any]) -> dict[str, Any]:
+def _belongs_to(about: dict[str, Any], path: str | os.PathLike) -> dict[str, Any]:
     """What a pool says it belongs to; earlier versions said betas too that are the schedule's own."""
     if "T" not in about:
         return about
     names = [name for name in ("noise_schedule", "beta_start", "beta_end") if name in about]
-    process = Process(about["T"], **{name: about[name] for name in names})
+    try:
+        process = Process(about["T"], **{name: about[name] for name in names})
+    except (TypeError, ValueError) as error:
+        raise UserError(f"{path}: not a readable pool ({first_line(error)})") from None
     return {k: v for k, v in about.items() if k not in names or getattr(process, k)}
 
 
@@ -206,7 +209,7 @@ def _require_pool(path: Path, names: Iterable[str]) -> None:
 def _read_safetensors(path: Path) -> tuple[dict[str, th.Tensor], dict[str, Any]]:
     arrays, about = read_arrays(path, "pool")
     _require_pool(path, arrays)
-    return arrays, _belongs_to(about)
+    return arrays, _belongs_to(about, path)
 
 
 def _read_pickle(path: Path) -> tuple[dict[str, th.Tensor], dict[str, Any]]:

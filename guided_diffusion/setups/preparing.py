@@ -64,7 +64,7 @@ def prepare_pool(
         read_pool(path, total, shape, expected=identity)
         if rank == 0:
             with suppress(UserError, OSError), held(path, patience=0.0):
-                _remove_shares(path)
+                _remove_shares(path, "part")  # a stopped --overwrite may go on from its partial ones
         _say(f"{path} is already prepared for this configuration (--overwrite prepares it anew)")
         return
 
@@ -146,12 +146,12 @@ def _write(
         if first:
             if world > 1:
                 join_parts(path, total, shape, identity, world)
-            _remove_shares(path)
+            _remove_shares(path, "part", "partial")
 
 
-def _remove_shares(path: Path) -> None:
-    """Remove what preparations that were stopped or killed have left of a pool that is there."""
-    for kind in ("part", "partial"):
+def _remove_shares(path: Path, *kinds: str) -> None:
+    """Remove what preparations that were killed ("part") or stopped ("partial") have left of a pool."""
+    for kind in kinds:
         for left in path.parent.glob(f"{glob.escape(path.name)}.rank*.{kind}"):
             left.unlink()
 

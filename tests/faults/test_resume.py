@@ -311,8 +311,11 @@ def test_preparing_clears_the_parts_of_one_killed_while_they_were_joined(tmp_pat
     (pool,) = tmp_path.glob("*.cache")
     for rank in (0, 1):
         (tmp_path / f"{pool.name}.rank{rank}.part").write_bytes(b"its share")
+    stopped = tmp_path / f"{pool.name}.rank0.partial"
+    stopped.write_bytes(b"what a stopped --overwrite goes on from, were it whole")
     assert run(tmp_path, "scripts/dynamic_prepare.py", "--config", config, *flags)[0] == 0
     assert pool.exists() and not list(tmp_path.glob("*.part"))
+    assert stopped.exists() == (flags == [])
 
 
 def test_a_run_that_is_continued_keeps_its_first_start(tmp_path):
