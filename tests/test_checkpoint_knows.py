@@ -338,7 +338,7 @@ def test_betas_of_the_schedule_itself_are_the_same_said_or_not(tmp_path):
 def test_a_pool_that_says_impossible_things_of_itself_is_told(tmp_path):
     pool = DynamicBatch(th.zeros(2, 3, 8, 8), th.zeros(2, dtype=th.int64), 20)
     write_pool(tmp_path / "pool.cache", [pool], {"T": "many", "noise_schedule": "linear"})
-    with pytest.raises(UserError, match="pool.cache: not a readable pool"):
+    with pytest.raises(UserError, match=r"pool\.cache: not a readable pool"):
         read_pool_header(tmp_path / "pool.cache")
 
 
