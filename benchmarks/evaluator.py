@@ -132,8 +132,8 @@ def file(route: str, n: int, size: int) -> tuple[Seconds, dict]:
     from evaluations.results import values
     from evaluations.scoring import score_inception
     from evaluations.settings import Settings
-    from guided_diffusion.io.files import NpzFile
     from guided_diffusion.io.image_sets import ImageFile, open_images
+    from guided_diffusion.io.npz_reader import NpzFile
     from guided_diffusion.io.npz_writer import create_npz
 
     def images(path: Path, count: int) -> ImageFile:
@@ -182,7 +182,7 @@ def graph(route: str, n: int, size: int) -> tuple[Seconds, dict]:
 def network(route: str, n: int, size: int) -> tuple[Seconds, dict]:
     """Time of n images of size x size through the network `route`, and nothing else."""
     from evaluations.inception_tensorflow import TensorflowExtractor
-    from guided_diffusion.io.files import NpzFile
+    from guided_diffusion.io.npz_reader import NpzFile
 
     extractor = TensorflowExtractor(Path(route))
     with tempfile.TemporaryDirectory() as folder:

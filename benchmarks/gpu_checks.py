@@ -30,7 +30,8 @@ from guided_diffusion.io.torch_file import read_torch_file
 from guided_diffusion.kernels.captured import Captured
 from guided_diffusion.logger import read_progress
 from guided_diffusion.nn import GroupNorm32
-from guided_diffusion.runs.checkpoint import load_network, newest_checkpoint
+from guided_diffusion.runs.checkpoint import newest_checkpoint
+from guided_diffusion.runs.weights import load_network
 from guided_diffusion.sampling.samplers import sample_images
 from guided_diffusion.script_util import build_network, build_space
 from guided_diffusion.train_util import TrainLoop, reseed

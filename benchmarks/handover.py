@@ -28,12 +28,13 @@ from guided_diffusion.config.loading import find_config, load_distillation
 from guided_diffusion.config.paths import input_file
 from guided_diffusion.errors import UserError
 from guided_diffusion.gaussian_diffusion import GaussianDiffusion
-from guided_diffusion.io.files import NpzFile, atomic_path
+from guided_diffusion.io.files import atomic_path
 from guided_diffusion.io.image_sets import open_images
+from guided_diffusion.io.npz_reader import NpzFile
 from guided_diffusion.networks.base import DenoisingNetwork
 from guided_diffusion.networks.precision import place
 from guided_diffusion.processes.launch import run_script
-from guided_diffusion.runs.checkpoint import load_network
+from guided_diffusion.runs.weights import load_network
 from guided_diffusion.sampling.samplers import sample_images
 from guided_diffusion.script_util import build_network, build_process
 from guided_diffusion.setups.distillation import load_teacher

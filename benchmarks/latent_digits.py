@@ -24,7 +24,8 @@ from guided_diffusion.io.digits import load_digit_images
 from guided_diffusion.io.npz_writer import create_npz
 from guided_diffusion.io.progress import Progress
 from guided_diffusion.processes.launch import run_script
-from guided_diffusion.runs.checkpoint import load_state_dict, newest_checkpoint
+from guided_diffusion.runs.checkpoint import newest_checkpoint
+from guided_diffusion.runs.weights import load_state_dict
 from guided_diffusion.spaces import LatentSpace, PixelSpace
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -28,7 +28,8 @@ from guided_diffusion.io.digits import load_digit_images
 from guided_diffusion.io.npz_writer import create_npz
 from guided_diffusion.networks.precision import compute_dtype
 from guided_diffusion.processes.launch import run_script
-from guided_diffusion.runs.checkpoint import load_network, newest_checkpoint
+from guided_diffusion.runs.checkpoint import newest_checkpoint
+from guided_diffusion.runs.weights import load_network
 from guided_diffusion.sampling.sample_set import SampleSet
 from guided_diffusion.sampling.samplers import ANCESTRAL
 from guided_diffusion.script_util import build_network, build_process, build_space

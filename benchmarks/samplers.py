@@ -18,7 +18,7 @@ from guided_diffusion.config.registry import SAMPLERS, look_up
 from guided_diffusion.io.digits import load_digit_images
 from guided_diffusion.io.npz_writer import create_npz
 from guided_diffusion.processes.launch import run_script
-from guided_diffusion.runs.checkpoint import load_network
+from guided_diffusion.runs.weights import load_network
 from guided_diffusion.sampling.sample_set import SampleSet
 from guided_diffusion.script_util import build_network, build_process, build_space
 

@@ -19,9 +19,9 @@ import numpy as np
 
 from guided_diffusion.config.command_line import make_bare_parser
 from guided_diffusion.errors import UserError
-from guided_diffusion.io.files import NpzFile
 from guided_diffusion.io.image_folder import write_image_folder
 from guided_diffusion.io.image_sets import ImageFile, ImageSet, open_images, write_npz
+from guided_diffusion.io.npz_reader import NpzFile
 from guided_diffusion.io.remote import local_path
 from guided_diffusion.processes.launch import run_script
 

@@ -7,8 +7,8 @@ import numpy as np
 
 from guided_diffusion.errors import UserError
 from guided_diffusion.io.digits import SIZES
-from guided_diffusion.io.files import NpzFile
 from guided_diffusion.io.image_sets import open_images
+from guided_diffusion.io.npz_reader import NpzFile
 
 from .digits import is_noise
 from .digits_classifier import DEFAULT_WEIGHTS, DigitsExtractor

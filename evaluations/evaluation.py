@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 from guided_diffusion.errors import UserError
 from guided_diffusion.io.digits import SIZES
-from guided_diffusion.io.files import NpzFile, sha256_of
+from guided_diffusion.io.files import sha256_of
 from guided_diffusion.io.image_sets import ImageFile, open_images
+from guided_diffusion.io.npz_reader import NpzFile
 
 from .results import DigitsResult, InceptionResult, Result, versions
 from .settings import Settings

@@ -6,8 +6,8 @@ from typing import Any
 import numpy as np
 
 from guided_diffusion.config.settings import Run
-from guided_diffusion.io.files import NpzFile
 from guided_diffusion.io.image_sets import ImageArray
+from guided_diffusion.io.npz_reader import NpzFile
 from guided_diffusion.io.progress import warn
 
 from .evaluation import build_extractor, few, reference_images, require_scorable

@@ -13,8 +13,9 @@ from typing import Any
 import numpy as np
 
 from guided_diffusion.errors import UserError
-from guided_diffusion.io.files import NpzFile, atomic_path, sha256_of
+from guided_diffusion.io.files import atomic_path, sha256_of
 from guided_diffusion.io.image_sets import ImageFile
+from guided_diffusion.io.npz_reader import NpzFile
 
 from .features import Extractor, choose_device, extract_features
 from .metrics import Gaussian

@@ -16,7 +16,7 @@ import torch as th
 
 from . import dist_util
 from .errors import UserError
-from .io.files import NpzFile
+from .io.npz_reader import NpzFile
 from .io.progress import warn
 from .processes.stopping import ignore_signals
 

@@ -22,15 +22,9 @@ from .kernels.captured import Captured
 from .logger import RunLog
 from .networks.base import DenoisingNetwork
 from .processes.stopping import Stopped, StopSignals
-from .runs.checkpoint import (
-    Checkpoint,
-    Retention,
-    complete_checkpoints,
-    load_network,
-    load_state_dict,
-    load_strictly,
-)
+from .runs.checkpoint import Checkpoint, Retention, complete_checkpoints
 from .runs.checkpoint_writer import CheckpointWriter
+from .runs.weights import load_network, load_state_dict, load_strictly
 from .training.ema import Ema
 from .training.grids import Grids
 from .training.metrics import Metrics

@@ -127,9 +127,9 @@ def report(
     from evaluations.digits_floor import RealFloor, real_floor
     from evaluations.evaluator import evaluate
     from evaluations.results import DigitsResult, write_json
-    from guided_diffusion.io.files import NpzFile
-    from guided_diffusion.runs.checkpoint import load_state_dict
+    from guided_diffusion.io.npz_reader import NpzFile
     from guided_diffusion.runs.figures import save_comparison
+    from guided_diffusion.runs.weights import load_state_dict
 
     files = {name: folder / name / f"samples_{n}x16x16x3.npz" for name in ("teacher", "student")}
     scores = {name: evaluate(digits, path, backend="digits", intervals=20) for name, path in files.items()}

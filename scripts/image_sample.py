@@ -80,13 +80,13 @@ def main() -> None:
     from guided_diffusion.io.remote import is_url, local_path
     from guided_diffusion.networks.precision import place
     from guided_diffusion.runs.best import local_weights
-    from guided_diffusion.runs.checkpoint import load_network, require_agreement
     from guided_diffusion.runs.mirror import Mirror
     from guided_diffusion.runs.provenance import (
         describe_network,
         described_experiment,
         require_known_steps,
     )
+    from guided_diffusion.runs.weights import load_network, require_agreement
     from guided_diffusion.sampling.sample_set import SampleSet
     from guided_diffusion.sampling.samplers import Sampler
     from guided_diffusion.script_util import build_network, build_process, build_space

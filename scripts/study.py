@@ -73,7 +73,7 @@ def scorer(study: Study, reference: Path):
     from evaluations.evaluation import evaluate_files, reference_images, require_scorable
     from evaluations.results import values
     from evaluations.settings import Settings
-    from guided_diffusion.io.files import NpzFile
+    from guided_diffusion.io.npz_reader import NpzFile
 
     settings = Settings(backend=study.backend)  # type: ignore[arg-type]
     keys = (f"{study.path}: backend", f"{study.path}: metrics.samples")

@@ -18,7 +18,7 @@ from guided_diffusion.errors import UserError
 from guided_diffusion.networks.diffusers_unet2d import DiffusersUNet2D
 from guided_diffusion.networks.guidance import guided
 from guided_diffusion.networks.weight_selection import bottleneck_channels
-from guided_diffusion.runs.checkpoint import load_state_dict
+from guided_diffusion.runs.weights import load_state_dict
 from guided_diffusion.script_util import build_network
 
 SIZE = 8

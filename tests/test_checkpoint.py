@@ -11,12 +11,11 @@ from guided_diffusion.errors import UserError
 from guided_diffusion.runs.checkpoint import (
     complete_checkpoints,
     drop_file,
-    load_network,
-    load_state_dict,
     newest_checkpoint,
     open_checkpoint,
     save_checkpoint,
 )
+from guided_diffusion.runs.weights import load_network, load_state_dict
 from guided_diffusion.script_util import build_network
 
 

@@ -17,9 +17,9 @@ from guided_diffusion.distill.pool_file import read_pool_header, write_pool
 from guided_diffusion.errors import UserError
 from guided_diffusion.io.description import described, read_description
 from guided_diffusion.io.torch_file import StateDict
-from guided_diffusion.runs.checkpoint import require_agreement
 from guided_diffusion.runs.provenance import described_experiment, git_revision
 from guided_diffusion.runs.run_directory import _of_configuration
+from guided_diffusion.runs.weights import require_agreement
 from guided_diffusion.script_util import build_network
 
 

@@ -26,7 +26,8 @@ from evaluations.evaluator import evaluate
 from evaluations.results import DigitsResult, format_result, format_table, values
 from guided_diffusion.errors import UserError
 from guided_diffusion.io.digits import load_digit_images
-from guided_diffusion.io.files import NpzFile, sha256_of
+from guided_diffusion.io.files import sha256_of
+from guided_diffusion.io.npz_reader import NpzFile
 from guided_diffusion.io.torch_file import read_torch_file
 
 ROOT = Path(__file__).parents[1]

@@ -21,8 +21,9 @@ from evaluations.reference import cache_path
 from evaluations.results import format_result, values
 from guided_diffusion.config.settings import Run
 from guided_diffusion.errors import UserError
-from guided_diffusion.io.files import NpzFile, sha256_of
+from guided_diffusion.io.files import sha256_of
 from guided_diffusion.io.image_sets import open_images
+from guided_diffusion.io.npz_reader import NpzFile
 
 EVALUATOR = Path(__file__).parents[1] / "evaluations" / "evaluator.py"
 EXPECTED = manifest("g6_evaluator.json")["images"]

@@ -27,7 +27,7 @@ from evaluations.evaluator import evaluate
 from evaluations.results import values
 from guided_diffusion.errors import UserError
 from guided_diffusion.io.digits import load_digit_images
-from guided_diffusion.io.files import NpzFile
+from guided_diffusion.io.npz_reader import NpzFile
 
 EVALUATOR = Path(__file__).parents[1] / "evaluations" / "evaluator.py"
 

@@ -15,7 +15,7 @@ from tiny import one_line_error
 
 from guided_diffusion.config.loading import load_experiment
 from guided_diffusion.io.description import described
-from guided_diffusion.runs.checkpoint import load_state_dict
+from guided_diffusion.runs.weights import load_state_dict
 from guided_diffusion.script_util import build_network
 
 ADM = network_keys(8, 16, attention_resolutions="4")

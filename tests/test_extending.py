@@ -12,7 +12,8 @@ from tiny import ROOT, distillation, one_line_error
 
 from guided_diffusion.config.registry import SAMPLERS, look_up
 from guided_diffusion.io.description import read_description
-from guided_diffusion.runs.checkpoint import load_state_dict, newest_checkpoint
+from guided_diffusion.runs.checkpoint import newest_checkpoint
+from guided_diffusion.runs.weights import load_state_dict
 from guided_diffusion.script_util import create_gaussian_diffusion
 
 PAGE = (ROOT / "docs/extending.md").read_text()

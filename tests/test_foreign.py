@@ -16,7 +16,7 @@ from guided_diffusion.config.loading import load_experiment
 from guided_diffusion.config.settings import Process
 from guided_diffusion.io.description import read_description
 from guided_diffusion.io.diffusers_library import import_diffusers
-from guided_diffusion.runs.checkpoint import load_network, load_state_dict
+from guided_diffusion.runs.weights import load_network, load_state_dict
 from guided_diffusion.script_util import build_network
 
 diffusers = import_diffusers("the tests")

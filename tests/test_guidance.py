@@ -26,7 +26,7 @@ from guided_diffusion.distill.pool_file import read_pool_header
 from guided_diffusion.distill.teacher import Teacher
 from guided_diffusion.io.safetensors_file import read_safetensors
 from guided_diffusion.networks.guidance import guided
-from guided_diffusion.runs.checkpoint import load_state_dict
+from guided_diffusion.runs.weights import load_state_dict
 from guided_diffusion.sampling.samplers import sample_images
 from guided_diffusion.script_util import build_network, build_process, build_space
 from guided_diffusion.setups.distillation import load_teacher

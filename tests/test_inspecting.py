@@ -20,7 +20,7 @@ from guided_diffusion.config.known_models import KNOWN_MODELS
 from guided_diffusion.config.loading import load_experiment
 from guided_diffusion.config.settings import flat
 from guided_diffusion.io.description import described
-from guided_diffusion.runs.checkpoint import load_network
+from guided_diffusion.runs.weights import load_network
 from guided_diffusion.script_util import build_network
 
 SCRIPT = "scripts/inspect_checkpoint.py"

@@ -15,8 +15,8 @@ from guided_diffusion.config.loading import load_distillation, load_experiment
 from guided_diffusion.distill.pool_file import read_pool, read_pool_header
 from guided_diffusion.io import files
 from guided_diffusion.io.description import read_description
-from guided_diffusion.io.files import NpzFile
-from guided_diffusion.runs.checkpoint import load_network, load_state_dict
+from guided_diffusion.io.npz_reader import NpzFile
+from guided_diffusion.runs.weights import load_network, load_state_dict
 from guided_diffusion.sampling.samplers import SeededNoise
 from guided_diffusion.script_util import build_network, build_space
 

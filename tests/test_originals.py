@@ -17,7 +17,8 @@ from guided_diffusion.config.loading import load_experiment
 from guided_diffusion.distill.pool_file import read_pool
 from guided_diffusion.errors import UserError
 from guided_diffusion.networks.noise_encoder import NoiseEncoder
-from guided_diffusion.runs.checkpoint import HEAD_PREFIX, newest_checkpoint
+from guided_diffusion.runs.checkpoint import newest_checkpoint
+from guided_diffusion.runs.weights import HEAD_PREFIX
 from guided_diffusion.script_util import build_network, build_space, create_model, model_defaults
 
 STILL = "student.lr=1e-30"  # so small that no weight changes

@@ -14,7 +14,7 @@ from tiny import ROOT
 
 from evaluations.inception_tensorflow import URL
 from guided_diffusion.config.loading import load_distillation
-from guided_diffusion.io.files import NpzFile
+from guided_diffusion.io.npz_reader import NpzFile
 from guided_diffusion.script_util import build_network
 
 SHIPPED = ROOT / "yaml/study/cifar10.yaml"

@@ -13,7 +13,7 @@ from tiny import ROOT, network, one_line_error, randomise, script
 from guided_diffusion.config.loading import load_experiment
 from guided_diffusion.config.registry import SAMPLERS, look_up
 from guided_diffusion.respace import space_timesteps
-from guided_diffusion.runs.checkpoint import load_network
+from guided_diffusion.runs.weights import load_network
 from guided_diffusion.sampling.solvers import make_scheduler
 from guided_diffusion.script_util import build_network, create_gaussian_diffusion, create_model_and_diffusion
 

@@ -17,9 +17,11 @@ from tiny import distillation, make_vae, network, one_line_error, randomise
 from guided_diffusion.config.loading import load_distillation, load_experiment
 from guided_diffusion.errors import UserError
 from guided_diffusion.io.description import read_description
-from guided_diffusion.io.files import NpzFile, atomic_path
+from guided_diffusion.io.files import atomic_path
+from guided_diffusion.io.npz_reader import NpzFile
 from guided_diffusion.io.torch_file import read_torch_file
-from guided_diffusion.runs.checkpoint import load_network, load_state_dict, newest_checkpoint
+from guided_diffusion.runs.checkpoint import newest_checkpoint
+from guided_diffusion.runs.weights import load_network, load_state_dict
 from guided_diffusion.script_util import build_network
 
 

@@ -23,7 +23,7 @@ from guided_diffusion.config.loading import load_experiment
 from guided_diffusion.networks.adm_weights import attention_blocks
 from guided_diffusion.networks.diffusers_unet2d import DiffusersUNet2D
 from guided_diffusion.networks.weight_selection import selected
-from guided_diffusion.runs.checkpoint import load_network, load_state_dict
+from guided_diffusion.runs.weights import load_network, load_state_dict
 from guided_diffusion.script_util import build_network
 
 SIZE = 8

@@ -18,7 +18,7 @@ from ..networks.base import DenoisingNetwork, Evaluation
 from ..networks.noise_encoder import NoiseEncoder
 from ..networks.weight_selection import bottleneck_channels
 from ..nn import mean_flat
-from ..runs.checkpoint import load_strictly
+from ..runs.weights import load_strictly
 from ..training.objective import Objective, PassLoss
 from .dynamic_batch import DistillationBatch
 from .teacher import Teacher

@@ -8,7 +8,7 @@ from typing import Protocol
 import numpy as np
 
 from ..errors import UserError
-from .files import NpzFile
+from .npz_reader import NpzFile
 from .npz_writer import create_npz
 from .progress import Progress
 

@@ -17,8 +17,8 @@ from typing import Any
 import numpy as np
 
 from ..errors import UserError, first_line
-from .files import NpzFile
 from .image_sets import BLOCK, ImageSet
+from .npz_reader import NpzFile
 from .safe_pickle import load_arrays
 
 SIZE = 32

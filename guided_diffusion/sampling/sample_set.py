@@ -13,8 +13,9 @@ from .. import dist_util
 from ..config.settings import IDLE_IN_SAMPLING
 from ..errors import UserError
 from ..gaussian_diffusion import GaussianDiffusion
-from ..io.files import NpzFile, remove_leftovers, write_text
+from ..io.files import remove_leftovers, write_text
 from ..io.model_folder import weights_sha256
+from ..io.npz_reader import NpzFile
 from ..io.npz_writer import create_npz
 from ..io.progress import Progress, say, warn
 from ..networks.base import DenoisingNetwork

@@ -22,7 +22,8 @@ from ..networks.guidance import guided
 from ..networks.precision import place
 from ..networks.weight_selection import selected
 from ..respace import SpacedDiffusion
-from ..runs.checkpoint import Checkpoint, load_network, require_agreement
+from ..runs.checkpoint import Checkpoint
+from ..runs.weights import load_network, require_agreement
 from ..script_util import build_network, build_space
 from ..train_util import TrainLoop, reseed
 from ..training.grids import Grids, sampling_process

@@ -18,8 +18,8 @@ from ..io.files import set_usual_mode
 from ..io.model_folder import is_hub_name, weights_sha256
 from ..networks.base import DenoisingNetwork, ForDiffusers
 from ..respace import SpacedDiffusion
-from ..runs.checkpoint import load_network, require_agreement
 from ..runs.provenance import training_facts
+from ..runs.weights import load_network, require_agreement
 from ..script_util import build_network, build_process, build_space
 from ..spaces import LatentSpace
 

@@ -13,7 +13,8 @@ from ..image_datasets import ImageDataset, open_dataset, sample_batches
 from ..logger import RunLog
 from ..networks.precision import place
 from ..resample import create_named_schedule_sampler
-from ..runs.checkpoint import Checkpoint, load_network, require_agreement
+from ..runs.checkpoint import Checkpoint
+from ..runs.weights import load_network, require_agreement
 from ..script_util import build_network, build_space
 from ..spaces import LatentSpace
 from ..train_util import TrainLoop, reseed

@@ -12,17 +12,17 @@ from ..config.loading import experiment_of, mapping_text, override_values
 from ..config.settings import Denoiser, Experiment, free_to_differ
 from ..errors import UserError
 from ..io.description import read_description
-from ..runs.checkpoint import (
+from ..runs.checkpoint import newest_checkpoint
+from ..runs.provenance import described_experiment
+from ..runs.weights import (
     HEAD_PREFIX,
     denoising_network,
     is_latent_diffusion,
     load_model_folder,
     load_network,
-    newest_checkpoint,
     read_state_dict,
     require_fit,
 )
-from ..runs.provenance import described_experiment
 from ..script_util import build_network
 
 _OF_DIFFUSERS = ("conv_in.", "down_blocks.", "transformer_blocks.", "pos_embed.")

@@ -17,9 +17,10 @@ from ..config.loading import experiment_keys, mapping_text
 from ..config.settings import flat
 from ..distill.dynamic_batch import pool_size
 from ..errors import UserError
-from ..io.files import NpzFile, sha256_of, write_text
+from ..io.files import sha256_of, write_text
 from ..io.image_sets import open_images
 from ..io.model_folder import weights_sha256
+from ..io.npz_reader import NpzFile
 from ..logger import read_progress
 from ..runs.checkpoint import file_name, manifest_step
 from ..runs.figures import save_grid

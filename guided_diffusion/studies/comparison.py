@@ -18,7 +18,7 @@ from ..io.safetensors_file import read_safetensors
 from ..losses import normal_kl
 from ..networks.base import DenoisingNetwork
 from ..networks.precision import place
-from ..runs.checkpoint import load_network
+from ..runs.weights import load_network
 from ..sampling.samplers import SeededNoise
 from ..script_util import build_network, build_process
 from ..setups.distillation import load_teacher, noise_pool

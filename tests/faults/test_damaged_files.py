@@ -24,15 +24,11 @@ from guided_diffusion.distill.dynamic_batch import DynamicBatch
 from guided_diffusion.distill.pool_file import read_pool, write_pool
 from guided_diffusion.errors import UserError
 from guided_diffusion.image_datasets import open_dataset
-from guided_diffusion.io.files import NpzFile
+from guided_diffusion.io.npz_reader import NpzFile
 from guided_diffusion.io.torch_file import read_torch_file
 from guided_diffusion.logger import RunLog, read_progress
-from guided_diffusion.runs.checkpoint import (
-    load_state_dict,
-    newest_checkpoint,
-    open_checkpoint,
-    save_checkpoint,
-)
+from guided_diffusion.runs.checkpoint import newest_checkpoint, open_checkpoint, save_checkpoint
+from guided_diffusion.runs.weights import load_state_dict
 
 SIZE = 8
 RANDOM = np.random.default_rng(0)
