@@ -116,7 +116,8 @@ def test_an_adm_folder_may_run_as_diffusers_wrote_it(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "shape", ["network alone", "unet/ in a folder", "old: all in one", "shards", "symlinks"]
+    "shape",
+    ["network alone", "unet/ in a folder", "old: all in one", "shards", "shards of a variant", "symlinks"],
 )
 def test_other_shapes_of_folders(tmp_path, shape):
     model, keys = unet(), {}
@@ -131,9 +132,10 @@ def test_other_shapes_of_folders(tmp_path, shape):
             for file in (folder / part).iterdir():
                 file.rename(folder / file.name)
             (folder / part).rmdir()
-    elif shape == "shards":
+    elif shape.startswith("shards"):
         shutil.rmtree(folder / "unet")
-        model.save_pretrained(folder / "unet", max_shard_size="20KB")
+        variant = "fp16" if "variant" in shape else None
+        model.save_pretrained(folder / "unet", max_shard_size="20KB", variant=variant)
         assert len(list((folder / "unet").glob("*.safetensors"))) > 2
     else:
         (tmp_path / "blobs").mkdir()
@@ -146,6 +148,40 @@ def test_other_shapes_of_folders(tmp_path, shape):
     x, t = th.randn(2, 3, 8, 8), th.tensor([1, 19])
     with th.no_grad():
         assert th.equal(network(x, t), model(x, t).sample)
+
+
+def test_a_dit_from_before_its_class(tmp_path):
+    """As the published DiTs' folders have it, and diffusers takes it."""
+    model = dit()
+    folder = save(tmp_path / "m", model, DDPMScheduler(**SCHEDULE))
+    edited(folder / "model_index.json", transformer=["diffusers", "Transformer2DModel"])
+    edited(folder / "transformer/config.json", _class_name="Transformer2DModel")
+    settings, network, _ = loaded(folder)
+    assert settings.architecture.architecture == "dit"
+    x, t = th.randn(2, 3, 8, 8), th.tensor([1, 19])
+    with th.no_grad():
+        expected = model(x, t, class_labels=th.zeros(2, dtype=th.long)).sample
+        th.testing.assert_close(network(x, t), expected, atol=1e-5, rtol=1e-5)
+    edited(folder / "transformer/config.json", norm_type="layer_norm")
+    with pytest.raises(UserError, match="is a Transformer2DModel; those that can be read"):
+        loaded(folder)
+
+
+@pytest.mark.parametrize(
+    "keys, told",
+    [
+        ({"num_train_timesteps": 10}, "embedding has 10 rows, student.diffusion_steps is 20"),
+        (
+            {"num_train_timesteps": 20, "rescale_timesteps": True},
+            "student.rescale_timesteps: a learned timestep embedding takes whole",
+        ),
+    ],
+    ids=str,
+)
+def test_a_learned_timestep_embedding_has_a_row_for_every_step(folder, tmp_path, keys, told):
+    student = STUDENTS["CNN"] | {"time_embedding_type": "learned"} | keys
+    config = distillation_config(tmp_path, folder, student)
+    assert told in one_line_error(script_here("scripts/image_kd.py", "--config", config, check=False))
 
 
 def test_a_network_alone_needs_a_process(tmp_path):

@@ -195,7 +195,7 @@ def test_a_student_that_predicts_v_has_its_own_last_layer(tmp_path):
     "override, told",
     [
         ("student.num_channels=64", "does not cover"),
-        ("student.num_heads=8", "does not cover"),
+        ("student.num_heads=8", "parts, such as heads, and "),
         ("student.use_scale_shift_norm=false", "one of them has use_scale_shift_norm, the other has not"),
         ("student.channel_mult=1", "the larger network has 2 levels, the smaller 1"),
         ("student.num_res_blocks=2", "fewer blocks in down_blocks.0"),

@@ -8,7 +8,15 @@ from `num_classes` if `class_cond`. What is null there is 0 or '' here. Imports 
 from dataclasses import dataclass
 from typing import Any
 
-from .settings import Architecture, key, require, require_not_negative, require_one_of, require_positive
+from .settings import (
+    Architecture,
+    Process,
+    key,
+    require,
+    require_not_negative,
+    require_one_of,
+    require_positive,
+)
 
 DOWN_BLOCKS = (
     *("DownBlock2D", "AttnDownBlock2D", "ResnetDownsampleBlock2D"),
@@ -83,6 +91,19 @@ class UNet2DArchitecture(Architecture):
         require_not_negative(self, where, "attention_head_dim", "attn_norm_num_groups", "time_embedding_dim")
         require(self.downsample_padding in (0, 1), f"{where}downsample_padding must be 0 or 1")
         require(0 <= self.dropout < 1, f"{where}dropout must be in [0, 1), not {self.dropout}")
+
+    def require_timesteps(self, process: Process, where: str) -> None:
+        """Raise `UserError` for timesteps that a learned embedding has no rows for."""
+        if self.time_embedding_type == "learned":
+            require(
+                process.diffusion_steps <= self.num_train_timesteps,
+                f"{where}num_train_timesteps: the learned timestep embedding has {self.num_train_timesteps} "
+                f"rows, {where}diffusion_steps is {process.diffusion_steps}",
+            )
+            require(
+                not process.rescale_timesteps,
+                f"{where}rescale_timesteps: a learned timestep embedding takes whole timesteps alone",
+            )
 
     def config(self, channels: int, out_channels: int) -> dict[str, Any]:
         """The arguments of diffusers' UNet2DModel: what stands in its config.json.

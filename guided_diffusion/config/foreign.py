@@ -43,6 +43,8 @@ def folder_keys(folder: ModelFolder, given: Mapping[str, Any]) -> dict[str, Any]
     """
     config = _Config(folder.config, f"{folder.files[0]}: ")
     kind = config.text("_class_name", "")
+    if kind == "Transformer2DModel" and config.text("norm_type", "") == "ada_norm_zero":
+        kind = "DiTTransformer2DModel"  # as diffusers takes it; the published DiTs' folders still say so
     if kind not in ("UNet2DModel", "DiTTransformer2DModel"):
         raise UserError(
             f"{folder.path}: is a {kind or 'network without _class_name'}; those that can be read are "

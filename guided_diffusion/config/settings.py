@@ -98,6 +98,9 @@ class Architecture:
             f"{where}class_dropout_prob: needs {where}class_cond and {where}null_class",
         )
 
+    def require_timesteps(self, process: "Process", where: str) -> None:
+        """Raise `UserError` for a process some of whose timesteps the network does not know."""
+
     def require_buildable(self, where: str) -> None:
         """Raise `UserError` for more layers than any network has: building them would take days."""
         for name in ("num_res_blocks", "layers_per_block", "num_layers"):
@@ -270,6 +273,7 @@ class Denoiser:
         """Raise `UserError` for values that cannot be right."""
         self.architecture.check(where)
         self.process.check(where)
+        self.architecture.require_timesteps(self.process, where)
         self.space.check(where)
 
 

@@ -193,6 +193,9 @@ def weight_files(folder: Path) -> list[Path]:
     whole, index = folder / f"{_WEIGHTS}.safetensors", folder / f"{_WEIGHTS}.safetensors.index.json"
     if whole.is_file():
         return [whole]
+    variants = list(folder.glob(f"{_WEIGHTS}.safetensors.index.*.json"))  # such as index.fp16.json
+    if not index.is_file() and len(variants) == 1:
+        index = variants[0]
     if index.is_file():
         shards = read_json(index).get("weight_map")
         names = sorted(set(shards.values())) if isinstance(shards, dict) else []
@@ -205,7 +208,8 @@ def weight_files(folder: Path) -> list[Path]:
     if len(found) == 1:
         return found
     if found:
-        raise UserError(f"{folder}: which of {', '.join(p.name for p in found)} is meant? Leave one")
+        several = ", ".join(path.name for path in found[:3]) + (", ..." if len(found) > 3 else "")
+        raise UserError(f"{folder}: which of {several} is meant? Leave one, or an index of them")
     if pickled := sorted(p.name for p in folder.glob("*.bin")):
         raise UserError(
             f"{folder}: has pickled weights alone ({pickled[0]}), which can run code and are not opened; if "

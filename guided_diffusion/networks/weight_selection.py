@@ -156,6 +156,8 @@ def selected(larger: SelectableWeights, smaller: SelectableWeights) -> dict[str,
         for dim, (theirs, ours) in enumerate(zip(larger.parts(source), smaller.parts(name), strict=True)):
             if _is_other_kind(name, theirs, ours):
                 raise ValueError("one of them has use_scale_shift_norm, the other has not")
+            if len(theirs) < len(ours):
+                raise ValueError(f"{source} has {len(theirs)} parts, such as heads, and {name} {len(ours)}")
             index = _spread(theirs, ours, larger.groups, smaller.groups)
             if index is None:
                 shape = tuple(larger.state[source].shape)
@@ -200,10 +202,10 @@ def _is_other_kind(name: str, theirs: list[int], ours: list[int]) -> bool:
 
 
 def _spread(theirs: list[int], ours: list[int], their_groups: int, our_groups: int) -> th.Tensor | None:
-    """Indices of evenly spaced entries of evenly spaced parts; None if there are too few."""
+    """Indices of evenly spaced entries of evenly spaced parts; None if a part has too few entries."""
     starts, parts = [0, *accumulate(theirs)], [k * len(theirs) // len(ours) for k in range(len(ours))]
     pairs = [(theirs[part], size) for part, size in zip(parts, ours, strict=True)]
-    if len(theirs) < len(ours) or any(their_size < size for their_size, size in pairs):
+    if any(their_size < size for their_size, size in pairs):
         return None
     chosen = [_entries(*pair, their_groups, our_groups) for pair in pairs]
     return th.cat([starts[part] + entries for part, entries in zip(parts, chosen, strict=True)])
