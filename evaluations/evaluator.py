@@ -7,6 +7,7 @@ Each file holds uint8 images [N, H, W, 3] as arr_0. The reference may instead, o
 statistics of an ADM reference batch (mu, sigma, mu_s, sigma_s). See docs/evaluation.md.
 """
 
+import tempfile
 from collections.abc import Sequence
 from dataclasses import fields
 from os import PathLike
@@ -102,12 +103,8 @@ def main() -> None:
     parser.add_argument("--output", type=local_path, help="also write a JSON record here")
     args = parser.parse_args()
     settings = Settings(**{field.name: getattr(args, field.name) for field in fields(Settings)})
-    if args.output is not None and args.output.is_dir():
-        raise UserError(f"--output {args.output} is a folder, a file to write is wanted")
-    if args.output is not None and args.output.suffix == ".npz":
-        raise UserError(f"--output {args.output} is the name of images, a JSON file to write is wanted")
-    if args.output is not None and args.output.is_file():
-        require_replaceable(args.output)
+    if args.output is not None:
+        _require_writable(args.output)
     results: list[Result] = []
     try:
         for result in evaluate_files(args.reference, args.samples, settings):
@@ -117,6 +114,23 @@ def main() -> None:
     finally:
         if results:  # those before a damaged file too
             print(_report(results))
+
+
+def _require_writable(output: Path) -> None:
+    """Tell now what would else be told after hours.
+
+    Raises:
+        UserError: it is no file, is to be of images, or holds something else.
+        OSError: it cannot be written.
+    """
+    if output.is_dir():
+        raise UserError(f"--output {output} is a folder, a file to write is wanted")
+    if output.suffix == ".npz":
+        raise UserError(f"--output {output} is the name of images, a JSON file to write is wanted")
+    if output.is_file():
+        require_replaceable(output)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    tempfile.TemporaryFile(dir=output.parent).close()
 
 
 def _report(results: Sequence[Result]) -> str:

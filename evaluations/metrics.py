@@ -125,7 +125,7 @@ def frechet_distance(a: Gaussian, b: Gaussian) -> float:
     """
     shift = a.mean - b.mean
     traces = np.trace(a.covariance) + np.trace(b.covariance)
-    return max(0.0, float(shift @ shift + traces - 2 * _overlap(a, b)))
+    return max(float(shift @ shift + traces - 2 * _overlap(a, b)), 0.0)
 
 
 def _overlap(a: Gaussian, b: Gaussian) -> float:

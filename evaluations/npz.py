@@ -11,6 +11,7 @@ import numpy as np
 from guided_diffusion.config.command_line import make_bare_parser
 from guided_diffusion.errors import UserError
 from guided_diffusion.io.image_sets import BLOCK, ImageSet, write_npz
+from guided_diffusion.io.npz_reader import NpzFile
 from guided_diffusion.io.remote import local_path
 
 
@@ -27,22 +28,21 @@ def folder_images(root: Path, size: int) -> ImageSet:
     Raises:
         UserError: no such folder, no images in it, or (while going through) an unreadable one.
     """
-    from guided_diffusion.image_datasets import class_names, list_images, read_image
+    from guided_diffusion.image_datasets import FolderDataset
 
     if not root.is_dir():
         raise UserError(f"no such folder: {root}")
-    paths = list_images(root)
-    told = len({path.parent for path in paths}) > 1 or all("_" in path.name for path in paths)
-    classes, numbers = np.unique(class_names(paths) if told else [], return_inverse=True)
-    labels = numbers if len(classes) > 1 else None
+    try:
+        folder = FolderDataset(root, size, class_cond=True)
+    except UserError:  # its names tell no classes; what else is wrong is told now
+        folder = FolderDataset(root, size, class_cond=False)
 
     def blocks() -> Iterator[tuple[np.ndarray, np.ndarray | None]]:
-        for start in range(0, len(paths), BLOCK):
-            here = slice(start, start + BLOCK)
-            images = np.stack([read_image(path, size) for path in paths[here]])
-            yield images, None if labels is None else labels[here]
+        for start in range(0, len(folder), BLOCK):
+            images, labels = folder.batch(np.arange(start, min(start + BLOCK, len(folder))))
+            yield images, labels if folder.num_classes > 1 else None
 
-    return ImageSet(len(paths), blocks())
+    return ImageSet(len(folder), blocks())
 
 
 def build(description: str | None, default_out: str, open_images: Callable[[Path], ImageSet]) -> None:
@@ -61,6 +61,22 @@ def build(description: str | None, default_out: str, open_images: Callable[[Path
     args = parser.parse_args()
     if args.out.is_dir():
         raise UserError(f"--out {args.out}: is a folder; name a file, such as {args.out / default_out}")
+    _require_replaceable(args.out)
     images = open_images(args.source)
     classes = write_npz(images, args.out)
     print(f"wrote {args.out}: {images.count} images, {f'{classes} classes' if classes else 'no labels'}")
+
+
+def _require_replaceable(path: Path) -> None:
+    """Refuse to write over what is no archive of images, such as a file that is read.
+
+    Raises:
+        UserError: it is something else.
+    """
+    if path.is_file() and path.stat().st_size:
+        try:
+            NpzFile(path).require("arr_0")
+        except UserError:
+            raise UserError(
+                f"--out {path}: is no archive of images, and would be replaced; name another file"
+            ) from None

@@ -122,6 +122,10 @@ def _stored_statistics(npz: NpzFile) -> dict[str, Gaussian]:
         if not (np.isfinite(mean).all() and np.isfinite(covariance).all()):
             raise UserError(f"{npz.path}: {mean_name} or {covariance_name} holds NaN or infinity")
         found[mean_name] = Gaussian(mean, covariance)
+        try:
+            _ = found[mean_name].factor  # which is kept
+        except UserError as error:
+            raise UserError(f"{npz.path}: {covariance_name}: {error}") from None
     return found
 
 

@@ -129,6 +129,8 @@ def require_replaceable(path: Path) -> None:
     Raises:
         UserError: it holds something else.
     """
+    if not path.stat().st_size:
+        return
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError):

@@ -172,7 +172,7 @@ def list_images(root: Path) -> list[Path]:
         tops = sorted(links)
     paths.sort()
     if not paths:
-        raise UserError(f"{root}: holds neither .npz files nor images ({', '.join(IMAGE_SUFFIXES)})")
+        raise UserError(f"{root}: holds no images ({', '.join(IMAGE_SUFFIXES)})")
     return paths
 
 

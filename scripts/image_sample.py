@@ -129,11 +129,9 @@ def main() -> None:
     place(network.eval(), student.architecture.use_fp16, experiment.run, frozen=True)
     provenance = describe_network(experiment)
     provenance |= {"model": weights.name, "step": checkpoint.get("step"), "checkpoint": checkpoint}
-    path = samples.draw(network, process, build_space(student), weights, args.batch_size, provenance)
+    samples.draw(network, process, build_space(student), weights, args.batch_size, provenance)
     if mirror:
         dist_util.from_rank_zero(mirror.push)
-    if dist_util.rank() == 0:
-        print(f"wrote {path}")
 
 
 if __name__ == "__main__":

@@ -542,13 +542,36 @@ def test_a_folder_builder_tells_what_is_wrong_and_leaves_nothing(monkeypatch, tm
     with pytest.raises(UserError, match="no such folder"):
         call(monkeypatch, celeba64_npz, "--in", tmp_path / "none", "--out", out)
     (tmp_path / "in").mkdir()
-    with pytest.raises(UserError, match="nor images"):
+    with pytest.raises(UserError, match="holds no images"):
         call(monkeypatch, celeba64_npz, "--in", tmp_path / "in", "--out", out)
     Image.new("RGB", (64, 64)).save(tmp_path / "in/1.png")
     (tmp_path / "in/2.png").write_text("hello")
     with pytest.raises(UserError, match=r"2\.png: not a readable image"):
         call(monkeypatch, celeba64_npz, "--in", tmp_path / "in", "--out", out)
     assert os.listdir(out.parent) == []
+
+
+def test_a_folder_builder_replaces_images_of_its_own_kind_alone(monkeypatch, tmp_path):
+    picture, out = tmp_path / "in/1.png", tmp_path / "made.npz"
+    picture.parent.mkdir()
+    Image.new("RGB", (64, 64)).save(picture)
+    before = picture.read_bytes()
+    with pytest.raises(UserError, match=r"1\.png: is no archive of images, and would be replaced"):
+        call(monkeypatch, celeba64_npz, "--in", picture.parent, "--out", picture)
+    assert picture.read_bytes() == before
+    out.touch()  # as mktemp leaves it
+    for _ in range(2):
+        call(monkeypatch, celeba64_npz, "--in", picture.parent, "--out", out)
+    assert len(arrays(out)["arr_0"]) == 1
+
+
+def test_images_in_a_folder_and_in_one_below_have_no_labels(monkeypatch, tmp_path):
+    for name in ("in/1.png", "in/below/2.png"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        Image.new("RGB", (64, 64)).save(tmp_path / name)
+    call(monkeypatch, celeba64_npz, "--in", tmp_path / "in", "--out", tmp_path / "out.npz")
+    content = arrays(tmp_path / "out.npz")
+    assert len(content["arr_0"]) == 2 and "arr_1" not in content
 
 
 # --- ImageNet-32 -----------------------------------------------------------------------------------

@@ -24,6 +24,7 @@ from inception_graphs import (
 
 from evaluations import inception_tensorflow, inception_torch, weight_files
 from evaluations.evaluator import evaluate
+from evaluations.reference import _stored_statistics
 from evaluations.results import values
 from guided_diffusion.errors import UserError
 from guided_diffusion.io.digits import load_digit_images
@@ -166,6 +167,19 @@ def test_command_refuses_an_output_that_is_a_folder(files):
     done = run(files / "ref.npz", files / "good.npz", "--backend", "digits", "--output", files)
     assert done.returncode == 1
     assert "is a folder" in done.stderr
+
+
+def test_command_tells_before_it_scores_that_its_output_cannot_be_written(files):
+    done = run(files / "ref.npz", files / "good.npz", "--backend", "digits", "--output", files / "ref.npz/x")
+    assert done.returncode == 1 and done.stdout == ""
+    assert done.stderr == f"error: {files / 'ref.npz'} is a file, and a folder is wanted\n"
+
+
+def test_stored_statistics_that_are_none_are_told_when_they_are_read(tmp_path):
+    np.savez(tmp_path / "bad.npz", mu=np.zeros(2048), sigma=-np.eye(2048, dtype=np.float32))
+    told = r"bad\.npz: sigma: a stored covariance matrix is not positive semi-definite"
+    with pytest.raises(UserError, match=told):
+        _stored_statistics(NpzFile(tmp_path / "bad.npz"))
 
 
 def test_help_has_a_line_for_every_option_and_imports_no_network_library():

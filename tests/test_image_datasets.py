@@ -194,7 +194,7 @@ def test_a_class_before_the_underscore(tmp_path):
 def test_a_folder_without_what_is_needed_is_refused(tmp_path):
     with pytest.raises(UserError, match="no such dataset"):
         open_dataset(tmp_path / "nothing", 4, class_cond=False)
-    with pytest.raises(UserError, match="neither"):
+    with pytest.raises(UserError, match="holds no images"):
         open_dataset(tmp_path, 4, class_cond=False)
     write_images(tmp_path, ["cat_1.png", "17.png"])
     assert len(open_dataset(tmp_path, 4, class_cond=False)) == 2

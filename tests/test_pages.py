@@ -1,10 +1,11 @@
-"""docs/quick-start.md and docs/bring-your-own.md: their commands, one after the other, in a small form."""
+"""docs/quick-start.md, docs/bring-your-own.md and docs/teachers.md: what they tell to do, in a small form."""
 
 import re
 import shlex
 
 import pytest
 from in_process import script_here
+from test_foreign import DDPMScheduler, UNet2DModel, save
 from tiny import ROOT
 
 from guided_diffusion.config.loading import load_distillation
@@ -70,3 +71,34 @@ def test_bring_your_own(elsewhere):
     run(prepare, {}, *small)
     run(distil, {"experiments": elsewhere}, *small, "run.iterations=1")
     assert (elsewhere / "kd/mine/ema_0.9999_000001.pt").is_file()
+    # Laid over the preset, as the page says.
+    lines = [line for line in mine.splitlines() if line.split(":")[0].strip() not in ("lr", "ema_rate")]
+    text = "\n".join(lines).replace("run:\n  iterations: 200000", "")
+    (elsewhere / "mine.yaml").write_text(f"base: {ROOT}/yaml/preset/short-run.yaml\n{text}")
+    told = run(distil, {"experiments/kd/mine": elsewhere / "short"}, *small, "run.iterations=1")
+    assert "first weights are selected from the teacher's" in told and "bottleneck x 0.1" in told
+
+
+def test_the_first_teacher_from_diffusers(elsewhere):
+    """docs/teachers.md's first configuration, and that of the student it recommends."""
+    keys = {"sample_size": 32, "block_out_channels": (8, 16, 16, 16), "layers_per_block": 2}
+    keys |= {"norm_num_groups": 4, "attention_head_dim": None, "freq_shift": 1, "downsample_padding": 0}
+    keys |= {"flip_sin_to_cos": False, "norm_eps": 1e-6}
+    keys |= {"down_block_types": ("DownBlock2D", "AttnDownBlock2D", "DownBlock2D", "DownBlock2D")}
+    keys |= {"up_block_types": ("UpBlock2D", "UpBlock2D", "AttnUpBlock2D", "UpBlock2D")}
+    folder = save(elsewhere / "teacher", UNet2DModel(**keys), DDPMScheduler(variance_type="fixed_large"))
+    first, student, *_ = re.findall(r"```yaml\n(.*?)```", (ROOT / "docs/teachers.md").read_text(), re.S)
+    config = elsewhere / "C.yaml"
+    first = first.replace("google/ddpm-cifar10-32", str(folder)).replace("yaml/arch", f"{ROOT}/yaml/arch")
+    config.write_text(first)
+    assert load_distillation(config).student.process.noise_schedule == "linear"
+    found = run(f"scripts/inspect_checkpoint.py {folder}", {})
+    (elsewhere / "found.yaml").write_text(found)
+    teacher = first.partition("student:")[0]
+    narrower = student.replace("64,128,128,128", "4,8,8,8")
+    config.write_text(f"base: {ROOT}/yaml/preset/short-run.yaml\n{teacher}{narrower}  batch_size: 2\n")
+    small = ["teacher.batch_size=4", "teacher.BATCH=0.002", "distill.stride=400", "run.sample_interval=-1"]
+    small += [f"teacher.tempfile={elsewhere}/pool.cache", "run.iterations=1"]
+    run("scripts/dynamic_prepare.py --config C.yaml", {}, *small)
+    told = run("scripts/image_kd.py --config C.yaml --exp_dir run", {}, *small)
+    assert "first weights are selected from the teacher's" in told and "bottleneck x 0.1" in told

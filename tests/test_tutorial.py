@@ -1,5 +1,9 @@
 """docs/tutorial.ipynb, executed as a reader does, in a small form."""
 
+import ast
+import importlib
+import re
+
 import nbformat
 import pytest
 from nbclient import NotebookClient
@@ -22,6 +26,18 @@ def test_it_runs_to_the_end(tmp_path, monkeypatch):
     assert "step 4/4" in text
     assert "real digits (floor)" in text
     assert (tmp_path / "export/model_index.json").is_file()
+    kept = [cell.get("outputs", ()) for cell in nbformat.read(PATH, as_version=4).cells]
+    objective = re.search("objective: (.*?); pool", text)
+    assert objective is not None
+    assert objective[0] in "".join(output.get("text", "") for outputs in kept for output in outputs)
+
+
+def test_what_it_imports_is_there():
+    for cell in nbformat.read(PATH, as_version=4).cells:
+        for node in ast.walk(ast.parse(cell.source)) if cell.cell_type == "code" else ():
+            if isinstance(node, ast.ImportFrom):
+                module = importlib.import_module(node.module)
+                assert [alias.name for alias in node.names if not hasattr(module, alias.name)] == []
 
 
 def test_it_is_kept_with_its_outputs():

@@ -31,10 +31,17 @@ _THIS_PROCESS = secrets.token_hex(4)  # in containers that share a folder two ma
 def atomic_path(path: str | os.PathLike) -> Iterator[Path]:
     """Give a temporary path beside `path`; on success flush it to disk and rename it into place.
 
-    The final name appears only with complete contents; after an error nothing is left behind.
+    The final name appears only with complete contents; after an error nothing is left behind. Of a link the
+    target is written.
+
+    Raises:
+        OSError: a folder or a device is there (root could replace even /dev/null), or writing fails.
     """
     path = Path(path)
+    path = path.resolve() if path.is_symlink() else path
     path.parent.mkdir(parents=True, exist_ok=True)
+    if path.exists() and not path.is_file():
+        raise OSError(errno.EEXIST, "is there, and is no file", str(path))
     temporary = temporary_path(path)
     try:
         yield temporary

@@ -151,7 +151,9 @@ def selected(larger: SelectableWeights, smaller: SelectableWeights) -> dict[str,
     for name, own in smaller.state.items():
         source = larger.counterpart(name, smaller)
         if source not in larger.state:
-            raise ValueError(f"the larger network has no {source} for {name}")
+            raise ValueError(
+                f"the larger network has no {source}: fewer blocks, or attention or resampling otherwise"
+            )
         value = larger.state[source].float()
         for dim, (theirs, ours) in enumerate(zip(larger.parts(source), smaller.parts(name), strict=True)):
             if _is_other_kind(name, theirs, ours):

@@ -105,6 +105,8 @@ class SampleSet:
                     self._check_settings(settings, provenance)
                     self._tidy(final, size)
             if final.is_file():
+                if dist_util.rank() == 0:
+                    say(f"{final} is already drawn")
                 return final
 
             todo = self._missing_batches(batch_size)
@@ -115,6 +117,7 @@ class SampleSet:
                 with dist_util.rank_zero_first() as first:
                     if first:
                         self._join(final, json.dumps({**provenance, **settings}))
+                        say(f"wrote {final}")
             return final
 
     def _draw_shards(

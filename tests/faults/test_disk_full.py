@@ -4,6 +4,7 @@ import errno
 import os
 import re
 import shutil
+import stat
 import subprocess
 import time
 from pathlib import Path
@@ -14,7 +15,7 @@ from driver import assert_readable, assert_same_end, distil, run
 from safetensors import SafetensorError
 
 from guided_diffusion.errors import UserError
-from guided_diffusion.io.files import atomic_path
+from guided_diffusion.io.files import atomic_path, write_text
 from guided_diffusion.runs import checkpoint_writer
 from guided_diffusion.runs.checkpoint import Retention, complete_checkpoints, newest_checkpoint
 from guided_diffusion.runs.checkpoint_writer import CheckpointWriter
@@ -51,6 +52,25 @@ def test_the_run_goes_on_and_tries_again(tmp_path):
     assert [c.step for c in complete_checkpoints(folder)] == [2, 8]
     run(tmp_path, *command, "--exp_dir", straight)
     assert_same_end(straight, folder, 8)
+
+
+def test_what_is_no_file_is_never_replaced(tmp_path):
+    os.mkfifo(tmp_path / "queue")  # as /dev/null, in whose place root could put a file
+    (tmp_path / "folder").mkdir()
+    for name in ("queue", "folder"):
+        with pytest.raises(OSError, match="is there, and is no file"), atomic_path(tmp_path / name):
+            raise AssertionError("not to be reached")
+    assert stat.S_ISFIFO((tmp_path / "queue").stat().st_mode)
+
+
+def test_of_a_link_the_target_is_written(tmp_path):
+    (tmp_path / "large").mkdir()
+    link, target = tmp_path / "pool.cache", tmp_path / "large/pool.cache"
+    link.symlink_to(target)
+    for text in ("one", "two"):
+        write_text(link, text)
+        assert link.is_symlink() and target.read_text() == text
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["large", "pool.cache", "pool.cache"]
 
 
 def test_a_file_that_cannot_be_written_is_named(tmp_path):
