@@ -17,7 +17,7 @@ def main() -> None:
     parser.add_argument(
         "paths",
         nargs="+",
-        type=Path,
+        type=local_path,
         metavar="RUN",
         help="a run's directory; also a folder of samples, or a record that the evaluator wrote (--output)",
     )

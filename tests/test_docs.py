@@ -3,6 +3,7 @@
 import re
 import runpy
 import shlex
+from dataclasses import fields
 from itertools import pairwise
 
 import pytest
@@ -10,6 +11,7 @@ import yaml
 from in_process import script_here
 from tiny import ROOT
 
+from guided_diffusion.config.architectures import DiTArchitecture, UNet2DArchitecture
 from guided_diffusion.config.loading import load_experiment
 from guided_diffusion.config.settings import SECTIONS, describe_keys
 
@@ -106,6 +108,10 @@ def test_configurations_in_pages_have_keys_that_exist(path):
             if section not in SECTIONS or {"architecture", "objective"} & set(keys):
                 continue
             known = {name for name, _, _ in describe_keys(SECTIONS[section], section)}
+            if "model" in keys:  # which may be of any architecture
+                known |= {
+                    field.name for kind in (UNet2DArchitecture, DiTArchitecture) for field in fields(kind)
+                }
             assert set(keys) <= known | {"model", "diffusion", "training"}, piece
 
 

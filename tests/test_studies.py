@@ -108,6 +108,7 @@ class TestIdentity:
 
 def any_record(name, **more):
     least = {"digest": "d", "run": "a", "budget": "quick", "seed": 0, "spent": {}, "scores": []}
+    least |= {"iterations": 4, "seconds": {}, "flops": {}, "machine": {}}
     return {"id": name} | least | more
 
 
@@ -332,6 +333,15 @@ class TestCell:
         assert found["failed"].startswith("image_kd.py: gradients were not finite") and found["scores"] == []
         assert found["iterations"] == 4 and found["flops"]["total"] > 0
         assert "gradients were not finite" in (ROOT / "guided_diffusion/train_util.py").read_text()
+
+    def test_a_run_that_diverges_in_the_trial_of_a_budget_in_seconds_is_a_result(self, cell_run):
+        def do(script, *_):
+            if "image_kd" in script:
+                raise CommandFailed("image_kd.py: gradients were not finite for 9 iterations in a row")
+
+        found = cell_run(do, budgets={"short": {"seconds": 300}}).run()
+        assert found["failed"].startswith("image_kd.py: gradients were not finite") and found["scores"] == []
+        assert found["iterations"] == 0
 
     def test_the_teacher_draws_from_the_students_noise_once_for_all_cells_of_a_seed(self, cell_run, tmp_path):
         drawn = []

@@ -15,7 +15,7 @@ from typing import Any
 from ..errors import UserError
 from .files import atomic_path, digest_of
 
-_URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
+_URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/")  # with one slash too: a slip, not a folder "gs:"
 _AZURE = re.compile(r"https://([^/.]+)\.blob\.core\.windows\.net/")
 # No path, and nothing hidden: what is called otherwise is not ours, and is not written here.
 _NAME = re.compile(r"\w[\w.+-]*", re.ASCII)

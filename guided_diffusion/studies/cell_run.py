@@ -105,9 +105,11 @@ class CellRun:
             prepared = self._prepared()
             with self.shared.computing:
                 ledger = ledger_of(self.experiment, self.cell.run.data, self._images())
-            iterations, seconds = self._iterations(ledger, prepared), prepared.seconds
-            record |= {"iterations": iterations, "flops": ledger.of(iterations)}
+            seconds = prepared.seconds
+            record |= {"iterations": 0, "flops": ledger.of(0)}  # of one whose trial run diverges
             try:
+                iterations = self._iterations(ledger, prepared)
+                record |= {"iterations": iterations, "flops": ledger.of(iterations)}
                 self._train(iterations, prepared)
             except CommandFailed as error:
                 if _DIVERGED not in str(error):

@@ -134,7 +134,7 @@ def _overview(study: Study, rows: list[Row], teacher: Row | None) -> str:
         line = [name]
         for budget in used:
             row, baseline = own.get((name, budget)), own.get((study.baseline, budget))
-            line += [f"{_number(row.mean('primary'))} ({len(row.done)})" if row else ""]
+            line += [f"{_number(row.mean('primary'))} ({len(row.final('primary'))})" if row else ""]
             compared = row is not None and row is not baseline and not row.run.teacher
             line += [_interval(_difference(row, baseline), row) if row and compared else ""]
             if teacher:
@@ -436,7 +436,8 @@ def _interval(difference: PairedDifference | None, row: Row) -> str:
 
 def _table(head: list[str], rows: list[list[str]]) -> str:
     lines = [head, ["---"] * len(head), *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
+    cells = [[" ".join(cell.split()).replace("|", r"\|") for cell in line] for line in lines]
+    return "\n".join(f"| {' | '.join(line)} |" for line in cells) + "\n"
 
 
 def _short(path: Path) -> str:

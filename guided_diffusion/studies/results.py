@@ -12,6 +12,7 @@ from ..io.progress import warn
 
 # What every record has, and of which type; more is there for the report.
 _HAS = {"id": str, "digest": str, "run": str, "budget": str, "seed": int, "spent": dict, "scores": list}
+_HAS |= {"iterations": int, "seconds": dict, "flops": dict, "machine": dict}
 
 
 class Results:

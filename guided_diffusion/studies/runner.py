@@ -62,10 +62,9 @@ class Runner:
         with held(self.out):
             # Of budgets in seconds: what they have bought before, so that all seeds get the same.
             for record in self.results.read().values():
-                for kind, amount in record["spent"].items():
-                    self.shared.iterations.done[f"{record['digest']} {amount:g} {kind}"] = record[
-                        "iterations"
-                    ]
+                if bought := record["iterations"]:  # 0: it diverged in its trial
+                    for kind, amount in record["spent"].items():
+                        self.shared.iterations.done[f"{record['digest']} {amount:g} {kind}"] = bought
             self._waiting = self._missing(only)
             self._open = list(self._waiting)  # not finished
             print(

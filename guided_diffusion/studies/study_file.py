@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 from ..config.loading import load_distillation, read_mapping, resolve_path
 from ..config.settings import DistillationExperiment
 from ..errors import UserError, suggestion
+from ..io.remote import is_url
 
 _T = TypeVar("_T")
 _NAME = re.compile(r"[A-Za-z0-9][\w.+=-]*", re.ASCII)
@@ -212,6 +213,13 @@ def _check(study: Study) -> None:
             raise UserError(f"{study.path}: metrics.{name} must not be {value}")
     if study.metrics.sets > MOST_SETS:
         raise UserError(f"{study.path}: metrics.sets must be at most {MOST_SETS}, not {study.metrics.sets}")
+    if len({0, *(points := study.points(study.divisor))}) <= len(points):
+        raise UserError(f"{study.path}: score_at: 0, or one point twice, in thousandths of a budget")
+    for key in ("results", "report"):
+        if is_url(getattr(study, key)):
+            raise UserError(f"{study.path}: {key} must be a file here, not {getattr(study, key)}")
+    if study.report and not study.report.endswith(".md"):  # its pictures' folder has the rest of the name
+        raise UserError(f"{study.path}: report must end in .md, not be '{study.report}'")
     for budget in study.budgets.values():
         if budget.kind == "iterations" and budget.amount % study.divisor:
             raise UserError(
@@ -219,7 +227,11 @@ def _check(study: Study) -> None:
                 f"{study.divisor}, as score_at needs"
             )
     for run in study.runs.values():
-        study.experiment(run)
+        if study.experiment(run).student.training.resume_checkpoint:
+            raise UserError(
+                f"{study.path}: runs.{run.name}: student.resume_checkpoint cannot be used in a study; "
+                "student.model_path begins with given weights"
+            )
 
 
 def _run(

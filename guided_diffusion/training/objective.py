@@ -102,9 +102,9 @@ class DiffusionTraining(Objective):
             model_kwargs={} if batch.y is None else {"y": batch.y},
             clip_denoised=t == self.process.num_timesteps - 1 if self.clip_last else False,
         )
-        loss = terms.pop("loss")
-        self.sampler.update_with_losses(t, loss)
-        yield PassLoss(loss * weights, terms, t)
+        self.sampler.update_with_losses(t, terms["loss"])
+        weighted = {name: values * weights for name, values in terms.items()}
+        yield PassLoss(weighted.pop("loss"), weighted, t)
 
     def describe(self) -> str:
         """The kind of loss."""

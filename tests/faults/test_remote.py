@@ -381,6 +381,7 @@ def no_blobfile():
         (["--exp_dir", "s3://bucket/run"], "s3://bucket/run: not understood; known are gs://BUCKET/PATH, "),
         (["--exp_dir", "https://example.org/run"], "https://example.org/run: not understood; known are "),
         (["--exp_dir", "az://account"], "az://account: not understood; known are "),
+        (["--exp_dir", "gs:/bucket/run"], "gs:/bucket/run: not understood; known are "),
         (["--resume_checkpoint", "gs://bucket/none"], "gs://bucket/none: holds no complete checkpoint"),
         (["--resume_checkpoint", "gs://bucket/model000001.pt"], "no such checkpoint: gs://bucket/model000001.pt"),
         (["teacher.model_path=gs://bucket/t.pt"], "gs://bucket/t.pt: no such file"),
