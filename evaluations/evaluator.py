@@ -123,8 +123,9 @@ def _require_writable(output: Path) -> None:
         UserError: it is no file, is to be of images, or holds something else.
         OSError: it cannot be written.
     """
-    if output.is_dir():
-        raise UserError(f"--output {output} is a folder, a file to write is wanted")
+    if output.exists() and not output.is_file():
+        kind = "a folder" if output.is_dir() else "no file"
+        raise UserError(f"--output {output} is {kind}, a file to write is wanted")
     if output.suffix == ".npz":
         raise UserError(f"--output {output} is the name of images, a JSON file to write is wanted")
     if output.is_file():

@@ -3,6 +3,7 @@
 import functools
 import hashlib
 import http.server
+import os
 import pickle
 import shutil
 import subprocess
@@ -173,6 +174,10 @@ def test_command_tells_before_it_scores_that_its_output_cannot_be_written(files)
     done = run(files / "ref.npz", files / "good.npz", "--backend", "digits", "--output", files / "ref.npz/x")
     assert done.returncode == 1 and done.stdout == ""
     assert done.stderr == f"error: {files / 'ref.npz'} is a file, and a folder is wanted\n"
+    os.mkfifo(files / "queue")
+    done = run(files / "ref.npz", files / "good.npz", "--backend", "digits", "--output", files / "queue")
+    assert done.returncode == 1 and done.stdout == ""
+    assert done.stderr == f"error: --output {files / 'queue'} is no file, a file to write is wanted\n"
 
 
 def test_stored_statistics_that_are_none_are_told_when_they_are_read(tmp_path):

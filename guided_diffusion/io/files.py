@@ -41,7 +41,7 @@ def atomic_path(path: str | os.PathLike) -> Iterator[Path]:
     path = path.resolve() if path.is_symlink() else path
     path.parent.mkdir(parents=True, exist_ok=True)
     if path.exists() and not path.is_file():
-        raise OSError(errno.EEXIST, "is there, and is no file", str(path))
+        raise OSError(errno.EINVAL, "is there, and is no file", str(path))
     temporary = temporary_path(path)
     try:
         yield temporary
