@@ -19,7 +19,7 @@ def main() -> None:
 
     from guided_diffusion import dist_util
     from guided_diffusion.runs.provenance import describe_training
-    from guided_diffusion.runs.run_directory import start_run
+    from guided_diffusion.runs.start import start_run
     from guided_diffusion.setups.distillation import distillation_loop, pool_file
 
     dist_util.setup_dist()

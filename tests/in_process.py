@@ -10,7 +10,7 @@ from unittest import mock
 
 from tiny import ROOT
 
-from guided_diffusion.runs import run_directory
+from guided_diffusion.runs import start
 
 
 def script_here(name, *args, check=True):
@@ -26,7 +26,7 @@ def script_here(name, *args, check=True):
         with (
             contextlib.redirect_stdout(out),
             contextlib.redirect_stderr(err),
-            mock.patch.object(run_directory, "save_curves"),
+            mock.patch.object(start, "save_curves"),
         ):
             runpy.run_path(sys.argv[0], run_name="__main__")
     except SystemExit as leaving:

@@ -26,7 +26,7 @@ import guided_diffusion.setups.image_training  # noqa: F401 - imported here, so 
 from guided_diffusion import train_util
 from guided_diffusion.distill.pool_file import read_pool
 from guided_diffusion.io.torch_file import read_torch_file
-from guided_diffusion.runs import checkpoint, run_directory
+from guided_diffusion.runs import checkpoint, start
 from guided_diffusion.runs.checkpoint import complete_checkpoints, newest_checkpoint
 
 FORK = multiprocessing.get_context("fork")
@@ -56,7 +56,7 @@ class Child:
         sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", closefd=False)  # noqa: SIM115
         signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored if the tests run in the background
         code = 70
-        run_directory.save_curves = lambda *_: None  # a second of matplotlib's; test_scripts.py has it
+        start.save_curves = lambda *_: None  # a second of matplotlib's; test_scripts.py has it
         try:
             if tamper:
                 tamper()

@@ -11,7 +11,7 @@ from pathlib import Path
 from guided_diffusion import dist_util, train_util
 from guided_diffusion.errors import UserError
 from guided_diffusion.processes import rendezvous, stopping
-from guided_diffusion.runs import run_directory
+from guided_diffusion.runs import start
 from guided_diffusion.setups import distillation
 
 fault, sys.argv = sys.argv[1], sys.argv[2:]
@@ -65,5 +65,5 @@ if "early" in fault:
     setup_dist = dist_util.setup_dist
     dist_util.setup_dist = told_early if fault == "told early" else failing_early
 train_util.TrainLoop._learning_rate = faulty
-run_directory.save_curves = lambda *_: None
+start.save_curves = lambda *_: None
 runpy.run_path(sys.argv[0], run_name="__main__")

@@ -29,7 +29,7 @@ from tiny import script
 from guided_diffusion import dist_util, train_util
 from guided_diffusion.io import files
 from guided_diffusion.logger import read_progress
-from guided_diffusion.runs import run_directory
+from guided_diffusion.runs import run_directory, run_record, start
 from guided_diffusion.runs.checkpoint import newest_checkpoint
 
 MAKE = {"kd": distil, "train": train}
@@ -183,13 +183,13 @@ def test_the_same_command_continues_what_is_unfinished(tmp_path):
 
 def slow_rank_zero():
     """Rank 0 takes longer than other ranks wait in a collective, such as for the encoding of a data set."""
-    dist_util.TIMEOUT, inner = datetime.timedelta(seconds=3), run_directory._choose
+    dist_util.TIMEOUT, inner = datetime.timedelta(seconds=3), start.choose_start
 
     def choose(*arguments):
         time.sleep(8)
         return inner(*arguments)
 
-    run_directory._choose = choose
+    start.choose_start = choose
 
 
 def test_ranks_wait_for_what_rank_0_does_alone(tmp_path):
@@ -271,7 +271,7 @@ def at_one_moment():
         def now(cls):
             return cls(2026, 1, 2, 3, 4, 5)
 
-    run_directory.datetime = types.SimpleNamespace(datetime=Clock)
+    run_directory.datetime = run_record.datetime = types.SimpleNamespace(datetime=Clock)
 
 
 @pytest.mark.parametrize(

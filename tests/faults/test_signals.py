@@ -19,7 +19,7 @@ from guided_diffusion import train_util
 from guided_diffusion.distill.pool_file import read_pool
 from guided_diffusion.processes import stopping
 from guided_diffusion.processes.stopping import EXIT_STOPPED
-from guided_diffusion.runs import checkpoint, run_directory
+from guided_diffusion.runs import checkpoint, run_record, start
 from guided_diffusion.runs.checkpoint import newest_checkpoint
 from guided_diffusion.sampling import sample_set
 from guided_diffusion.setups import distillation as setup
@@ -225,7 +225,7 @@ def test_a_signal_during_an_import(tmp_path, training):
 
         setattr(owner, name, importing)
         # Of a run that has saved, the end is waited for, however long it takes.
-        run_directory.save_curves = lambda *_: time.sleep(2)
+        start.save_curves = lambda *_: time.sleep(2)
 
     code, text = run(tmp_path, *distil(tmp_path), "--exp_dir", tmp_path / "run", tamper=tamper)
     assert code == EXIT_STOPPED and "Traceback" not in text, text
@@ -250,9 +250,7 @@ def test_a_signal_during_a_save(tmp_path, last):
 
 def test_a_signal_in_the_last_iteration_or_after_it(tmp_path):
     command = distil(tmp_path)
-    for i, tamper in enumerate(
-        [signal_in_step(5, signal.SIGTERM), signal_at(run_directory, "_write", calls=2)]
-    ):
+    for i, tamper in enumerate([signal_in_step(5, signal.SIGTERM), signal_at(run_record, "_write", calls=2)]):
         folder = tmp_path / str(i)
         code, text = run(tmp_path, *command, "--exp_dir", folder, tamper=tamper)
         assert code == 0, text
