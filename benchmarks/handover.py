@@ -24,8 +24,8 @@ from evaluations.results import values
 from evaluations.settings import Settings
 from guided_diffusion import dist_util
 from guided_diffusion.config.command_line import make_bare_parser, positive
-from guided_diffusion.config.loading import find_config, load_distillation
-from guided_diffusion.config.paths import input_file
+from guided_diffusion.config.loading import load_distillation
+from guided_diffusion.config.paths import find_config, input_file
 from guided_diffusion.errors import UserError
 from guided_diffusion.gaussian_diffusion import GaussianDiffusion
 from guided_diffusion.io.files import atomic_path

@@ -12,7 +12,7 @@ import resource
 import socket
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,6 +30,7 @@ from .processes.rendezvous import TIMEOUT, introduce, meet
 from .processes.stopping import ranks_have_met
 
 _T = TypeVar("_T")
+_NAMES_FILES = ("_path", "_checkpoint", "_reference", "tempfile")  # how settings end that do
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # glibc's malloc.h
 
 
@@ -243,6 +244,28 @@ def all_gather_object(value: Any) -> list[Any]:
     values: list[Any] = [None] * world_size()
     dist.all_gather_object(values, value)
     return values
+
+
+def require_same(settings: Mapping[str, Any]) -> None:
+    """Refuse to go on if a rank was started with other settings than rank 0. Collective.
+
+    Files may have other names on other hosts, so settings that name one (those of `_NAMES_FILES`) may differ.
+
+    Args:
+        settings: by the name that the user knows.
+
+    Raises:
+        UserError: on all ranks, with the first rank and setting that differ.
+    """
+    told = {key: value for key, value in settings.items() if not key.endswith(_NAMES_FILES)}
+    first, *others = all_gather_object(told)
+    for number, other in enumerate(others, 1):
+        for key in {**first, **other}:
+            if first.get(key) != other.get(key):
+                raise UserError(
+                    f"{key} is {first.get(key)} on rank 0 and {other.get(key)} on rank {number}: start all "
+                    "ranks with the same configuration and flags"
+                )
 
 
 def broadcast_object(value: Any) -> Any:

@@ -63,11 +63,11 @@ def betas_for_alpha_bar(
 
 
 class ModelMeanType(enum.Enum):
-    """What the model's first C channels predict."""
+    """What the model's first C channels predict; the values are those of the key prediction_type."""
 
-    START_X = enum.auto()
-    EPSILON = enum.auto()
-    VELOCITY = enum.auto()  # v = sqrt(abar) eps - sqrt(1 - abar) x_0 (Salimans & Ho, 2022, appendix D)
+    START_X = "sample"
+    EPSILON = "epsilon"
+    VELOCITY = "v_prediction"  # v = sqrt(abar) eps - sqrt(1 - abar) x_0 (Salimans & Ho, 2022, appendix D)
 
 
 class ModelVarType(enum.Enum):

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from .config.loading import mapping_text
-from .errors import UserError, first_line
+from .errors import UserError, first_line, message_of
 from .io.files import atomic_path, write_text
 from .io.json_lines import append_line, ends_whole, read_lines
 from .io.progress import say, warn
@@ -55,6 +55,8 @@ class RunLog:
         self._wandb: Any = None
         self._config = dict(config or {})
         self._last_step = -1.0  # of the last row
+        self._kept_step: int | None = None  # up to which an earlier part of the run is kept
+        self._has_events = False  # whether this part has begun a file of them
         if not active:
             return
         directory.mkdir(parents=True, exist_ok=True)
@@ -72,7 +74,7 @@ class RunLog:
                     dir=str(directory),
                     config=self._config,
                 )
-            except wandb_module.Error as error:
+            except (wandb_module.Error, ValueError) as error:  # the latter of a wrong WANDB_* variable
                 raise UserError(f"--wandb: {first_line(error)}") from None
             write_text(kept, self._wandb.id)
 
@@ -98,8 +100,7 @@ class RunLog:
             from tensorboardX.summary import scalar
 
             self._write_events(step, [scalar(name, value) for name, value in values.items()])
-        if self._wandb is not None:
-            self._wandb.log(dict(values), step=step)
+        self._to_wandb(lambda wandb: self._wandb.log(dict(values), step=step))
 
     def picture(self, step: int, name: str, path: Path) -> None:
         """Record a PNG that belongs to a step."""
@@ -113,10 +114,7 @@ class RunLog:
                 width, height = image.size
             encoded = Summary.Image(width=width, height=height, encoded_image_string=path.read_bytes())
             self._write_events(step, [Summary(value=[Summary.Value(tag=name, image=encoded)])])
-        if self._wandb is not None:
-            import wandb
-
-            self._wandb.log({name: wandb.Image(str(path))}, step=step)
+        self._to_wandb(lambda wandb: self._wandb.log({name: wandb.Image(str(path))}, step=step))
 
     def pool(self, step: int, record: Mapping[str, Any]) -> None:
         """Add a line to pool.jsonl: where the entries of the pool are."""
@@ -133,9 +131,10 @@ class RunLog:
         return next((row[name] for row in reversed(read_progress(path)) if name in row), 0.0)
 
     def drop_rows_after(self, step: int) -> None:
-        """Forget what progress.csv and pool.jsonl say of later steps: a resumed run writes it again."""
+        """Forget what is recorded of later steps: a resumed run writes it again."""
         if not self.active:
             return
+        self._kept_step = step
         with self.tolerant():
             if (path := self.directory / "progress.csv").exists():
                 rows = [row for row in _raw_rows(path) if float(row["step"]) <= step]
@@ -150,8 +149,19 @@ class RunLog:
         with self.tolerant():
             if self._events is not None:
                 self._events.close()
-        if self._wandb is not None:
-            self._wandb.finish()
+        self._to_wandb(lambda wandb: self._wandb.finish())
+
+    def _to_wandb(self, record: Callable[[Any], None]) -> None:
+        """Record something there, if W&B is wanted; `record` takes its module."""
+        if self._wandb is None:
+            return
+        import wandb
+
+        try:
+            record(wandb)
+        except Exception as error:  # of whatever kind: its own process may have ended, by a signal or a crash
+            self._wandb = None
+            warn(f"W&B: {message_of(error)}; nothing more is recorded there")
 
     def _write_events(self, step: int, summaries: Sequence[Any]) -> None:
         # Not its SummaryWriter, whose thread dies of a full disk and whose queue then blocks for ever.
@@ -162,12 +172,15 @@ class RunLog:
         try:
             if self._events is None:
                 self._events = EventsWriter(str(self.directory / "events"), f".{os.getpid()}.{step}")
-                # Readers then forget what an interrupted run wrote from this step on.
-                start = SessionLog(status=SessionLog.START)
-                self._events.write_event(Event(wall_time=time.time(), step=step, session_log=start))
-                if self._config:
-                    block = text("config", f"```yaml\n{mapping_text(self._config)}```")
-                    self._events.write_event(Event(wall_time=time.time(), step=step, summary=block))
+                if not self._has_events:
+                    # Readers then forget what an interrupted run wrote from that step on.
+                    first = step if self._kept_step is None else self._kept_step + 1
+                    start = SessionLog(status=SessionLog.START)
+                    self._events.write_event(Event(wall_time=time.time(), step=first, session_log=start))
+                    if self._config:
+                        block = text("config", f"```yaml\n{mapping_text(self._config)}```")
+                        self._events.write_event(Event(wall_time=time.time(), step=step, summary=block))
+                    self._has_events = True
             for summary in summaries:
                 self._events.write_event(Event(wall_time=time.time(), step=step, summary=summary))
             self._events.flush()

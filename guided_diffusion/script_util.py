@@ -10,7 +10,7 @@ from typing import Any
 import torch as th
 
 from .config.registry import ARCHITECTURES, look_up
-from .config.settings import AdmArchitecture, Denoiser, Process, flat
+from .config.settings import PREDICTION_TYPES, AdmArchitecture, Denoiser, Process, flat
 from .errors import UserError, first_line
 from .gaussian_diffusion import LossType, ModelMeanType, ModelVarType, get_named_beta_schedule
 from .networks.base import DenoisingNetwork
@@ -19,12 +19,6 @@ from .spaces import LatentSpace, PixelSpace, SampleSpace
 from .unet import UNetModel
 
 NUM_CLASSES = AdmArchitecture.num_classes
-
-_MEAN_TYPES = {
-    "epsilon": ModelMeanType.EPSILON,
-    "sample": ModelMeanType.START_X,
-    "v_prediction": ModelMeanType.VELOCITY,
-}
 
 
 def diffusion_defaults() -> dict[str, Any]:
@@ -159,8 +153,10 @@ def create_gaussian_diffusion(
     Raises:
         ValueError: unknown schedule or prediction, or impossible respacing.
     """
-    if prediction_type not in _MEAN_TYPES:
-        raise ValueError(f"prediction_type must be one of {', '.join(_MEAN_TYPES)}, not '{prediction_type}'")
+    if prediction_type not in PREDICTION_TYPES:
+        raise ValueError(
+            f"prediction_type must be one of {', '.join(PREDICTION_TYPES)}, not '{prediction_type}'"
+        )
     if use_kl:
         loss_type = LossType.RESCALED_KL
     else:
@@ -174,7 +170,7 @@ def create_gaussian_diffusion(
     return SpacedDiffusion(
         space_timesteps(steps, timestep_respacing or [steps]),
         betas=get_named_beta_schedule(noise_schedule, steps, beta_start, beta_end),
-        model_mean_type=ModelMeanType.START_X if predict_xstart else _MEAN_TYPES[prediction_type],
+        model_mean_type=ModelMeanType("sample" if predict_xstart else prediction_type),
         model_var_type=var_type,
         loss_type=loss_type,
         rescale_timesteps=rescale_timesteps,
@@ -207,11 +203,14 @@ def build_network(denoiser: Denoiser, where: str = "") -> tuple[DenoisingNetwork
     if not (isinstance(network_class, type) and issubclass(network_class, DenoisingNetwork)):
         raise UserError(f"{where}architecture: '{settings.architecture}' is no DenoisingNetwork")
     settings.require_buildable(where)
+    # Sizes that no memory holds raise more than ValueError; of a network of the user's own that may be a bug.
+    is_ours = settings.architecture in ARCHITECTURES
+    refusals = (ValueError, RuntimeError, TypeError, OverflowError) if is_ours else (ValueError,)
     try:
         network = network_class.from_settings(
             settings, shape, output_channels(shape, denoiser.process.learn_sigma)
         )
-    except (ValueError, RuntimeError, TypeError, OverflowError) as error:  # of sizes that no memory holds
+    except refusals as error:
         told = first_line(error)
         raise UserError(f"{where.rstrip('.') or 'configuration'}: {told}") from None
     if network.num_classes != (settings.num_classes if settings.class_cond else None):

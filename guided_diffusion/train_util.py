@@ -155,6 +155,7 @@ class TrainLoop:
             self.iterations or None, "training", "it", initial=self.step, active=dist_util.rank() == 0
         )
         with StopSignals() as signals, progress, closing(self.source):
+            self._draw_what_was_due()
             stop = self._score_what_was_due(signals)
             started, step_at_start = time.monotonic(), self.step
             while not stop and (not self.iterations or self.step < self.iterations):
@@ -307,18 +308,27 @@ class TrainLoop:
     def _score_due(self) -> bool:
         return self.scorer is not None and self.scorer.due(self.step, self.step == self.iterations)
 
+    @property
+    def _goes_on(self) -> bool:
+        """Whether this is a run that ended here, not one that begins from another's checkpoint."""
+        return self.resumed is not None and self.resumed.directory.resolve() == self.log.directory.resolve()
+
+    def _draw_what_was_due(self) -> None:
+        """Draw grids of the step that is resumed from, if the run ended between its checkpoint and them."""
+        if self.grids is not None and self._goes_on and self._samples_due(saved=True):
+            self.grids.save(self.step, self.network, self._last_ema, self.log, anew=False)
+
     def _score_what_was_due(self, signals: StopSignals) -> bool:
         """Score the step that is resumed from, if the run ended between its checkpoint and its score.
 
         Returns:
             Whether to stop, as `_score`.
         """
-        if self.resumed is None or not self._score_due():
+        if self.resumed is None or not self._goes_on or not self._score_due():
             return False
-        own = self.resumed.directory.resolve() == self.log.directory.resolve()
-        if own and not self.resumed.has("score"):
+        if not self.resumed.has("score"):
             return self._score(signals)
-        if own and dist_util.rank() == 0:
+        if dist_util.rank() == 0:
             self.writer.note_best(complete_checkpoints(self.log.directory))
         return False
 
@@ -456,5 +466,7 @@ class TrainLoop:
                 self.bad_steps = state.get("bad_steps", self.bad_steps).to(self.bad_steps)
                 state = state["optimizer"]
             load_optimizer_state(self.optimizer, state)
+        except th.OutOfMemoryError:
+            raise
         except (LookupError, AttributeError, ValueError, TypeError, RuntimeError) as error:
             raise UserError(f"{path}: does not fit the networks being trained ({error})") from None

@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 
 from guided_diffusion.config import command_line, paths
-from guided_diffusion.config.loading import find_config, load_distillation, mapping_text
+from guided_diffusion.config.loading import load_distillation, mapping_text
 from guided_diffusion.errors import UserError
 from guided_diffusion.io.files import sha256_of, write_text
 from guided_diffusion.io.shipped import IS_INSTALLED, SHIPPED
@@ -36,7 +36,7 @@ def main() -> None:
     """Prepare, distil, sample, score, draw."""
     parser = command_line.make_bare_parser(__doc__)
     parser.add_argument(
-        "--config", type=find_config, default=CONFIG, help="the distillation (default: digits-TCCD)"
+        "--config", type=paths.find_config, default=CONFIG, help="the distillation (default: digits-TCCD)"
     )
     parser.add_argument("--quick", action="store_true", help="a small demo of about a minute")
     parser.add_argument("--num_samples", type=int, help="images per model (default 1000, --quick 100)")

@@ -3,8 +3,9 @@
 from argparse import ArgumentParser
 
 from guided_diffusion.config import command_line, paths
-from guided_diffusion.config.loading import load_experiment
+from guided_diffusion.config.loading import experiment_keys, load_experiment
 from guided_diffusion.config.registry import SAMPLERS, look_up, require_known
+from guided_diffusion.config.settings import dotted
 from guided_diffusion.errors import UserError
 from guided_diffusion.processes.launch import run_script
 
@@ -104,6 +105,9 @@ def main() -> None:
     mirror = None
     if args.log_dir and is_url(args.log_dir):
         mirror = Mirror(args.log_dir, paths.remote_path(config))
+    may_differ = {"config", "overrides", "model_path", "log_dir"}
+    flags = {f"--{flag}": value for flag, value in vars(args).items() if flag not in may_differ}
+    dist_util.require_same(flags | dotted(experiment_keys(experiment)))
     sampler = look_up(SAMPLERS, name, "--sampler")
     if not isinstance(sampler, Sampler):
         raise UserError(f"--sampler: {name} is no Sampler; name a Sampler(function)")

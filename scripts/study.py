@@ -8,8 +8,7 @@ import os
 from pathlib import Path
 
 from guided_diffusion.config.command_line import make_bare_parser, positive
-from guided_diffusion.config.loading import find_config, project_root
-from guided_diffusion.config.paths import output_path
+from guided_diffusion.config.paths import find_config, output_path, project_root
 from guided_diffusion.errors import UserError
 from guided_diffusion.io.remote import local_path
 from guided_diffusion.processes.launch import run_script

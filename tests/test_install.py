@@ -19,7 +19,8 @@ from packaging.version import Version
 from tiny import ROOT, one_line_error
 
 from guided_diffusion import __version__
-from guided_diffusion.config.loading import find_config, load_experiment
+from guided_diffusion.config.loading import load_experiment
+from guided_diffusion.config.paths import find_config
 from guided_diffusion.errors import UserError
 
 SOURCES = [  # all that a wheel is built from

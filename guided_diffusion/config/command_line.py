@@ -7,8 +7,8 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from ..errors import UserError
-from .loading import find_config, load_distillation, load_experiment
-from .paths import input_file, output_path
+from .loading import load_distillation, load_experiment
+from .paths import find_config, input_file, output_path
 from .settings import SECTIONS, DistillationExperiment, Experiment, describe_keys
 
 

@@ -16,7 +16,8 @@ from .settings import MOST_STEPS, PREDICTION_TYPES, Architecture
 NULL_CLASS = (
     "_null_class"  # of a UNet2DModel that we export; diffusers keeps keys that begin so and heeds none
 )
-_SCHEDULES = {"linear": "linear", "scaled_linear": "scaled_linear", "squaredcos_cap_v2": "cosine"}
+# diffusers' names of the noise schedules, and ours.
+NOISE_SCHEDULES = {"linear": "linear", "scaled_linear": "scaled_linear", "squaredcos_cap_v2": "cosine"}
 # Those whose betas are of a process trained in discrete steps. The former two clip the predicted x_0 unless
 # they say they do not; the others have no such choice.
 _CLIPPING = ("DDPMScheduler", "DDIMScheduler")
@@ -289,7 +290,7 @@ def _process(config: _Config, learn_sigma: bool) -> dict[str, Any]:
     for name in ("thresholding", "rescale_betas_zero_snr"):
         config.require(name, False)
     schedule = config.text("beta_schedule", "linear")
-    config.require("beta_schedule", *_SCHEDULES)
+    config.require("beta_schedule", *NOISE_SCHEDULES)
     config.require("prediction_type", *PREDICTION_TYPES)
     clipped = kind in _CLIPPING and config.truth("clip_sample", True)
     if clipped:
@@ -298,7 +299,7 @@ def _process(config: _Config, learn_sigma: bool) -> dict[str, Any]:
         raise UserError(f"{config.where}num_train_timesteps must be 1 to {MOST_STEPS}, not {steps}")
     keys: dict[str, Any] = {
         "diffusion_steps": steps,
-        "noise_schedule": _SCHEDULES[schedule],
+        "noise_schedule": NOISE_SCHEDULES[schedule],
         "beta_start": 0.0,
         "beta_end": 0.0,
         "prediction_type": config.text("prediction_type", "epsilon"),

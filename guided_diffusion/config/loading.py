@@ -10,7 +10,6 @@ then among the files that come with the library.
 
 import difflib
 import os
-import re
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -31,11 +30,11 @@ from yaml import parse as parse_yaml  # type: ignore[attr-defined]
 
 from ..errors import UserError, first_line
 from ..io.files import folder_name, read_object
-from ..io.model_folder import fetch_from_hub, is_hub_name, read_model_folder
-from ..io.remote import is_url
-from ..io.shipped import IS_INSTALLED, SHIPPED
+from ..io.model_folder import read_model_folder
+from ..io.shipped import SHIPPED
 from .described import described_keys
 from .foreign import folder_keys
+from .paths import existing_config, find_config, find_model, find_path, input_folders, resolve_path
 from .registry import ARCHITECTURES, OBJECTIVES, settings_of
 from .settings import (
     SECTIONS,
@@ -60,7 +59,6 @@ _SETTLED = {
     "use_ddim": (False, "the teacher's chain is ancestral; image_sample.py takes --use_ddim"),
     "clip_first": (False, "only clip_last is known"),
 }
-_SHIPPED = (SHIPPED / "yaml", SHIPPED)  # "yaml/arch/NAME.yaml" is found, and "arch/NAME.yaml"
 _T = TypeVar("_T")
 _MOST_BYTES, _MOST_NODES, _DEEPEST = 1 << 20, 10_000, 20
 # What reading damaged or foreign YAML raises: impossible dates, keys that are lists, ...
@@ -78,7 +76,7 @@ def load_experiment(path: str | os.PathLike, overrides: Sequence[str] = ()) -> E
         UserError: unreadable file, unknown key (with the nearest known one), wrong type or value.
     """
     path = find_config(path)
-    return _experiment(_read(_existing(path)), path, overrides)
+    return _experiment(_read(existing_config(path)), path, overrides)
 
 
 def experiment_of(keys: dict[str, Any], path: Path, overrides: Sequence[str] = ()) -> Experiment:
@@ -200,74 +198,6 @@ def mapping_text(content: dict[str, Any]) -> str:
     return OmegaConf.to_yaml(OmegaConf.create(content))
 
 
-def find_config(name: str | os.PathLike) -> Path:
-    """The configuration that a name means: this file, or else the one that comes with the library.
-
-    Returns:
-        Its path; of a baseline on mixed data, NAME-Baseline-RATIO.yaml, no file need be there. The name
-        itself where there is no such configuration.
-    """
-    places = (folder / name for folder in (Path(), *_SHIPPED))  # an absolute name replaces the folder
-    return next((path for path in places if _existing(path).is_file()), Path(name))
-
-
-def resolve_path(name: str, beside: Path) -> Path:
-    """The existing file that `name` means in the configuration file `beside`.
-
-    Raises:
-        UserError: there is none; the message says where it was looked for.
-    """
-    if (found := find_path(name, beside)) is not None:
-        return found
-    if os.path.isabs(name):
-        raise UserError(f"{beside}: no such file: {name}")
-    raise UserError(
-        f"{beside}: '{name}' is to be found neither from its folder upwards nor from {Path.cwd()}, "
-        f"nor does it come with the library ({SHIPPED / 'yaml'})"
-    )
-
-
-def find_path(name: str, beside: Path) -> Path | None:
-    """Like `resolve_path`, but None when there is no such file."""
-    for folder in (*beside.resolve().parents, Path.cwd(), *_SHIPPED):
-        if (folder / name).is_file():  # an absolute name replaces the folder
-            return folder / name
-    return None
-
-
-def project_root(config: Path) -> Path:
-    """The folder that relative output paths of a configuration are taken from.
-
-    That is the folder holding the `yaml/` tree the configuration lies in, so that all commands agree
-    whatever directory they are run from; the working directory for a configuration elsewhere, or one that is
-    installed with the library.
-    """
-    for folder in config.resolve().parents:
-        if folder.name == "yaml" and not (IS_INSTALLED and folder.parent == SHIPPED):
-            return folder.parent
-    return Path.cwd()
-
-
-def input_folders(config: Path) -> list[Path]:
-    """Where relative names of models and references that a configuration gives are looked for, in order."""
-    return list(dict.fromkeys([Path.cwd(), project_root(config), config.resolve().parent]))
-
-
-def find_model(name: str, config: Path) -> Path | None:
-    """The file or folder that a configuration names as a model: in one of `input_folders`, in the library
-    (`model/digits_teacher.pt`), or fetched from the Hub; None for a URL, and where there is none.
-
-    Raises:
-        UserError: it may be a name of the Hub's, but there is no such model there either.
-    """
-    if not name or is_url(name):
-        return None
-    name = os.path.expanduser(name)
-    places = (Path(name), *(folder / name for folder in (*input_folders(config), SHIPPED)))
-    found = next((place for place in places if place.is_file() or place.is_dir()), None)
-    return fetch_from_hub(name) if found is None and is_hub_name(name) else found
-
-
 def experiment_keys(experiment: Experiment) -> dict[str, Any]:
     """The resolved configuration, section by section, as a file would give it."""
     if isinstance(experiment, DistillationExperiment):
@@ -278,17 +208,6 @@ def experiment_keys(experiment: Experiment) -> dict[str, Any]:
 def experiment_text(experiment: Experiment) -> str:
     """`experiment_keys` as YAML; loading it gives the same experiment."""
     return mapping_text(experiment_keys(experiment))
-
-
-def _existing(path: Path) -> Path:
-    """The file itself; for a baseline on mixed data, NAME-Baseline-RATIO.yaml, that of the baseline.
-
-    The ratio is a matter of the data (`datasets/mix.py`), not of the configuration.
-    """
-    match = re.fullmatch(r"(.*-Baseline)-(0\.\d+|1(\.0)?)\.yaml", path.name)
-    if path.is_file() or not match:
-        return path
-    return path.with_name(f"{match[1]}.yaml")
 
 
 def _reason(error: Exception) -> str:

@@ -64,11 +64,12 @@ def look_up(table: Mapping[str, str], name: str, where: str) -> Any:
     """
     module, _, attribute = require_known(table, name, where).partition(":")
     try:
-        return getattr(importlib.import_module(module), attribute)
+        found = importlib.import_module(module)
     except ImportError as error:
         raise UserError(f"{where}: '{name}' cannot be imported: {error}") from None
-    except AttributeError:
-        raise UserError(f"{where}: {module} has no {attribute}") from None
+    if not hasattr(found, attribute):
+        raise UserError(f"{where}: {module} has no {attribute}")
+    return getattr(found, attribute)
 
 
 def settings_of(table: Mapping[str, str], name: str, where: str, base: type) -> type:

@@ -9,7 +9,7 @@ Nothing here imports torch, so that a mistyped key is answered at once.
 
 import dataclasses
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -608,6 +608,15 @@ def flat(section: Any) -> dict[str, Any]:
         value = getattr(section, field.name)
         values |= flat(value) if dataclasses.is_dataclass(value) else {field.name: value}
     return values
+
+
+def dotted(tree: Mapping[Any, Any], prefix: str = "") -> dict[str, Any]:
+    """The values of nested mappings by "section.key"."""
+    found: dict[str, Any] = {}
+    for name, value in tree.items():
+        path = f"{prefix}{name}"
+        found |= dotted(value, f"{path}.") if isinstance(value, dict) else {path: value}
+    return found
 
 
 def describe_keys(section: type, name: str = "") -> list[tuple[str, Any, str]]:

@@ -13,7 +13,7 @@ from typing import Any, NoReturn
 
 import torch.distributed as dist
 
-from ..errors import UserError
+from ..errors import UserError, first_line
 from .launch import Launch, OtherRanks, detect_launch, register_other_ranks
 
 TIMEOUT = datetime.timedelta(minutes=30)  # of every wait for another rank
@@ -129,24 +129,28 @@ def rendezvous(launch: Launch) -> tuple[dist.Store, int]:
     if launch.launcher == "slurm" and "MASTER_ADDR" not in os.environ:
         os.environ["MASTER_ADDR"] = _first_slurm_host(os.environ.get("SLURM_STEP_NODELIST", ""))
         # One port per job step: free with great likelihood, and the same on every rank.
-        step = int(os.environ["SLURM_JOB_ID"]) * 31 + int(os.environ["SLURM_STEP_ID"])
+        job, number = (os.environ.get(f"SLURM_{name}_ID", "") for name in ("JOB", "STEP"))
+        if not (job.isdigit() and number.isdigit()):
+            raise UserError("started by slurm, but SLURM_JOB_ID or SLURM_STEP_ID is not set")
+        step = int(job) * 31 + int(number)
         os.environ.setdefault("MASTER_PORT", str(20000 + step % 20000))
     missing = [name for name in ("MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
     if missing or launch.local_rank is None:
         raise UserError(
             f"started by {launch.launcher}, but {', '.join(missing) or 'the local rank'} is not set"
         )
-    server = dist.TCPStore(
-        os.environ["MASTER_ADDR"],
-        int(os.environ["MASTER_PORT"]),
-        launch.world_size,
-        launch.rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True",
-        TIMEOUT,
-        False,
-    )
+    address, port = os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"]
+    serves = launch.rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+    try:
+        server = dist.TCPStore(address, int(port), launch.world_size, serves, TIMEOUT, False)
+    except (ValueError, RuntimeError) as error:
+        raise UserError(
+            f"ranks cannot meet at {address}:{port}: set MASTER_ADDR to a host that all reach, and "
+            f"MASTER_PORT to a free one there ({first_line(error)})"
+        ) from None
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")  # torchrun's store may outlive an attempt
     shared = dist.PrefixStore(f"tccd{attempt}", server)
-    _choose_interface(shared, launch, os.environ["MASTER_ADDR"])
+    _choose_interface(shared, launch, address)
     return shared, launch.local_rank
 
 

@@ -58,6 +58,12 @@ class Run:
         """Of its configuration; older runs do not say it, and go by their directory's."""
         return str(self.record.get("name") or self.path.name)[:200]
 
+    @property
+    def began_at(self) -> int:
+        """The iterations that another run had done whose checkpoint it began from; 0 if it began anew."""
+        step = self.record.get("began_at")
+        return step if isinstance(step, int) and 0 <= step < 1 << 53 else 0
+
 
 @dataclass(frozen=True)
 class Score:

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from ..config.loading import read_plain
+from ..config.settings import dotted
 from ..errors import UserError, first_line
 from ..io.files import read_object, short_names
 from ..logger import read_pool_records, read_progress
@@ -68,13 +69,14 @@ def _read_run(path: Path) -> Run:
     try:
         rows = read_progress(path / "progress.csv")
         run.rows = [_finite(row) for row in rows if _is_number(row["step"])]
-        _complete(run.rows)
+        _complete(run.rows, run.began_at)
         if not rows:
             raise ValueError("holds no whole row")
     except _DAMAGE as error:
         run.notes.append(f"progress.csv: {_reason(error)}; no curves")
     try:
-        run.keys = _flat(read_plain(path / "config.yaml"))
+        keys = dotted(read_plain(path / "config.yaml"))
+        run.keys = {k: v if isinstance(v, str) else json.dumps(v, default=str) for k, v in keys.items()}
         if not run.keys:
             raise ValueError("holds nothing")
     except (UserError, *_DAMAGE) as error:
@@ -101,13 +103,13 @@ def _read_run(path: Path) -> Run:
     return run
 
 
-def _complete(rows: Sequence[dict[str, float]]) -> None:
+def _complete(rows: Sequence[dict[str, float]], began_at: int) -> None:
     for before, row in itertools.pairwise(row for row in rows if "seconds" in row):
         if (spent := row["seconds"] - before["seconds"]) > 0:
             row["speed"] = (row["step"] - before["step"]) / spent
-    for name in ("samples", "seconds"):
+    for name, begins in (("samples", 0), ("seconds", began_at)):
         told = [(row["step"], row[name]) for row in rows if name in row]
-        steps, values = zip((0.0, 0.0), *told, strict=True)
+        steps, values = zip((begins, 0.0), *told, strict=True)
         for row in rows:
             if told and name not in row:
                 row[name] = float(np.interp(row["step"], steps, values))
@@ -222,17 +224,6 @@ def _is_number(value: Any) -> bool:
 
 def _finite(row: Mapping[str, float]) -> dict[str, float]:
     return {name: value for name, value in row.items() if _is_number(value)}
-
-
-def _flat(tree: Mapping[Any, Any], prefix: str = "") -> dict[str, str]:
-    """Every value as JSON, by "section.key"."""
-    found: dict[str, str] = {}
-    for key, value in tree.items():
-        if isinstance(value, dict):
-            found |= _flat(value, f"{prefix}{key}.")
-        else:
-            found[f"{prefix}{key}"] = value if isinstance(value, str) else json.dumps(value, default=str)
-    return found
 
 
 def _reason(error: BaseException) -> str:

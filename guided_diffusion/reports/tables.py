@@ -146,8 +146,9 @@ def last(run: Run, name: str) -> float | None:
 def _throughput(run: Run) -> str:
     step, seconds, rate = (last(run, name) for name in ("step", "seconds", "iterations_per_second"))
     images = last(run, "samples")
-    if step and seconds and run.rows and run.rows[0]["step"] / step < 0.5:
-        rate = step / seconds
+    begun = run.began_at
+    if step and seconds and run.rows and run.rows[0]["step"] - begun < 0.5 * (step - begun):
+        rate = (step - begun) / seconds
     if not rate:
         return "–"
     text = f"{rate:.4g} iterations/s"
@@ -156,7 +157,7 @@ def _throughput(run: Run) -> str:
 
 def _skipped(run: Run) -> str:
     """Each row holds the share of the iterations since the row before that were skipped."""
-    total, before = 0.0, 0.0
+    total, before = 0.0, float(run.began_at)
     rows = [row for row in run.rows if "skipped" in row]
     for row in rows:
         total += row["skipped"] * (row["step"] - before)

@@ -2,6 +2,7 @@
 
 import os
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -18,15 +19,21 @@ def save_grid(path: str | os.PathLike, images: np.ndarray, columns: int = 8, sca
         Image.fromarray(grid).save(temporary, format="PNG")
 
 
-def _tiled(images: np.ndarray, columns: int, shade: int, gap: int = 2) -> np.ndarray:
-    """uint8 [N, H, W, 3] row by row as one picture, with gaps of a shade of grey around each."""
-    rows = -(-len(images) // columns)
+def _tiled(images: np.ndarray, columns: int, shade: int) -> np.ndarray:
+    """uint8 [N, H, W, 3] row by row as one picture, with gaps of 2 pixels of a shade of grey around each."""
+    rows, gap = -(-len(images) // columns), 2
     missing = rows * columns - len(images)
     images = np.pad(images, ((0, missing), (0, gap), (0, gap), (0, 0)), constant_values=shade)
     height, width = images.shape[1:3]
     tiles = images.reshape(rows, columns, height, width, 3).transpose(0, 2, 1, 3, 4)
     whole = tiles.reshape(rows * height, columns * width, 3)
     return np.pad(whole, ((gap, 0), (gap, 0), (0, 0)), constant_values=shade)
+
+
+def save_figure(path: str | os.PathLike, figure: Any, dpi: int) -> None:
+    """Write a matplotlib figure as a PNG, whole or not at all."""
+    with atomic_path(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=dpi)
 
 
 def save_comparison(path: str | os.PathLike, panels: dict[str, np.ndarray]) -> None:
@@ -40,8 +47,7 @@ def save_comparison(path: str | os.PathLike, panels: dict[str, np.ndarray]) -> N
         axes.imshow(_tiled(images, 10, shade=96))
         axes.set_title(title, fontsize=11)
         axes.axis("off")
-    with atomic_path(path) as temporary:
-        figure.savefig(temporary, format="png", dpi=110)
+    save_figure(path, figure, dpi=110)
 
 
 def save_curves(path: str | os.PathLike, progress: Path, title: str) -> None:
@@ -65,5 +71,4 @@ def save_curves(path: str | os.PathLike, progress: Path, title: str) -> None:
     axes.set_title(title, parse_math=False)
     axes.legend(fontsize=8, ncols=2, frameon=False)
     axes.grid(alpha=0.25)
-    with atomic_path(path) as temporary:
-        figure.savefig(temporary, format="png", dpi=110)
+    save_figure(path, figure, dpi=110)

@@ -14,7 +14,7 @@ from typing import Any
 from .. import dist_util
 from ..config import paths
 from ..config.loading import experiment_keys, load_experiment
-from ..config.settings import DistillationExperiment, Experiment
+from ..config.settings import DistillationExperiment, Experiment, dotted
 from ..errors import UserError
 from ..io.files import held
 from ..io.remote import is_url, local_path, normalised
@@ -139,7 +139,7 @@ def _require_same_kind(earlier: Experiment, now: Experiment, directory: Path) ->
 def _find(
     kind: str, experiment: Experiment, args: argparse.Namespace, mirror: Mirror | None, lock: ExitStack
 ) -> tuple[Path, Checkpoint | None]:
-    own = mirror.directory if mirror else local_path(args.exp_dir) if args.exp_dir else None
+    own = mirror.directory if mirror else local_path(args.exp_dir).absolute() if args.exp_dir else None
     wanted = named_checkpoint(experiment, args)
     if wanted and not (mirror and is_url(wanted) and normalised(wanted) == mirror.url):
         named = _open_named(wanted, args.config)
@@ -250,18 +250,11 @@ def _changes(
     earlier: Experiment, experiment: Experiment, record: dict[str, Any], data: dict[str, str]
 ) -> str:
     """What a run that goes on has otherwise than it had: "section.key before -> now", ..., and its data."""
-    before, now = (
-        {
-            f"{name}.{key}": found
-            for name, section in experiment_keys(one).items()
-            for key, found in (section if isinstance(section, dict) else {"": section}).items()
-        }
-        for one in (earlier, experiment)
-    )
+    before, now = (dotted(experiment_keys(one)) for one in (earlier, experiment))
     now |= data
     before |= {name: record.get(name, value) for name, value in data.items()}
     changed = [key for key in now if before.get(key) != now[key]]
-    return ", ".join(f"{key.rstrip('.')} {before.get(key)} -> {now[key]}" for key in changed)
+    return ", ".join(f"{key} {before.get(key)} -> {now[key]}" for key in changed)
 
 
 def _before_flips(directory: Path, experiment: Experiment) -> bool:

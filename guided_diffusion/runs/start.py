@@ -8,7 +8,7 @@ from pathlib import Path
 
 from .. import dist_util
 from ..config.loading import experiment_keys, experiment_text
-from ..config.settings import Experiment
+from ..config.settings import Experiment, dotted
 from ..errors import UserError
 from ..io.files import remove_leftovers, write_text
 from ..io.progress import warn
@@ -18,7 +18,16 @@ from .checkpoint import Checkpoint
 from .figures import save_curves
 from .mirror import Mirror
 from .run_directory import Start, choose_start, mirror_of, named_checkpoint, run_name
-from .run_record import began_from, images_of, new_record, starts, write_begun, write_end, write_finished
+from .run_record import (
+    began_from,
+    images_of,
+    new_record,
+    record_of,
+    starts,
+    write_begun,
+    write_end,
+    write_finished,
+)
 
 
 @contextmanager
@@ -40,14 +49,16 @@ def start_run(
 
     Yields:
         The record, and the checkpoint to continue from, if any. How the block ends is written to
-        run.json: "finished", "stopped", or the error.
+        run.json: "finished", or why it did not, such as "stopped by SIGTERM at step 12".
 
     Raises:
         UserError: no such checkpoint, another run is writing to the directory, or its copy at a URL
-            could not be reached at the start, or not be brought up to date at the end.
+            could not be reached at the start, or not be brought up to date at the end; or a rank has
+            another configuration.
     """
     mirror = mirror_of(experiment, args)
     dist_util.setup_dist()
+    dist_util.require_same(dotted(experiment_keys(experiment)))
     with ExitStack() as lock:
         start = dist_util.from_rank_zero(lambda: choose_start(kind, experiment, args, mirror, lock))
         if start.threads:
@@ -105,13 +116,19 @@ def _recorded(
     does not outlive a mistake that is found before the first iteration.
     """
     launch, directory = dist_util.setup_dist(), start.directory
-    log = RunLog(
-        directory,
-        active=launch.rank == 0,
-        wandb=args.wandb,
-        name=run_name(experiment.name, args.overrides),
-        config=experiment_keys(experiment),
-    )
+    is_new = args.exp_dir is None and start.resume is None
+    try:
+        log = RunLog(
+            directory,
+            active=launch.rank == 0,
+            wandb=args.wandb,
+            name=run_name(experiment.name, args.overrides),
+            config=experiment_keys(experiment),
+        )
+    except UserError:
+        if is_new:
+            shutil.rmtree(directory, ignore_errors=True)
+        raise
     devices = dist_util.describe()
     record = new_record(experiment.name, devices) | images_of(args)
     if launch.rank == 0:
@@ -121,6 +138,10 @@ def _recorded(
         own = start.resume is not None and start.resume.directory == directory
         names_itself = own and Path(wanted).suffix not in (".pt", ".safetensors")
         record["began_from"] = began_from(directory) if names_itself else wanted
+        if start.resume is None or own:
+            record["began_at"] = record_of(directory).get("began_at", 0)
+        else:
+            record["began_at"] = start.resume.step
     begun, trains, in_vain = False, False, False
 
     def begin(*, training: bool = True) -> None:
@@ -148,7 +169,6 @@ def _recorded(
     except BaseException as error:
         told = isinstance(error, (Stopped, UserError))
         reason = str(error) if told else repr(error)
-        is_new = args.exp_dir is None and start.resume is None
         in_vain = launch.rank == 0 and is_new and isinstance(error, UserError) and not trains
         log.info(f"ended: {reason} (at its peak {dist_util.peak_memory()})")
         with log.tolerant():

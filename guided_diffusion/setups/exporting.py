@@ -9,7 +9,7 @@ from typing import Any
 import torch as th
 from safetensors import SafetensorError
 
-from ..config.foreign import NULL_CLASS
+from ..config.foreign import NOISE_SCHEDULES, NULL_CLASS
 from ..config.settings import Denoiser, Experiment
 from ..errors import UserError, first_line
 from ..io.description import read_description
@@ -23,7 +23,7 @@ from ..runs.weights import load_network, require_agreement
 from ..script_util import build_network, build_process, build_space
 from ..spaces import LatentSpace
 
-_SCHEDULES = {"linear": "linear", "scaled_linear": "scaled_linear", "cosine": "squaredcos_cap_v2"}
+_SCHEDULES = {ours: theirs for theirs, ours in NOISE_SCHEDULES.items()}
 _MARK = "tags: [diffusion, distillation]"  # by which a card is known to be ours
 _STEPS = 10  # of the chain that is compared
 _FORWARD, _CHAIN = 1e-5, 1e-4  # the largest differences, in units of the largest number

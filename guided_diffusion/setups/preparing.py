@@ -15,7 +15,8 @@ from typing import Any
 import torch as th
 
 from .. import dist_util
-from ..config.settings import DistillationExperiment
+from ..config.loading import experiment_keys
+from ..config.settings import DistillationExperiment, dotted
 from ..distill.dynamic_batch import DynamicBatch, draw_goals, pool_size, prepare
 from ..distill.pool_file import join_parts, part_path, read_pool, require_replaceable, write_pool
 from ..distill.teacher import Teacher
@@ -43,9 +44,10 @@ def prepare_pool(
 
     Raises:
         UserError: a pool, or a stopped preparation, of something else is there, or another process is
-            writing there.
+            writing there, or a rank has another configuration.
         Stopped: SIGTERM or SIGINT came, and what each rank has of the pool is written.
     """
+    dist_util.require_same(dotted(experiment_keys(experiment)))
     settings, path = experiment.teacher, pool_file(experiment, tempfile)
     rank, world = dist_util.rank(), dist_util.world_size()
     teacher = load_teacher(experiment, weights)

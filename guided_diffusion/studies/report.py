@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from ..io.files import atomic_path, write_text
+from ..runs.figures import save_figure
 from .cells import cells_of
 from .ledger import chains_seen
 from .results import Results, primary_name
@@ -351,8 +352,7 @@ def _plot(path: Path, rows: list[Row]) -> None:
     primary = next(primary_name(record["scores"][-1]) for row in rows for record in row.done.values())
     figure.axes[0].set_ylabel(_NAMES[primary])
     figure.legend(*axes.get_legend_handles_labels(), loc="outside right upper", fontsize=8, frameon=False)
-    with atomic_path(path) as temporary:
-        figure.savefig(temporary, format="png", dpi=80)
+    save_figure(path, figure, dpi=80)
 
 
 def _plot_why(path: Path, rows: list[Row]) -> None:
@@ -379,8 +379,7 @@ def _plot_why(path: Path, rows: list[Row]) -> None:
         axes.grid(alpha=0.25, which="both")
     names = chains.get_legend_handles_labels()
     figure.legend(*names, loc="outside lower center", ncols=columns, fontsize=8, frameon=False)
-    with atomic_path(path) as temporary:
-        figure.savefig(temporary, format="png", dpi=80)
+    save_figure(path, figure, dpi=80)
 
 
 def _wall(record: dict[str, Any], at: float = 1.0) -> float:

@@ -9,8 +9,9 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any, TypeVar
 
-from ..config.loading import load_distillation, read_mapping, resolve_path
-from ..config.settings import DistillationExperiment
+from ..config.loading import load_distillation, read_mapping
+from ..config.paths import resolve_path
+from ..config.settings import DistillationExperiment, dotted
 from ..errors import UserError, suggestion
 from ..io.remote import is_url
 
@@ -304,19 +305,10 @@ def _overrides(value: Any, path: Path, where: str) -> tuple[str, ...]:
     if value is None:
         return ()
     if isinstance(value, dict):
-        return tuple(f"{key}={_text(v)}" for key, v in _flatten(value))
+        return tuple(f"{key}={_text(v)}" for key, v in dotted(value).items())
     if not isinstance(value, list) or not all(isinstance(item, str) and "=" in item for item in value):
         raise UserError(f"{path}: {where} must be keys and values, or a list of 'key=value'")
     return tuple(value)
-
-
-def _flatten(tree: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
-    pairs: list[tuple[str, Any]] = []
-    for key, value in tree.items():
-        pairs += (
-            _flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else [(f"{prefix}{key}", value)]
-        )
-    return pairs
 
 
 def _text(value: Any) -> str:

@@ -33,7 +33,7 @@ def sampling_process(denoiser: Denoiser, run: Run) -> GaussianDiffusion:
     return build_process(denoiser, "run.sample_respacing", respacing)
 
 
-@dataclass(frozen=True)
+@dataclass
 class Grids:
     """Grids of the first samples of `seed`, all from the same noise and, if there are classes, of the same.
 
@@ -43,6 +43,7 @@ class Grids:
         count: samples in a grid.
         seed: of the samples, as `sampling.samplers.sample_images` has it.
         teacher: a network and its respaced process, whose grid is drawn once.
+        teacher_is_recorded: whether this process has recorded it.
     """
 
     process: GaussianDiffusion
@@ -50,8 +51,11 @@ class Grids:
     count: int
     seed: int
     teacher: tuple[DenoisingNetwork, GaussianDiffusion] | None = None
+    teacher_is_recorded: bool = False
 
-    def save(self, step: int, network: DenoisingNetwork, ema: Ema | None, log: RunLog) -> None:
+    def save(
+        self, step: int, network: DenoisingNetwork, ema: Ema | None, log: RunLog, *, anew: bool = True
+    ) -> None:
         """Draw on rank 0, write PNGs, and record them; the other ranks wait.
 
         Args:
@@ -60,13 +64,18 @@ class Grids:
             network: with the weights themselves.
             ema: their average.
             log: the record.
+            anew: also if the step has its grids already.
         """
         with dist_util.rank_zero_first() as first:
-            if not first:
-                return
-            if self.teacher is not None and not (log.directory / TEACHER_GRID).exists():
-                self._draw(step, "teacher", TEACHER_GRID, *self.teacher, log)
             name = f"samples{step:06d}.png"
+            if not first or (not anew and (log.directory / name).exists()):
+                return
+            if self.teacher is not None and not self.teacher_is_recorded:
+                if (log.directory / TEACHER_GRID).exists():
+                    log.picture(step, "samples/teacher", log.directory / TEACHER_GRID)
+                else:
+                    self._draw(step, "teacher", TEACHER_GRID, *self.teacher, log)
+                self.teacher_is_recorded = True
             if ema is None:
                 self._draw(step, "raw", name, network, self.process, log)
             else:

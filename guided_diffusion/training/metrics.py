@@ -24,10 +24,11 @@ class Metrics:
         """Take in the terms of a pass, also by quartile of t: q0 are the cleanest steps."""
         for part in out.parts:
             self.add_pass(part, num_timesteps)
-        quartile = th.nn.functional.one_hot(4 * out.t // num_timesteps, 4).float()  # [B, 4]
+        quartile = th.nn.functional.one_hot(4 * out.t // num_timesteps, 4)  # [B, 4]
         for name, values in out.terms.items():
             self.add(name, values)
-            pairs = th.stack([values.detach().float() @ quartile, quartile.sum(0)], dim=1)  # [4, 2]
+            of_each = th.where(quartile.bool(), values.detach().float()[:, None], 0.0)  # not 0 times NaN
+            pairs = th.stack([of_each.sum(0), quartile.sum(0).float()], dim=1)  # [4, 2]
             for q in range(4):
                 self._add_pair(f"{name}_q{q}", pairs[q])
 
