@@ -8,13 +8,14 @@ import pytest
 import torch as th
 import yaml
 from in_process import script_here
-from tiny import ROOT, distillation, one_line_error
+from tiny import ROOT, denoiser, distillation, one_line_error
 
 from guided_diffusion.config.registry import SAMPLERS, look_up
+from guided_diffusion.errors import UserError
 from guided_diffusion.io.description import read_description
 from guided_diffusion.runs.checkpoint import newest_checkpoint
 from guided_diffusion.runs.weights import load_state_dict
-from guided_diffusion.script_util import create_gaussian_diffusion
+from guided_diffusion.script_util import build_network, create_gaussian_diffusion
 
 PAGE = (ROOT / "docs/extending.md").read_text()
 
@@ -146,3 +147,20 @@ def test_heuns_order_is_two(modules):
 def test_mistakes_get_one_line(modules, tmp_path, override, told):
     done = script_here("scripts/image_kd.py", "--config", distillation(tmp_path), override, check=False)
     assert told in one_line_error(done)
+
+
+def test_a_bug_in_a_network_keeps_its_traceback(modules, monkeypatch):
+    """It is no mistake in the configuration, unless it raises ValueError."""
+    network_class = look_up({}, "my_networks:ConvNet", "architecture")
+
+    def fails(error):
+        def from_settings(*_):
+            raise error
+
+        monkeypatch.setattr(network_class, "from_settings", from_settings)
+        build_network(denoiser(architecture="my_networks:ConvNet"))
+
+    with pytest.raises(TypeError):
+        fails(TypeError("object of type 'int' has no len()"))
+    with pytest.raises(UserError, match="configuration: width must be even"):
+        fails(ValueError("width must be even"))

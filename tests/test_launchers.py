@@ -144,6 +144,44 @@ def test_srun(config, witness, tmp_path):
     assert (tmp_path / "notes.txt").read_text() == 2 * "image_kd.py False\n"
 
 
+def end_of(*processes):
+    """How processes end, each of which must fail: their outputs."""
+    outputs = []
+    try:
+        for process in processes:
+            outputs.append("".join(process.communicate(timeout=120)))
+            assert process.returncode == 1, outputs[-1]
+    finally:
+        for process in processes:
+            process.kill()
+    return outputs
+
+
+def test_ranks_with_different_settings_are_refused(config, witness, tmp_path):
+    """As of one mistyped command of several hosts."""
+    processes = []
+    for rank in (0, 1):
+        step = slurm_step(rank, 2, "localhost", SLURM_LOCALID=str(rank))
+        name, *rest = arguments(config, tmp_path / "run", [*DKDM, f"student.lr={1 + rank}e-3"])
+        environment = environment_of(witness, tmp_path / "notes.txt", **step)
+        processes.append(start([sys.executable, ROOT / name, *rest], environment))
+    first, second = end_of(*processes)
+    told = "student.lr is 0.001 on rank 0 and 0.002 on rank 1: start all ranks with the same"
+    assert told in first and "Traceback" not in first + second
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_port_that_is_taken_is_told(config, witness, tmp_path):
+    name, *rest = arguments(config, tmp_path / "run", DKDM)
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        step = slurm_step(0, 2, "localhost", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+        environment = environment_of(witness, tmp_path / "notes.txt", **step)
+        (output,) = end_of(start([sys.executable, ROOT / name, *rest], environment))
+    assert f"ranks cannot meet at 127.0.0.1:{port}: set MASTER_ADDR" in output
+    assert "Traceback" not in output
+
+
 def test_mpiexec(config, witness, tmp_path):
     """Stage 2 with a role vector, in microbatches; here mpi4py is imported."""
     notes = {"PYTHONPATH": f"{witness}{os.pathsep}{ROOT}", "WITNESS": str(tmp_path / "notes.txt")}

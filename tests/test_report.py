@@ -192,8 +192,12 @@ def test_words_and_numbers(run):
         log.pool(step, {"T": 100, "levels": [10] * 20, "clean": 0, "mean_level": 25.0, "restarts": restarts})
     (run / "best.json").write_text('{"step": 8, "metric": "digits-FD", "value": 7.5}')
     (run / "run.json").write_text('{"name": "x", "ended": "not yet", "resumed": ["2026-01-02T03:04:05"]}')
+    told = {name: cells[0] for name, cells in tables.overview(read_material([run], ["fd"])).rows}
+    (run / "run.json").write_text('{"name": "x", "ended": "finished", "began_at": 2}')
+    elsewhere = {name: cells[0] for name, cells in tables.overview(read_material([run], ["fd"])).rows}
+    assert elsewhere["skipped iterations"] == "1" and elsewhere["throughput"].startswith("0.15 ")
+    (run / "run.json").write_text('{"name": "x", "ended": "not yet", "resumed": ["2026-01-02T03:04:05"]}')
     material = read_material([run], ["fd"])
-    told = {name: cells[0] for name, cells in tables.overview(material).rows}
     assert told["skipped iterations"] == "2" and told["throughput"] == "0.2 iterations/s, 1.6 images/s"
     assert told["best checkpoint"] == "iteration 8: digits-FD 7.5"
     assert told["ended"] == "not yet: it is running, or was killed"

@@ -1,5 +1,7 @@
 """The loop's own parts: what is logged, the learning rate, averages, arithmetic, what is kept."""
 
+import math
+
 import pytest
 import torch as th
 from in_process import script_here
@@ -25,6 +27,11 @@ def test_quartiles_are_those_of_the_batchs_own_timesteps():
     metrics.add_pass(PassLoss(values, {"mse": values}, t), num_timesteps=100)
     assert metrics.read() == {"mse": 5.0, "mse_q0": 2.0, "mse_q1": 5.0, "mse_q3": 8.0}
     assert metrics.read() == {}  # a reading starts anew; an empty quartile is left out
+    values[2] = math.nan  # spoils its own quartile alone
+    metrics.add_pass(PassLoss(values, {"mse": values}, t), num_timesteps=100)
+    read = metrics.read()
+    assert math.isnan(read.pop("mse")) and math.isnan(read.pop("mse_q1"))
+    assert read == {"mse_q0": 2.0, "mse_q3": 8.0}
 
 
 def test_learning_rate(tmp_path):

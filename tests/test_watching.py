@@ -133,6 +133,10 @@ def test_grids_beside_the_teachers(project, tmp_path):
     script_here("scripts/image_kd.py", *flags, "run.iterations=9")
     assert (tmp_path / "samples_raw000009.png").is_file()
     assert (tmp_path / "samples_teacher.png").stat().st_mtime_ns == first
+    drawn_again = (tmp_path / "samples000009.png").read_bytes()
+    (tmp_path / "samples000009.png").unlink()  # as if stopped between the checkpoint and its grids
+    script_here("scripts/image_kd.py", *flags, "run.iterations=10")
+    assert (tmp_path / "samples000009.png").read_bytes() == drawn_again
     draw = ["--num_samples", 2, "--timestep_respacing", 3, "--log_dir", tmp_path / "teacher"]
     script_here("scripts/image_sample.py", "--config", config, "--model_path", folder / "teacher.pt", *draw)
     drawn = np.load(tmp_path / "teacher/samples_2x16x16x3.npz")["arr_0"].astype(int)
