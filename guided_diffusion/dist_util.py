@@ -22,7 +22,7 @@ import torch as th
 import torch.distributed as dist
 
 from .errors import UserError, message_of
-from .io import files
+from .io import files, progress
 from .io.remote import fetch, is_url
 from .processes.cores import since_start, usable_cores
 from .processes.launch import Launch, detect_launch
@@ -311,6 +311,18 @@ def from_rank_zero(function: Callable[[], _T]) -> _T:
     if mistake:
         raise UserError(mistake)
     return result
+
+
+def say(line: str) -> None:
+    """`io.progress.say`, by rank 0 alone."""
+    if rank() == 0:
+        progress.say(line)
+
+
+def warn(message: str) -> None:
+    """`io.progress.warn`, by rank 0 alone."""
+    if rank() == 0:
+        progress.warn(message)
 
 
 def local_copy(name: str, cache: Path) -> Path:

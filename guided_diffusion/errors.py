@@ -20,7 +20,7 @@ def suggestion(name: str, known: Collection[str]) -> str:
 
 
 def message_of(error: Exception) -> str:
-    """An error as a user is told it; its kind where it says nothing."""
+    """The one-line message for an error; its type's name if it has none."""
     if isinstance(error, (FileExistsError, NotADirectoryError)) and error.filename:
         return f"{error.filename} is a file, and a folder is wanted"
     return " ".join(str(error).split("\n")) or type(error).__name__

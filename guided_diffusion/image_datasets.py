@@ -17,7 +17,6 @@ import torch as th
 from . import dist_util
 from .errors import UserError
 from .io.npz_reader import NpzFile
-from .io.progress import warn
 from .processes.stopping import ignore_signals
 
 _Batch = tuple[np.ndarray, np.ndarray]  # indices int64 [B], and which images are mirrored, bool [B]
@@ -68,8 +67,8 @@ def open_dataset(data_dir: str | Path, image_size: int, class_cond: bool) -> Ima
         raise UserError(f"no such dataset: {path}")
     # The evaluator's statistics lie beside what they are of.
     if shards := sorted(p for p in path.glob("*.npz") if not p.name.endswith(".ref-stats.npz")):
-        if dist_util.rank() == 0 and any(p.suffix.lower() in IMAGE_SUFFIXES for p in path.iterdir()):
-            warn(f"{path}: its .npz files are the dataset, the images beside them are not read")
+        if any(p.suffix.lower() in IMAGE_SUFFIXES for p in path.iterdir()):
+            dist_util.warn(f"{path}: its .npz files are the dataset, the images beside them are not read")
         return ArrayDataset(shards, image_size, class_cond)
     return FolderDataset(path, image_size, class_cond)
 
@@ -191,8 +190,8 @@ def class_names(paths: list[Path]) -> list[str]:
     if len(folders) > 1:
         pairs = {(path.parent, path.name.partition("_")[0]) for path in paths if "_" in path.name}
         shared = [prefix for prefix, count in Counter(prefix for _, prefix in pairs).items() if count > 1]
-        if len(shared) > 1 and dist_util.rank() == 0:
-            warn(
+        if len(shared) > 1:
+            dist_util.warn(
                 f"labels are the names of {len(folders)} folders, though their files' names begin alike "
                 f"({', '.join(sorted(shared)[:3])}); for those as labels put all files into one folder"
             )

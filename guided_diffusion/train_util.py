@@ -33,6 +33,8 @@ from .training.optimizer import build_optimizer, load_optimizer_state
 from .training.scoring import Scorer
 from .training.sources import Source
 
+DIVERGED = "gradients were not finite"  # how the message of a run begins that gives up
+
 
 def describe(value: th.Tensor) -> str:
     """Shape, range and number of non-finite entries of a tensor, for a person."""
@@ -186,7 +188,7 @@ class TrainLoop:
                 started += time.monotonic() - before  # the rate is that of training
             dist_util.from_rank_zero(self.writer.close)
         if stop:
-            raise Stopped(f"stopped by {signals.received or 'a signal to another rank'} at step {self.step}")
+            raise Stopped(f"{signals.reason} at step {self.step}")
 
     def train_step(self, batch: Any) -> None:
         """One iteration: every pass's backward, one optimizer step, EMA, learning rate.
@@ -276,8 +278,8 @@ class TrainLoop:
                 write_text(self.log.directory / name, json.dumps(record, indent=1))
         self.writer.wait()
         raise UserError(
-            f"gradients were not finite for {int(self.bad_steps)} iterations in a row, up to step "
-            f"{self.step}; checkpoints of before are kept, and {name} describes the step"
+            f"{DIVERGED} for {int(self.bad_steps)} iterations in a row, up to step "
+            f"{self.step}; earlier checkpoints are kept, and {name} describes the step"
         )
 
     def save(self) -> None:

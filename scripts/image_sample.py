@@ -85,6 +85,7 @@ def main() -> None:
     from guided_diffusion.runs.provenance import (
         describe_network,
         described_experiment,
+        has_untrained_null_class,
         require_known_steps,
     )
     from guided_diffusion.runs.weights import load_network, require_agreement
@@ -129,6 +130,8 @@ def main() -> None:
         build_process(student, "--timestep_respacing")  # for what it refuses to be told of the flag
     network, process = build_network(student, experiment.where)
     require_known_steps(student, process, checkpoint)
+    if args.guidance_scale and has_untrained_null_class(checkpoint):
+        dist_util.warn(f"{weights}: guided by a null class that was not trained (class_dropout_prob 0)")
     load_network(network, weights)
     place(network.eval(), student.architecture.use_fp16, experiment.run, frozen=True)
     provenance = describe_network(experiment)

@@ -1,7 +1,9 @@
 """Students as diffusers pipelines: they load there and compute the same, or are not written."""
 
 import errno
+import os
 import re
+import signal
 from pathlib import Path
 
 import numpy as np
@@ -10,13 +12,15 @@ import torch as th
 import yaml
 from in_process import script_here
 from test_foreign import T, diffusers, loaded, scramble
+from tiny import denoiser, one_line_error
 from tiny import network as network_keys
-from tiny import one_line_error
 
 from guided_diffusion.config.loading import load_experiment
+from guided_diffusion.errors import UserError
 from guided_diffusion.io.description import described
 from guided_diffusion.runs.weights import load_state_dict
 from guided_diffusion.script_util import build_network
+from guided_diffusion.setups import exporting
 
 ADM = network_keys(8, 16, attention_resolutions="4")
 PROCESS = {"learn_sigma": True, "diffusion_steps": T, "noise_schedule": "cosine", "image_size": 8}
@@ -198,3 +202,73 @@ def test_nothing_is_overwritten_unasked(tmp_path):
     flags[-1] = tmp_path / "other"
     assert "owner/name" in one_line_error(script_here(*flags, "--push", "x", check=False))
     assert not (tmp_path / "other").exists()
+
+
+def test_a_filled_in_licence_is_pushed(tmp_path, monkeypatch):
+    """An export of the same checkpoint is uploaded as it is, its code then loading it from the Hub."""
+    flags = prepared(tmp_path, ADM)
+    script_here(*flags)
+    card = tmp_path / "out/README.md"
+    card.write_text(
+        card.read_text().replace("license: unknown", "license: mit").replace("tags: [", "tags: [x, ")
+    )
+    pushed = []
+    monkeypatch.setattr(exporting, "push", lambda folder, name: pushed.append((folder, name)))
+    told = script_here(*flags, "--push", "me/x").stdout
+    assert "uploaded as it is" in told and pushed == [(tmp_path / "out", "me/x")]
+    text = card.read_text()
+    assert "license: mit" in text and 'from_pretrained("me/x")' in text and "\n# me/x\n" in text
+    script_here(*flags, "--push", "me/y", "--overwrite")
+    assert "license: unknown" in card.read_text() and 'from_pretrained("me/y")' in card.read_text()
+
+
+def test_a_signal_during_an_import_ends_it_before_anything_is_written(tmp_path, monkeypatch):
+    flags = prepared(tmp_path, ADM)
+    monkeypatch.setattr("guided_diffusion.processes.stopping._is_import", lambda frame: True)
+    right = exporting.require_same
+
+    def comes_too_late(*args):
+        right(*args)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(exporting, "require_same", comes_too_late)
+    done = script_here(*flags, check=False)
+    assert done.returncode == 75 and "stopped by SIGTERM" in done.stderr
+    assert {path.name for path in tmp_path.iterdir()} == {"student.yaml", "model.pt"}
+
+
+def test_a_network_that_knows_some_steps_only_is_not_exported_as_one_that_knows_all(tmp_path):
+    flags = prepared(tmp_path, ADM)
+    told = {"process": {"timestep_respacing": "5"}}
+    th.save(described(load_state_dict(tmp_path / "model.pt"), told), tmp_path / "model.pt")
+    assert "knows the 5 steps" in one_line_error(script_here(*flags, check=False))
+
+
+def test_a_vae_of_another_variant_is_copied(tmp_path):
+    vae = diffusers.VQModel(block_out_channels=(8, 8), norm_num_groups=4, latent_channels=3)
+    vae.half().save_pretrained(tmp_path / "vae", variant="fp16")
+    keys = ADM | {"image_size": 8, "vae_path": str(tmp_path / "vae"), "clip_denoised": False}
+    script_here(*prepared(tmp_path, keys))
+    copy = diffusers.DiffusionPipeline.from_pretrained(tmp_path / "out", low_cpu_mem_usage=False).vqvae
+    assert all(th.equal(copy.state_dict()[name], value.float()) for name, value in vae.state_dict().items())
+    assert str(tmp_path) not in (tmp_path / "out/vqvae/config.json").read_text()
+
+
+def test_blocks_with_skip_know_no_learned_variance(tmp_path):
+    blocks = {"down_block_types": "SkipDownBlock2D,AttnSkipDownBlock2D"}
+    blocks |= {"up_block_types": "AttnSkipUpBlock2D,SkipUpBlock2D"}
+    with pytest.raises(UserError, match="know no learned variance"):
+        build_network(denoiser(**UNET | blocks))
+
+
+@pytest.mark.parametrize("probability, warned", [(0.0, True), (0.1, False)])
+def test_guidance_by_a_null_class_that_was_not_trained_is_told(tmp_path, probability, warned):
+    keys = ADM | CLASSES | {"null_class": True, "class_dropout_prob": probability}
+    flags = prepared(tmp_path, keys)
+    told = {"architecture": {"class_dropout_prob": probability}}
+    th.save(described(load_state_dict(tmp_path / "model.pt"), told), tmp_path / "model.pt")
+    script_here(*flags)
+    assert ("not trained" in (tmp_path / "out/README.md").read_text()) == warned
+    draw = ["--num_samples", 2, "--timestep_respacing", 2, "--guidance_scale", 2, "--log_dir", tmp_path / "s"]
+    done = script_here("scripts/image_sample.py", *flags[1:5], *draw)
+    assert ("a null class that was not trained" in done.stderr) == warned

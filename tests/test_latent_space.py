@@ -140,7 +140,7 @@ def test_decoding_goes_by_pieces(tmp_path, monkeypatch):
     whole = LatentSpace(tmp_path, 8).pixels(x)
     monkeypatch.setattr("guided_diffusion.spaces.latent._PIXELS_AT_ONCE", 2 * 16**2)
     space, rows = LatentSpace(tmp_path, 8), []
-    vae = space._vae(x.device)
+    vae = space.vae(x.device)
     vae.decoder.register_forward_pre_hook(lambda _, args: rows.append(len(args[0])))
     th.testing.assert_close(space.pixels(x), whole)
     assert rows == [2, 2, 1]

@@ -332,7 +332,6 @@ class TestCell:
         found = cell_run(do).run()
         assert found["failed"].startswith("image_kd.py: gradients were not finite") and found["scores"] == []
         assert found["iterations"] == 4 and found["flops"]["total"] > 0
-        assert "gradients were not finite" in (ROOT / "guided_diffusion/train_util.py").read_text()
 
     def test_a_run_that_diverges_in_the_trial_of_a_budget_in_seconds_is_a_result(self, cell_run):
         def do(script, *_):

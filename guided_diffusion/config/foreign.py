@@ -59,7 +59,7 @@ def folder_keys(folder: ModelFolder, given: Mapping[str, Any]) -> dict[str, Any]
         )
     if channels != 3 and not folder.vae and not given.get("vae_path"):
         raise UserError(
-            f"{folder.path}: takes {channels} channels, images have 3; of latents give the VAE: vae_path"
+            f"{folder.path}: takes {channels} channels, images have 3; for a latent model give vae_path"
         )
     keys: dict[str, Any] = {
         "image_size": _image_size(config, given),

@@ -78,7 +78,7 @@ class Architecture:
     image_size: int = key(64, "height and width of the images, or of the latents with vae_path")
     class_cond: bool = key(False, "condition on class labels")
     num_classes: int = key(1000, "number of classes, if class_cond")
-    null_class: bool = key(False, "one label more, num_classes, means no class; guidance needs it")
+    null_class: bool = key(False, "one more label, num_classes, stands for no class; guidance needs it")
     class_dropout_prob: float = key(
         0.0, "replace a label by the null class this often in training", idle_in=("teacher",)
     )
@@ -246,7 +246,7 @@ class Space:
     """What the samples are: pixels, or the latents of a VAE."""
 
     vae_path: str = key("", "folder of a diffusers VQModel or AutoencoderKL, whose latents x is ('': pixels)")
-    vae_scale: float = key(0.0, "x is so many times the VAE's latents (0: scaling_factor of its config.json)")
+    vae_scale: float = key(0.0, "factor of the VAE's latents (0: scaling_factor of its config.json)")
 
     def check(self, where: str) -> None:
         """Raise `UserError` for values that cannot be right."""

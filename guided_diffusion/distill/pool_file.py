@@ -168,7 +168,7 @@ def part_path(path: str | os.PathLike, rank: int) -> Path:
 
 
 def require_replaceable(path: Path) -> None:
-    """Refuse to write a pool over what is none, whole or damaged.
+    """Refuse to overwrite a file that is not a pool.
 
     Raises:
         UserError: it is something else.

@@ -51,6 +51,10 @@ class DiffusersUNet2D(DenoisingNetwork):
         levels = len(settings.block_out_channels.split(","))
         if shape[1] % 2 ** (levels - 1):
             raise ValueError(f"image_size {shape[1]} cannot be halved {levels - 1} times")
+        if "Skip" in settings.down_block_types + settings.up_block_types and out_channels != shape[0]:
+            raise ValueError(
+                "blocks with Skip add to x itself, so they know no learned variance (learn_sigma)"
+            )
         return cls(
             settings.config(shape[0], out_channels),
             null_class=settings.has_null_class,

@@ -48,7 +48,7 @@ class StopSignals:
 
     def __enter__(self) -> "StopSignals":
         self._before = _install()
-        _stop_if_asked()
+        stop_if_asked()
         _state.blocks += 1
         return self
 
@@ -62,6 +62,11 @@ class StopSignals:
     def received(self) -> str:
         """Name of the signal that came, "" for none."""
         return _state.received
+
+    @property
+    def reason(self) -> str:
+        """Why all ranks stop, for `Stopped`."""
+        return f"stopped by {self.received or 'a signal to another rank'}"
 
 
 @contextmanager
@@ -95,7 +100,7 @@ def ranks_have_met() -> None:
         StoppedHere: a signal came before.
     """
     _state.meeting = False
-    _stop_if_asked()
+    stop_if_asked()
 
 
 class _State:
@@ -142,10 +147,15 @@ def _handle(number: int, frame: FrameType | None) -> None:
     if _state.blocks:
         _state.remembered = True
     elif not _state.meeting and not _is_import(frame):
-        _stop_if_asked()
+        stop_if_asked()
 
 
-def _stop_if_asked() -> None:
+def stop_if_asked() -> None:
+    """Act upon a signal that came where it could only be remembered, such as in an import.
+
+    Raises:
+        StoppedHere: there was one.
+    """
     if _state.received and not _state.remembered:
         raise StoppedHere(f"stopped by {_state.received}")
 

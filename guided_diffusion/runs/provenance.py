@@ -92,6 +92,11 @@ def require_known_steps(denoiser: Denoiser, process: SpacedDiffusion, descriptio
         )
 
 
+def has_untrained_null_class(description: Mapping[str, Any]) -> bool:
+    """Whether a checkpoint says that its labels were never dropped, so that "no class" was never trained."""
+    return description.get("architecture", {}).get("class_dropout_prob", None) == 0
+
+
 def git_revision(folder: Path = LIBRARY) -> str | None:
     """The commit of the library, "+changes" if files differ from it; None outside git.
 

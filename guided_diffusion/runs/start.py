@@ -11,7 +11,6 @@ from ..config.loading import experiment_keys, experiment_text
 from ..config.settings import Experiment, dotted
 from ..errors import UserError
 from ..io.files import remove_leftovers, write_text
-from ..io.progress import warn
 from ..logger import RunLog
 from ..processes.stopping import Stopped, StoppedHere, StopSignals
 from .checkpoint import Checkpoint
@@ -98,8 +97,7 @@ def _copied(mirror: Mirror | None) -> Iterator[None]:
                 else:
                     mirror.push()
             except UserError as failure:
-                if dist_util.rank() == 0:
-                    warn(str(failure))
+                dist_util.warn(str(failure))
         raise
     if mirror is not None:
         _push(mirror)

@@ -80,10 +80,9 @@ def denoising_network(state: Mapping[str, th.Tensor], path: str | os.PathLike) -
     averaged = {name: f"model_ema.{key[6:].replace('.', '')}" for name, key in network.items()}
     there = [key in state for key in averaged.values()]
     if any(there) and not all(there):
-        raise UserError(f"{path}: of its {len(there)} weights {sum(there)} are averaged, the others not")
-    if dist_util.rank() == 0:
-        kind = "averaged weights (model_ema)" if all(there) else "weights (it has no averaged ones)"
-        print(f"{path}: a latent diffusion model; its U-Net's {kind} are taken", flush=True)
+        raise UserError(f"{path}: only {sum(there)} of its {len(there)} weights have an average")
+    kind = "averaged weights (model_ema)" if all(there) else "weights (it has no averaged ones)"
+    dist_util.say(f"{path}: a latent diffusion model; its U-Net's {kind} are taken")
     return {name: state[key] for name, key in (averaged if all(there) else network).items()}
 
 
@@ -98,7 +97,8 @@ def require_agreement(denoiser: Denoiser, path: str | os.PathLike, where: str = 
     Raises:
         UserError: a key on which the two differ, with both values.
     """
-    description = _told_by_folder(denoiser, path) if Path(path).is_dir() else read_description(path)
+    is_folder = Path(path).is_dir()
+    description = _told_by_folder(denoiser, path) if is_folder else read_description(path)
     for part in ("architecture", "process"):
         told, configured = description.get(part, {}), getattr(denoiser, part)
         for name, value in _as_configured(told, configured).items():
@@ -107,6 +107,7 @@ def require_agreement(denoiser: Denoiser, path: str | os.PathLike, where: str = 
                 raise UserError(
                     f"{path}: was trained with {name} {value!r}, but {where}{name} is {ours!r}; "
                     f"{where}{name}={value} goes with it"
+                    + (", or leave out the configuration: the folder says what it is" if is_folder else "")
                 )
     if told := description.get("space"):
         ours = build_space(denoiser).describe()

@@ -105,8 +105,7 @@ class SampleSet:
                     self._check_settings(settings, provenance)
                     self._tidy(final, size)
             if final.is_file():
-                if dist_util.rank() == 0:
-                    say(f"{final} is already drawn")
+                dist_util.say(f"{final} is already drawn")
                 return final
 
             todo = self._missing_batches(batch_size)
@@ -137,7 +136,7 @@ class SampleSet:
         with Progress(self.num_samples, "sampling", "images", initial=drawn, active=rank == 0) as progress:
             for number in range(rounds):
                 if number and dist_util.any_rank(bool(signals.received)):
-                    raise Stopped(f"stopped by {signals.received or 'a signal to another rank'}")
+                    raise Stopped(signals.reason)
                 if number == len(mine):
                     continue
                 indices = mine[number]

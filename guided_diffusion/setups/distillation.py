@@ -15,6 +15,7 @@ from ..distill.pool_file import read_pool, read_pool_header
 from ..distill.source import TeacherSource
 from ..distill.teacher import Teacher
 from ..errors import UserError
+from ..io.description import read_description
 from ..io.model_folder import weights_sha256
 from ..logger import RunLog
 from ..networks.base import DenoisingNetwork
@@ -23,6 +24,7 @@ from ..networks.precision import place
 from ..networks.weight_selection import selected
 from ..respace import SpacedDiffusion
 from ..runs.checkpoint import Checkpoint
+from ..runs.provenance import require_known_steps
 from ..runs.weights import load_network, require_agreement
 from ..script_util import build_network, build_space
 from ..train_util import TrainLoop, reseed
@@ -33,7 +35,7 @@ from ..training.scoring import Judge, Scorer
 def load_teacher(experiment: DistillationExperiment, weights: Path) -> Teacher:
     """The teacher in eval mode on this rank's device, guided if so configured.
 
-    Its noise encoder, if any, is left.
+    Its noise encoder, if any, is ignored.
     """
     settings = experiment.teacher
     network, process = _loaded(experiment, weights)
@@ -46,6 +48,7 @@ def _loaded(experiment: DistillationExperiment, weights: Path) -> tuple[Denoisin
     """The teacher's network as it was saved, and its process."""
     network, process = build_network(experiment.teacher, "teacher.")
     require_agreement(experiment.teacher, weights, "teacher.")
+    require_known_steps(experiment.teacher, process, read_description(weights))
     load_network(network, weights)
     return network, process
 

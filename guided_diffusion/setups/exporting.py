@@ -1,5 +1,8 @@
 """Exporting: a trained network as a folder that diffusers loads, compared with ours before it counts."""
 
+import json
+import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterable
@@ -14,23 +17,29 @@ from ..config.settings import Denoiser, Experiment
 from ..errors import UserError, first_line
 from ..io.description import read_description
 from ..io.diffusers_library import import_diffusers
-from ..io.files import set_usual_mode
+from ..io.files import set_usual_mode, write_text
 from ..io.model_folder import is_hub_name, weights_sha256
 from ..networks.base import DenoisingNetwork, ForDiffusers
+from ..processes.stopping import stop_if_asked
 from ..respace import SpacedDiffusion
-from ..runs.provenance import training_facts
+from ..runs.provenance import has_untrained_null_class, require_known_steps, training_facts
 from ..runs.weights import load_network, require_agreement
 from ..script_util import build_network, build_process, build_space
 from ..spaces import LatentSpace
 
 _SCHEDULES = {ours: theirs for theirs, ours in NOISE_SCHEDULES.items()}
-_MARK = "tags: [diffusion, distillation]"  # by which a card is known to be ours
 _STEPS = 10  # of the chain that is compared
 _FORWARD, _CHAIN = 1e-5, 1e-4  # the largest differences, in units of the largest number
 
 
 def export_pipeline(
-    experiment: Experiment, weights: Path, out: Path, *, scores: Iterable[str] = (), overwrite: bool = False
+    experiment: Experiment,
+    weights: Path,
+    out: Path,
+    *,
+    name: str = "",
+    scores: Iterable[str] = (),
+    overwrite: bool = False,
 ) -> None:
     """Write a network and its process as a pipeline of diffusers'.
 
@@ -41,17 +50,20 @@ def export_pipeline(
         experiment: the configuration; its student is exported.
         weights: the checkpoint.
         out: the folder.
+        name: what the model card calls it, and loads; "" for the folder's.
         scores: lines for the model card, such as "FID 5.1 (50000 samples)".
         overwrite: replace an export that is there.
 
     Raises:
         UserError: the network or its process is none of diffusers', `out` is there, or the two disagree.
+        Stopped: SIGTERM or SIGINT came; nothing is left of it.
     """
-    student = experiment.student
+    student, description = experiment.student, read_description(weights)
     _require_free(out, overwrite)
     diffusers = import_diffusers("exporting")
     require_agreement(student, weights, experiment.where)
-    network, _ = build_network(student, experiment.where)
+    network, process = build_network(student, experiment.where)
+    require_known_steps(student, process, description)
     load_network(network, weights)
     network.eval()
     try:
@@ -74,7 +86,8 @@ def export_pipeline(
             pipeline.save_pretrained(folder, safe_serialization=True)
         except SafetensorError as error:  # its way of telling a full disk
             raise UserError(f"{out}: cannot be written: {first_line(error)}") from None
-        (folder / "README.md").write_text(model_card(experiment, weights, out.name, theirs, scores))
+        card = model_card(experiment, weights, name or out.name, theirs, scores)
+        (folder / "README.md").write_text(card)
         require_same(
             diffusers.DiffusionPipeline.from_pretrained(folder, low_cpu_mem_usage=False),
             network,
@@ -83,6 +96,7 @@ def export_pipeline(
         )
         for file in folder.rglob("*.safetensors"):
             set_usual_mode(file)
+        stop_if_asked()
         _put_in_place(folder, out, before=temporary / "before")
     finally:
         shutil.rmtree(temporary)
@@ -107,9 +121,7 @@ def _pipeline(diffusers: Any, model: Any, scheduler: Any, denoiser: Denoiser) ->
         return diffusers.DDPMPipeline(unet=model, scheduler=scheduler)
     if space.shift:
         raise UserError(f"{space.folder}: has a shift_factor, which no pipeline of such networks heeds")
-    vae = getattr(diffusers, space.kind).from_pretrained(
-        space.folder, use_safetensors=True, low_cpu_mem_usage=False
-    )
+    vae = space.vae(th.device("cpu"))
     vae.register_to_config(scaling_factor=space.scale)
     if transformer:
         return diffusers.DiTPipeline(transformer=model, vae=vae, scheduler=scheduler)
@@ -121,9 +133,11 @@ def push(folder: Path, name: str) -> None:
 
     Raises:
         UserError: it cannot be uploaded.
+        Stopped: SIGTERM or SIGINT came before.
     """
     from huggingface_hub import HfApi
 
+    stop_if_asked()
     try:
         api = HfApi()
         api.create_repo(name, exist_ok=True)
@@ -240,23 +254,24 @@ def model_card(
     experiment: Experiment, weights: Path, name: str, theirs: ForDiffusers, scores: Iterable[str]
 ) -> str:
     """The README.md of an exported folder."""
-    description = read_description(weights) if weights.is_file() else {}
+    description = read_description(weights)
     student, architecture = experiment.student, experiment.student.architecture
     classes = architecture.num_classes if architecture.class_cond else 0
     size = build_space(student).image_size
+    untrained = ", not trained: do not guide by it" if has_untrained_null_class(description) else ""
     lines = [
         "---",
         "library_name: diffusers",
         "license: unknown  # fill in: what the teacher's licence allows",
         "pipeline_tag: unconditional-image-generation",
-        _MARK,
+        "tags: [diffusion, distillation]",
         "---",
         "",
         f"# {name}",
         "",
         f"A {theirs.class_name} for {size}x{size} images"
         + (f" of {classes} classes" if classes else "")
-        + (f" (label {classes}: no class)" if architecture.has_null_class else "")
+        + (f" (label {classes}: no class{untrained})" if architecture.has_null_class else "")
         + f", {sum(v.numel() for v in theirs.state.values()) / 1e6:.2f}M parameters.",
         "",
         *(f"- {key}: {value}" for key, value in _facts(experiment, weights, description).items()),
@@ -282,9 +297,11 @@ def _facts(experiment: Experiment, weights: Path, description: dict[str, Any]) -
         told |= training_facts(experiment)
     facts: dict[str, Any] = {"Configuration": told["config"]}
     if "teacher" in told:
-        facts["Teacher"] = told["teacher"]
+        facts["Teacher"] = (
+            Path(told["teacher"]).name if Path(told["teacher"]).is_absolute() else told["teacher"]
+        )
     facts["Method"] = told["method"]
-    facts["Checkpoint"] = f"{weights.name} (SHA-256 {weights_sha256(weights)[:16]})"
+    facts["Checkpoint"] = _checkpoint_fact(weights)
     if "step" in description:
         facts["Iterations"] = description["step"]
     if description.get("revision"):
@@ -292,18 +309,27 @@ def _facts(experiment: Experiment, weights: Path, description: dict[str, Any]) -
     return facts
 
 
+def _checkpoint_fact(weights: Path) -> str:
+    return f"{weights.name} (SHA-256 {weights_sha256(weights)[:16]})"
+
+
 def _code(theirs: ForDiffusers, classes: int, latent: bool, name: str, total: int) -> list[str]:
     """How to sample, in Python; where no pipeline of diffusers' knows how, step by step."""
     transformer, steps = theirs.class_name != "UNet2DModel", min(50, total)
     labels = [k % classes if classes else 0 for k in range(4)]
-    call = "batch_size=4"
+    call, comment = "batch_size=4", []
+    if transformer and latent and classes != 1000:
+        comment = [
+            "# Not guided: DiTPipeline's guidance takes label 1000 for no class, whatever the network has."
+        ]
     if transformer and latent:
         call = f"class_labels={labels}, guidance_scale=1.0"
     if (transformer and latent) or not (transformer or classes):
         return [
             "from diffusers import DiffusionPipeline",
             "",
-            f'pipeline = DiffusionPipeline.from_pretrained("{name}")',
+            f"pipeline = DiffusionPipeline.from_pretrained({json.dumps(name)})",
+            *comment,
             f"images = pipeline({call}, num_inference_steps={steps}).images",
         ]
     decode = ["x = pipeline.vqvae.decode(x / pipeline.vqvae.config.scaling_factor).sample.detach()"]
@@ -312,7 +338,7 @@ def _code(theirs: ForDiffusers, classes: int, latent: bool, name: str, total: in
         "import torch",
         "from diffusers import DiffusionPipeline",
         "",
-        f'pipeline = DiffusionPipeline.from_pretrained("{name}")',
+        f"pipeline = DiffusionPipeline.from_pretrained({json.dumps(name)})",
         "model, scheduler = pipeline.unet, pipeline.scheduler",
         f"labels = torch.tensor({labels})",
         f"x = torch.randn(4, {theirs.config['in_channels']}, {size}, {size})",
@@ -328,10 +354,28 @@ def _code(theirs: ForDiffusers, classes: int, latent: bool, name: str, total: in
 
 def _require_free(out: Path, overwrite: bool) -> None:
     """Raise `UserError` if something is there that may not be replaced."""
-    if not out.exists():
+    if not os.path.lexists(out):
         return
-    card = out / "README.md"
-    if not (card.is_file() and _MARK in card.read_text(errors="replace")):
+    if not (_card_of(out) or (out.is_dir() and not any(out.iterdir()))):
         raise UserError(f"{out}: is there already and no export; choose another --out")
-    if not overwrite:
+    if _card_of(out) and not overwrite:
         raise UserError(f"{out}: is there already; choose another --out, or give --overwrite")
+
+
+def _card_of(folder: Path) -> str:
+    """The model card of an export, which its line about the checkpoint tells; "" for any other folder."""
+    path = folder / "README.md"
+    card = path.read_text(errors="replace") if path.is_file() else ""
+    return card if re.search(r"^- Checkpoint: .* \(SHA-256 [0-9a-f]{16}\)$", card, re.MULTILINE) else ""
+
+
+def is_export_of(weights: Path, folder: Path) -> bool:
+    """Whether a folder holds the export of a checkpoint, its card maybe edited since."""
+    return f"\n- Checkpoint: {_checkpoint_fact(weights)}\n" in _card_of(folder)
+
+
+def rename_in_card(folder: Path, name: str) -> None:
+    """Have the model card of an export load it from the Hub instead of from its folder."""
+    card = _card_of(folder)
+    card = card.replace(f"from_pretrained({json.dumps(folder.name)})", f"from_pretrained({json.dumps(name)})")
+    write_text(folder / "README.md", card.replace(f"\n# {folder.name}\n", f"\n# {name}\n"))

@@ -22,7 +22,7 @@ from ..distill.pool_file import join_parts, part_path, read_pool, require_replac
 from ..distill.teacher import Teacher
 from ..errors import UserError
 from ..io.files import held, remove_leftovers
-from ..io.progress import Progress, say, warn
+from ..io.progress import Progress, warn
 from ..io.safetensors_file import read_arrays, write_arrays
 from ..processes.stopping import Stopped, StopSignals
 from ..train_util import reseed
@@ -67,7 +67,7 @@ def prepare_pool(
         if rank == 0:
             with suppress(UserError, OSError), held(path, patience=0.0):
                 _remove_shares(path, "part")  # a stopped --overwrite may go on from its partial ones
-        _say(f"{path} is already prepared for this configuration (--overwrite prepares it anew)")
+        dist_util.say(f"{path} is already prepared for this configuration (--overwrite prepares it anew)")
         return
 
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -89,19 +89,19 @@ def prepare_pool(
             pool = found[0].stored_on(dist_util.dev(), th.float32)
             goal = found[1].to(dist_util.dev())
         _require_room(path, shape, size * world, experiment)
-        _say(
+        dist_util.say(
             f"preparing {size * world} samples on {world} rank(s), T = {total}, "
             f"stride {experiment.distill.stride}, seed {pool_seed(experiment)}"
         )
         with StopSignals() as signals:
             if not _denoise(pool, goal, teacher, experiment, signals):
                 _write_partial(partial, pool, goal, belongs_to)
-                raise Stopped(f"stopped by {signals.received or 'a signal to another rank'}")
+                raise Stopped(signals.reason)
             if dist_util.any_rank(not bool(pool.x.isfinite().all())):
                 told = f"{weights}: the teacher gives no finite numbers{teacher.process.why_not_finite()}"
                 raise UserError(f"{told}; no pool is written")
             _write(path, stored(pool, experiment), total, shape, identity)
-    _say(f"wrote {path} ({path.stat().st_size / 1e6:.1f} MB)")
+    dist_util.say(f"wrote {path} ({path.stat().st_size / 1e6:.1f} MB)")
 
 
 def _require_room(
@@ -201,11 +201,5 @@ def _read_partial(
     th.set_rng_state(arrays["random"])
     if "random_cuda" in arrays:
         th.cuda.set_rng_state(arrays["random_cuda"], dist_util.dev())
-    _say(f"continuing what {path} holds")
+    dist_util.say(f"continuing what {path} holds")
     return DynamicBatch(arrays["x"], arrays["levels"], total, arrays.get("y")), arrays["goal"]
-
-
-def _say(line: str) -> None:
-    """Tell a person, by rank 0."""
-    if dist_util.rank() == 0:
-        say(line)

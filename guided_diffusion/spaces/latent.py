@@ -73,7 +73,7 @@ class LatentSpace:
         Returns:
             float32 [B, M, H, W]: mean and standard deviation of x, M = 2C; of a VQModel x itself, M = C.
         """
-        vae, parts = self._vae(images.device), []
+        vae, parts = self.vae(images.device), []
         for part in self._parts(PixelSpace(self.image_size).encode(images)):
             encoded = vae.encode(part)
             if self.kind == "VQModel":
@@ -101,7 +101,7 @@ class LatentSpace:
 
     @th.no_grad()
     def _decoded(self, x: th.Tensor) -> Iterator[th.Tensor]:
-        vae = self._vae(x.device)
+        vae = self.vae(x.device)
         yield from (vae.decode(part / self.scale + self.shift).sample for part in self._parts(x))
 
     def _parts(self, x: th.Tensor) -> tuple[th.Tensor, ...]:
@@ -118,7 +118,12 @@ class LatentSpace:
         """Kind, class and shape, and what `identity` says."""
         return {"kind": "latents", "vae": self.kind, "shape": list(self.shape), **self.identity()}
 
-    def _vae(self, device: th.device) -> Any:
+    def vae(self, device: th.device) -> Any:
+        """diffusers' VAE with its weights, float32, in eval mode, on a device; loaded once.
+
+        Raises:
+            UserError: the weights do not fit its configuration.
+        """
         if (vae := self.__dict__.get("_loaded")) is None:
             vae = self._loaded = self._load()
         return vae.to(device)

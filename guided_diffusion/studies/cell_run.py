@@ -26,6 +26,7 @@ from ..runs.checkpoint import file_name, manifest_step
 from ..runs.figures import save_grid
 from ..script_util import build_process, build_space
 from ..setups.distillation import pool_identity
+from ..train_util import DIVERGED
 from .cells import Cell, model_path, reference_path
 from .commands import CommandFailed, Commands, Steps
 from .comparison import Comparison, held_out_states
@@ -34,7 +35,6 @@ from .results import plain, primary_name
 from .study_file import MOST_SETS, Study
 
 ScoreFiles = Callable[[Path, Path], dict[str, float]]
-_DIVERGED = "gradients were not finite"  # what train_util says of a run that gives up
 _SHOWN = 16  # samples in the report's pictures
 _TIMED_ITERATIONS = 60  # of the trial run that tells how many iterations some seconds are
 
@@ -112,7 +112,7 @@ class CellRun:
                 record |= {"iterations": iterations, "flops": ledger.of(iterations)}
                 self._train(iterations, prepared)
             except CommandFailed as error:
-                if _DIVERGED not in str(error):
+                if DIVERGED not in str(error):
                     raise
                 record["failed"] = str(error)
             else:
@@ -155,7 +155,7 @@ class CellRun:
     # What a run trains on
 
     def _prepared(self) -> Prepared:
-        """It, and nothing for a run that is trained already."""
+        """What the run trains on; an empty path once it is trained."""
         if "trained" in self.steps.done:
             return Prepared(Path(), self.steps.done["trained"])
         return self._data() if self.cell.run.data else self._pool()

@@ -35,7 +35,7 @@ def sampling_process(denoiser: Denoiser, run: Run) -> GaussianDiffusion:
 
 @dataclass
 class Grids:
-    """Grids of the first samples of `seed`, all from the same noise and, if there are classes, of the same.
+    """Grids of the first samples of `seed`, all from the same noise and, with classes, the same labels.
 
     Attributes:
         process: the respaced process of the network that is trained.

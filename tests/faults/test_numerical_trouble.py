@@ -79,7 +79,7 @@ def test_too_many_bad_steps_end_the_run(command, tmp_path):
     loop = build(command, tmp_path, "run.max_bad_steps=3", "student.log_interval=100", "run.iterations=50")
     spoil(loop, range(5, 100))
     with pytest.raises(
-        UserError, match=r"not finite for \d+ iterations in a row.*checkpoints of before are kept"
+        UserError, match=r"not finite for \d+ iterations in a row.*earlier checkpoints are kept"
     ):
         loop.run()
     assert 8 <= loop.step < 11
