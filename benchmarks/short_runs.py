@@ -10,7 +10,8 @@ from guided_diffusion.distill.dynamic_batch import DynamicBatch, pool_size, prep
 from guided_diffusion.distill.pool_file import write_pool
 from guided_diffusion.logger import RunLog
 from guided_diffusion.networks.base import DenoisingNetwork
-from guided_diffusion.setups.distillation import distillation_loop, load_teacher, noise_pool, pool_identity
+from guided_diffusion.setups.distillation import distillation_loop, load_teacher
+from guided_diffusion.setups.pools import noise_pool, pool_identity
 from guided_diffusion.train_util import TrainLoop, reseed
 
 ROOT = Path(__file__).resolve().parent.parent

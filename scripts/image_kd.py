@@ -20,7 +20,8 @@ def main() -> None:
     from guided_diffusion import dist_util
     from guided_diffusion.runs.provenance import describe_training
     from guided_diffusion.runs.start import start_run
-    from guided_diffusion.setups.distillation import distillation_loop, pool_file
+    from guided_diffusion.setups.distillation import distillation_loop
+    from guided_diffusion.setups.pools import pool_file
 
     dist_util.setup_dist()
     cache = paths.fetched_path(args.config)

@@ -14,8 +14,9 @@ from guided_diffusion.distill.dynamic_batch import DynamicBatch, pool_size
 from guided_diffusion.distill.pool_file import read_pool, write_pool
 from guided_diffusion.logger import RunLog, read_progress
 from guided_diffusion.script_util import build_network, build_space
-from guided_diffusion.setups.distillation import distillation_loop, pool_identity
+from guided_diffusion.setups.distillation import distillation_loop
 from guided_diffusion.setups.image_training import training_loop
+from guided_diffusion.setups.pools import pool_identity
 
 EXPERIMENTS = sorted(ROOT.glob("yaml/*/exp/*.yaml"))
 ON_MIXED_DATA = [  # names that stand for the file without the ratio

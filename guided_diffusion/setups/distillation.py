@@ -1,22 +1,17 @@
-"""Putting a distillation together: the teacher, the pool it belongs to, and the student's training."""
+"""Putting a distillation together: the teacher, the pool, and the student's training."""
 
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch as th
-
 from .. import dist_util
 from ..config.registry import OBJECTIVES, look_up
-from ..config.settings import DistillationExperiment, flat, free_to_differ
-from ..distill.dynamic_batch import DynamicBatch, pool_size
+from ..config.settings import DistillationExperiment
 from ..distill.objectives import Distillation, share_of
-from ..distill.pool_file import read_pool, read_pool_header
 from ..distill.source import TeacherSource
 from ..distill.teacher import Teacher
 from ..errors import UserError
 from ..io.description import read_description
-from ..io.model_folder import weights_sha256
 from ..logger import RunLog
 from ..networks.base import DenoisingNetwork
 from ..networks.guidance import guided
@@ -30,6 +25,7 @@ from ..script_util import build_network, build_space
 from ..train_util import TrainLoop, reseed
 from ..training.grids import Grids, sampling_process
 from ..training.scoring import Judge, Scorer
+from .pools import kept_pool, open_pool, pool_seed, stored, teacher_identity
 
 
 def load_teacher(experiment: DistillationExperiment, weights: Path) -> Teacher:
@@ -79,113 +75,6 @@ def select_weights(network: DenoisingNetwork, experiment: DistillationExperiment
         for name in (f"{own.output}.weight", f"{own.output}.bias"):
             state[name][mean] = own.state[name][mean]
     network.load_state_dict(network.from_diffusers(state))
-
-
-def pool_seed(experiment: DistillationExperiment) -> int:
-    """The seed that the pool is prepared with."""
-    return experiment.run.seed if experiment.distill.pool_seed == -1 else experiment.distill.pool_seed
-
-
-def pool_file(experiment: DistillationExperiment, tempfile: Path) -> Path:
-    """The file of this seed's pool: `tempfile` itself for seed 0, NAME-seedN.cache beside it for others.
-
-    A pool that does not say its seed (an original's) serves every seed.
-
-    Args:
-        experiment: the configuration.
-        tempfile: where `teacher.tempfile` lies.
-    """
-    seed = pool_seed(experiment)
-    own = tempfile.with_name(f"{tempfile.stem}-seed{seed}{tempfile.suffix}") if seed else tempfile
-    if not own.is_file() and tempfile.is_file() and "seed" not in read_pool_header(tempfile):
-        return tempfile
-    return own
-
-
-def pool_identity(experiment: DistillationExperiment, weights: Path, size: int) -> dict[str, Any]:
-    """What a prepared pool belongs to: written into its file, and compared when it is read."""
-    return teacher_identity(experiment, weights) | {
-        "iter_choice": experiment.teacher.iter_choice,
-        "rho": experiment.teacher.BATCH,
-        "batch_size": experiment.student.training.batch_size,
-        "size": size,
-        "stride": experiment.distill.stride,
-        "seed": pool_seed(experiment),
-    }
-
-
-def teacher_identity(experiment: DistillationExperiment, weights: Path) -> dict[str, Any]:
-    """The teacher's part of what a pool depends on; a pool made with another is refused."""
-    teacher = experiment.teacher
-    identity = {
-        "T": teacher.process.diffusion_steps,
-        "noise_schedule": teacher.process.noise_schedule,
-        "prediction_type": teacher.process.prediction_type,
-        "timestep_respacing": teacher.process.timestep_respacing,
-        "image_size": teacher.architecture.image_size,
-        "class_cond": teacher.architecture.class_cond,
-        "teacher_sha256": weights_sha256(weights),
-    }
-    for name, value in flat(teacher.architecture).items():
-        if name not in identity and not free_to_differ(name, teacher.architecture):
-            identity[f"architecture.{name}"] = value  # some, such as the number of heads, no weights show
-    said = flat(teacher.process) | {"guidance_scale": teacher.guidance_scale}
-    for name in ("beta_start", "beta_end", "sigma_small", "guidance_scale"):
-        if said[name]:
-            identity[name] = said[name]
-    if said["rescale_timesteps"] and said["diffusion_steps"] != 1000:  # of 1000 it changes nothing
-        identity["rescale_timesteps"] = True
-    if said["clip_denoised"] == bool(teacher.space.vae_path):  # not as usual
-        identity["clip_denoised"] = said["clip_denoised"]
-    return identity | build_space(teacher).identity()
-
-
-def noise_pool(teacher: Teacher, size: int) -> DynamicBatch:
-    """A pool of `size` samples of noise at level T on this rank's device, in float32."""
-    total, classes = teacher.process.num_timesteps, teacher.network.num_classes
-    return DynamicBatch.of_noise(size, teacher.space.shape, total, classes, dist_util.dev())
-
-
-def stored(pool: DynamicBatch, experiment: DistillationExperiment) -> DynamicBatch:
-    """The pool moved to `distill.pool_device` as `distill.pool_dtype`."""
-    storage = dist_util.dev() if experiment.distill.pool_device == "auto" else th.device("cpu")
-    return pool.stored_on(storage, getattr(th, experiment.distill.pool_dtype), dist_util.dev())
-
-
-def open_pool(
-    experiment: DistillationExperiment, weights: Path, pool_path: Path, teacher: Teacher, batch_size: int
-) -> DynamicBatch:
-    """This rank's pool at the start of a distillation.
-
-    Args:
-        experiment: the configuration.
-        weights: the teacher's checkpoint.
-        pool_path: the prepared pool; not needed where all samples start from noise.
-        teacher: the teacher.
-        batch_size: of this rank.
-
-    Raises:
-        UserError: the pool is missing, damaged, or of something else.
-    """
-    settings, total = experiment.teacher, teacher.process.num_timesteps
-    rank, world = dist_util.rank(), dist_util.world_size()
-    if settings.iter_choice == "iterative_distillation":
-        reseed(pool_seed(experiment), rank, -1 % 2**32)
-        return noise_pool(teacher, batch_size)
-    size = pool_size(settings.iter_choice, settings.BATCH, total, batch_size)
-    pool = read_pool(
-        pool_path,
-        total,
-        teacher.space.shape,
-        expected=pool_identity(experiment, weights, size * world),
-        rank=rank,
-        world_size=world,
-    )
-    class_cond = settings.architecture.class_cond
-    if (pool.y is not None) != class_cond:
-        has = "has no" if class_cond else "has"
-        raise UserError(f"{pool_path}: {has} class labels, teacher.class_cond is {class_cond}")
-    return pool
 
 
 def build_objective(
@@ -253,28 +142,6 @@ def _student(
     return network, process, objective.to(dist_util.dev())
 
 
-def _kept_pool(
-    experiment: DistillationExperiment,
-    path: Path,
-    belongs_to: dict[str, Any],
-    teacher: Teacher,
-    batch_size: int,
-    log: RunLog,
-) -> DynamicBatch:
-    """This rank's share of the pool that a checkpoint keeps."""
-    rank, world, total = dist_util.rank(), dist_util.world_size(), teacher.process.num_timesteps
-    says = "teacher_sha256" in read_pool_header(path)  # one of an earlier version does not
-    expected = belongs_to if says else None
-    pool = read_pool(path, total, teacher.space.shape, expected=expected, rank=rank, world_size=world)
-    configured = pool_size(experiment.teacher.iter_choice, experiment.teacher.BATCH, total, batch_size)
-    if len(pool) != configured:
-        log.info(
-            f"the pool stays the checkpoint's, {len(pool)} samples per rank, though teacher.BATCH, "
-            f"student.batch_size and teacher.iter_choice say {configured}"
-        )
-    return pool
-
-
 def _compared(experiment: DistillationExperiment, batch_size: int) -> int:
     """How many samples stage 1 compares with each other."""
     microbatch = experiment.student.training.microbatch
@@ -318,7 +185,7 @@ def distillation_loop(
         scorer = Scorer(load_judge, run, sampling_process(student, run), teacher.space, batch_size)
     network, process, objective = _student(experiment, teacher, weights, log, initial, resume)
     if resume is not None and resume.has("pool"):
-        pool = _kept_pool(experiment, resume.path("pool"), belongs_to, teacher, batch_size, log)
+        pool = kept_pool(experiment, resume.path("pool"), belongs_to, teacher, batch_size, log)
     else:
         pool = open_pool(experiment, weights, pool_path, teacher, batch_size)
     pool = stored(pool, experiment)

@@ -26,7 +26,8 @@ from ..io.progress import Progress, warn
 from ..io.safetensors_file import read_arrays, write_arrays
 from ..processes.stopping import Stopped, StopSignals
 from ..train_util import reseed
-from .distillation import load_teacher, noise_pool, pool_file, pool_identity, pool_seed, stored
+from .distillation import load_teacher
+from .pools import noise_pool, pool_file, pool_identity, pool_seed, stored
 
 
 def prepare_pool(

@@ -25,7 +25,7 @@ from ..logger import read_progress
 from ..runs.checkpoint import file_name, manifest_step
 from ..runs.figures import save_grid
 from ..script_util import build_process, build_space
-from ..setups.distillation import pool_identity
+from ..setups.pools import pool_identity
 from ..train_util import DIVERGED
 from .cells import Cell, model_path, reference_path
 from .commands import CommandFailed, Commands, Steps

@@ -21,7 +21,8 @@ from ..networks.precision import place
 from ..runs.weights import load_network
 from ..sampling.samplers import SeededNoise
 from ..script_util import build_network, build_process
-from ..setups.distillation import load_teacher, noise_pool
+from ..setups.distillation import load_teacher
+from ..setups.pools import noise_pool
 from ..train_util import reseed
 
 _SEED = 99  # of the held-out states, and of the chains' noise; no run's pool has it
