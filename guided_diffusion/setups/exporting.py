@@ -297,9 +297,8 @@ def _facts(experiment: Experiment, weights: Path, description: dict[str, Any]) -
         told |= training_facts(experiment)
     facts: dict[str, Any] = {"Configuration": told["config"]}
     if "teacher" in told:
-        facts["Teacher"] = (
-            Path(told["teacher"]).name if Path(told["teacher"]).is_absolute() else told["teacher"]
-        )
+        teacher = str(told["teacher"])
+        facts["Teacher"] = Path(teacher).name if os.path.isabs(teacher) else teacher
     facts["Method"] = told["method"]
     facts["Checkpoint"] = _checkpoint_fact(weights)
     if "step" in description:
