@@ -1,7 +1,6 @@
 """The same Inception in PyTorch, through torch-fidelity's TensorFlow-compatible network."""
 
 import io
-import pickle
 from pathlib import Path
 from typing import Any
 
@@ -66,7 +65,9 @@ class TorchExtractor:
             network = module.FeatureExtractorInceptionV3(
                 "inception-v3-compat", ["2048"], feature_extractor_weights_path=copy
             )
-        except (RuntimeError, pickle.UnpicklingError, EOFError, TypeError, AttributeError) as error:
+        except UserError:
+            raise
+        except Exception as error:  # torch's reader of the old format raises of all kinds
             reason = first_line(error)
             raise UserError(f"{path}: not the weights of torch-fidelity's Inception ({reason})") from None
         self._network = network.to(self._device)

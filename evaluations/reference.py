@@ -146,12 +146,27 @@ def _read_cache(path: Path, key: dict) -> Reference | None:
             return None
         spatial = Gaussian(npz.load("mu_s"), npz.load("sigma_s")) if "mu_s" in npz.headers else None
         gaussian = Gaussian(npz.load("mu"), npz.load("sigma"))
-        return Reference(
-            gaussian, spatial, npz.load("features"), npz.load("neighbours"), key["images"], "cached"
-        )
+        features, neighbours = npz.load("features"), npz.load("neighbours")
+        _require_consistent(gaussian, spatial, features, neighbours)
+        return Reference(gaussian, spatial, features, neighbours, key["images"], "cached")
     except UserError as error:
         warnings.warn(f"{path}: unusable reference statistics are made anew ({error})", stacklevel=2)
         return None
+
+
+def _require_consistent(
+    gaussian: Gaussian, spatial: Gaussian | None, features: np.ndarray, neighbours: np.ndarray
+) -> None:
+    """Raise `UserError` unless cached arrays are finite and of shapes that belong together."""
+    found = [features, neighbours, gaussian.mean, gaussian.covariance]
+    wanted = [features.shape[-1:] * n for n in (1, 2)]
+    fits = features.ndim == 2 and len(features) > 0 and neighbours.shape[:1] == features.shape[:1]
+    fits = fits and neighbours.ndim == 2 and [gaussian.mean.shape, gaussian.covariance.shape] == wanted
+    if spatial is not None:
+        found += [spatial.mean, spatial.covariance]
+        fits = fits and spatial.covariance.shape == 2 * spatial.mean.shape
+    if not (fits and all(array.dtype.kind == "f" and np.isfinite(array).all() for array in found)):
+        raise UserError("its arrays do not belong together, or are not finite")
 
 
 def _warn_of_stale_cache(path: Path, found: dict, key: dict) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 
 from guided_diffusion.errors import UserError
 from guided_diffusion.io.files import short_names, write_text
+from guided_diffusion.io.json_text import parse_json
 from guided_diffusion.io.shipped import installed_versions
 
 
@@ -132,7 +133,7 @@ def require_replaceable(path: Path) -> None:
     if not path.stat().st_size:
         return
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        found = parse_json(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError):
         found = None
     if not (

@@ -13,6 +13,11 @@ def first_line(error: BaseException) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
+def printable(text: str) -> str:
+    """Text for a terminal: what would move the cursor or change colours, or cannot be shown, escaped."""
+    return "".join(c if c.isprintable() or c in "\n\t" else c.encode("unicode_escape").decode() for c in text)
+
+
 def suggestion(name: str, known: Collection[str]) -> str:
     """What to say of a name that is not known: the one most like it, or all that there are."""
     nearest = difflib.get_close_matches(name, known, n=1, cutoff=0.4)

@@ -22,6 +22,8 @@ from .processes.stopping import ignore_signals
 _Batch = tuple[np.ndarray, np.ndarray]  # indices int64 [B], and which images are mirrored, bool [B]
 _FLIPS = 1024  # places whose flips are drawn together
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".gif", ".bmp", ".webp")
+_FORMATS = ("PNG", "JPEG", "GIF", "BMP", "WEBP")  # Pillow's names of them
+_MOST_PIXELS, _LONGEST = 89_478_485, 50  # Pillow warns above the former; times as long as wide
 
 
 class ImageDataset(Protocol):
@@ -208,12 +210,16 @@ def read_image(path: Path, size: int) -> np.ndarray:
     """An image file as uint8 [size, size, 3], RGB, by `center_crop`.
 
     Raises:
-        UserError: unreadable, or of more than 8 bits per channel (Pillow would clip it, not scale it).
+        UserError: unreadable, of more than 8 bits per channel (Pillow would clip it, not scale it), of more
+            than 89 million pixels, or more than 50 times as long as wide.
     """
     from PIL import Image, UnidentifiedImageError
 
     try:
-        with Image.open(path) as image:
+        # What the suffixes name and nothing else: for others Pillow starts programs, such as Ghostscript.
+        with Image.open(path, formats=_FORMATS) as image:
+            if image.width * image.height > _MOST_PIXELS or max(image.size) > _LONGEST * min(image.size):
+                raise UserError(f"{path}: of {image.width}x{image.height} pixels, too large or too thin")
             if image.mode.startswith(("I", "F")):
                 raise UserError(f"{path}: has more than 8 bits per channel; convert it to 8 bits first")
             return center_crop(image.convert("RGB"), size)

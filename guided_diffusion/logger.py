@@ -243,6 +243,7 @@ def _raw_rows(path: str | os.PathLike) -> list[dict[str, str]]:
     with open(path, newline="", errors="replace") as file:
         text = file.read()
     lines = text[: text.rfind("\n") + 1].replace("\0", "").splitlines()
+    lines = [line for line in lines if len(line) < csv.field_size_limit()]
     return [row for row in csv.DictReader(lines) if _is_whole(row)]
 
 

@@ -468,6 +468,9 @@ class TrainLoop:
                 self.bad_steps = state.get("bad_steps", self.bad_steps).to(self.bad_steps)
                 state = state["optimizer"]
             load_optimizer_state(self.optimizer, state)
+            moments = [m for kept in self.optimizer.state.values() for m in kept.values() if th.is_tensor(m)]
+            if self.bad_steps.shape or not all(bool(m.isfinite().all()) for m in moments):
+                raise ValueError("its numbers are not finite, or of another shape")
         except th.OutOfMemoryError:
             raise
         except (LookupError, AttributeError, ValueError, TypeError, RuntimeError) as error:

@@ -88,10 +88,10 @@ def main() -> None:
         has_untrained_null_class,
         require_known_steps,
     )
-    from guided_diffusion.runs.weights import load_network, require_agreement
+    from guided_diffusion.runs.weights import build_loaded, require_agreement
     from guided_diffusion.sampling.sample_set import SampleSet
     from guided_diffusion.sampling.samplers import Sampler
-    from guided_diffusion.script_util import build_network, build_process, build_space
+    from guided_diffusion.script_util import build_process, build_space
 
     dist_util.setup_dist()
     cache = paths.fetched_path(config)
@@ -128,11 +128,10 @@ def main() -> None:
     if args.timestep_respacing is not None:
         student.process.timestep_respacing = sampler.respacing(args.timestep_respacing)
         build_process(student, "--timestep_respacing")  # for what it refuses to be told of the flag
-    network, process = build_network(student, experiment.where)
+    network, process = build_loaded(student, weights, experiment.where)
     require_known_steps(student, process, checkpoint)
     if args.guidance_scale and has_untrained_null_class(checkpoint):
         dist_util.warn(f"{weights}: guided by a null class that was not trained (class_dropout_prob 0)")
-    load_network(network, weights)
     place(network.eval(), student.architecture.use_fp16, experiment.run, frozen=True)
     provenance = describe_network(experiment)
     provenance |= {"model": weights.name, "step": checkpoint.get("step"), "checkpoint": checkpoint}

@@ -107,8 +107,14 @@ class TestIdentity:
 
 
 def any_record(name, **more):
-    least = {"digest": "d", "run": "a", "budget": "quick", "seed": 0, "spent": {}, "scores": []}
-    least |= {"iterations": 4, "seconds": {}, "flops": {}, "machine": {}}
+    least = {"digest": "d", "run": "a", "budget": "quick", "seed": 0, "spent": {}, "revision": None}
+    least |= {
+        "iterations": 4,
+        "seconds": {"preparation": 1, "train": 2},
+        "flops": {"preparation": 3, "total": 4},
+    }
+    least["machine"] = dict.fromkeys(("cpu", "gpu", "cores", "threads", "jobs", "torch"))
+    least["scores"] = [{"fd": 1.5, "primary": 1.5}]
     return {"id": name} | least | more
 
 
@@ -123,7 +129,11 @@ class TestResults:
         assert "no record" in capsys.readouterr().err
 
     def test_foreign_lines_are_left_out(self, tmp_path, capsys):
-        lines = ['{"id": "x"}', "[1]", json.dumps(any_record("a", scores=None)), json.dumps(any_record("b"))]
+        wrong = [{"scores": found} for found in (None, [], [1], [{}], [{"fd": 1, "primary": "x"}])]
+        wrong += [{"machine": {}}, {"seconds": {}}, {"flops": {"preparation": 1, "total": None}}]
+        lines = ['{"id": "x"}', "[1]", *(json.dumps(any_record("a", **more)) for more in wrong)]
+        lines += [json.dumps(any_record("c")).replace('"primary": 1.5', f'"primary": 1{"0" * 400}')]
+        lines += [json.dumps(any_record("b"))]
         (tmp_path / "results.jsonl").write_text("\n".join(lines))
         assert Results(tmp_path / "results.jsonl").read().keys() == {"b"}
         assert "results.jsonl:1: no record; left out" in capsys.readouterr().err

@@ -61,8 +61,13 @@ _SETTLED = {
 }
 _T = TypeVar("_T")
 _MOST_BYTES, _MOST_NODES, _DEEPEST = 1 << 20, 10_000, 20
+_MOST_UNFOLDED = 1e8  # characters
+_LARGEST = 10**300  # about the largest float
 # What reading damaged or foreign YAML raises: impossible dates, keys that are lists, ...
-_DAMAGE = (OmegaConfBaseException, YAMLError, OSError, ValueError, TypeError, LookupError, AttributeError)
+_DAMAGE = (
+    *(OmegaConfBaseException, YAMLError, OSError, ValueError, TypeError),
+    *(LookupError, AttributeError, ArithmeticError, RecursionError),
+)
 
 
 def load_experiment(path: str | os.PathLike, overrides: Sequence[str] = ()) -> Experiment:
@@ -85,7 +90,9 @@ def experiment_of(keys: dict[str, Any], path: Path, overrides: Sequence[str] = (
     Raises:
         UserError: any mistake in the keys or the overrides.
     """
-    return _experiment(OmegaConf.create(keys), path, overrides)
+    # Nothing in them is a reference, whatever a file or folder is called.
+    plain = {name: _escaped(value) for name, value in keys.items()}
+    return _experiment(OmegaConf.create(plain), path, overrides)
 
 
 def override_values(overrides: Sequence[str]) -> dict[str, Any]:
@@ -103,8 +110,8 @@ def override_values(overrides: Sequence[str]) -> dict[str, Any]:
     quoted = [override if override.partition("=")[2] else f"{override}''" for override in overrides]
     try:
         return OmegaConf.to_container(OmegaConf.from_dotlist(quoted))  # type: ignore[return-value]
-    except (OmegaConfBaseException, YAMLError, UnicodeError) as error:
-        raise UserError(f"{' '.join(overrides)}: {first_line(error)}") from None
+    except _DAMAGE as error:
+        raise UserError(f"{' '.join(overrides):.200}: {first_line(error)}") from None
 
 
 def _experiment(tree: DictConfig, path: Path, overrides: Sequence[str]) -> Experiment:
@@ -114,7 +121,7 @@ def _experiment(tree: DictConfig, path: Path, overrides: Sequence[str]) -> Exper
     given = override_values(overrides)
     try:
         content = _plain(OmegaConf.merge(tree, given), path)
-    except (OmegaConfBaseException, YAMLError) as error:
+    except _DAMAGE as error:
         raise UserError(f"{path}: {first_line(error)}") from None
     sections = {name: content.pop(name) for name in SECTIONS if name in content}
     for name, section in sections.items():
@@ -256,9 +263,18 @@ def _read(path: Path, depth: int = 0) -> DictConfig:
 def _plain(tree: Any, path: Path) -> dict[str, Any]:
     """A file's keys and values, with what they refer to filled in."""
     try:
+        text = OmegaConf.to_yaml(tree)
+        # A value made of k references is at most three times as long for each three of them.
+        if 3 ** (min(text.count("${"), 300) / 3) * len(text) > _MOST_UNFOLDED:
+            raise ValueError("its references, ${...}, unfold into too much")
         return OmegaConf.to_container(tree, resolve=True)  # type: ignore[return-value]
     except _DAMAGE as error:
         raise UserError(f"{path}: {first_line(error)}") from None
+
+
+def _escaped(value: Any) -> Any:
+    """A value that OmegaConf takes as it is, though it may look like a reference."""
+    return value.replace("${", r"\${") if isinstance(value, str) else value
 
 
 def _require_modest(path: Path) -> None:
@@ -428,6 +444,9 @@ def _build(section: type[_T], values: dict[str, Any], path: Path, where: str) ->
         plain = ",".join(map(str, value)) if isinstance(value, list) else value
         if name in whole and isinstance(value, float) and value.is_integer():  # such as 1e5
             plain = int(value)
+        plain = _escaped(plain)  # what refers to something has been filled in
+        if isinstance(plain, int) and abs(plain) > _LARGEST:
+            raise UserError(f"{path}: {where}{name} is beyond all numbers")
         (nested.setdefault(parts[name], {}) if parts[name] else nested)[name] = plain
     try:
         built = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(given), nested))

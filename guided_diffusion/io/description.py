@@ -10,6 +10,7 @@ from typing import Any
 import torch as th
 
 from ..errors import UserError
+from .json_text import parse_json
 from .safetensors_file import read_metadata
 from .torch_file import read_torch_file
 
@@ -35,7 +36,7 @@ def read_description(path: str | os.PathLike) -> dict[str, Any]:
         else:
             metadata = getattr(read_torch_file(path), "metadata", None) or {}
             text = metadata.get(DESCRIPTION, {}).get("json", "{}")
-        description = json.loads(text)
+        description = parse_json(text)
         if not isinstance(description, dict):
             raise ValueError("it is no mapping")
         for part in ("architecture", "process", "space", "space_keys"):

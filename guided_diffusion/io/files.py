@@ -3,7 +3,6 @@
 import errno
 import fcntl
 import hashlib
-import json
 import math
 import os
 import re
@@ -20,6 +19,7 @@ from typing import Any
 from safetensors import SafetensorError
 
 from ..errors import UserError, first_line
+from .json_text import parse_json
 from .progress import say
 
 _UMASK = os.umask(0o077)  # which cannot be read without being set
@@ -88,10 +88,7 @@ def read_object(path: str | os.PathLike, most_bytes: int = 1 << 20) -> dict[str,
     """
     if os.stat(path).st_size > most_bytes:
         raise ValueError(f"larger than {most_bytes} bytes")
-    try:
-        found = json.loads(Path(path).read_bytes())
-    except RecursionError as error:
-        raise ValueError(str(error)) from None
+    found = parse_json(Path(path).read_bytes())
     if not isinstance(found, dict):
         raise ValueError("must hold one JSON object")
     return found

@@ -7,6 +7,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from .json_text import parse_json
+
 
 def append_line(path: Path, value: Any, *, durable: bool = False) -> None:
     """Add a line; one that a kill cut short before stays a line of its own.
@@ -39,6 +41,6 @@ def read_lines(path: str | os.PathLike) -> Iterator[tuple[int, Any]]:
             if not line.strip():
                 continue
             try:
-                yield number, json.loads(line)
-            except (ValueError, RecursionError):
+                yield number, parse_json(line)
+            except ValueError:
                 yield number, None

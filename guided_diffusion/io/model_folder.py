@@ -198,9 +198,10 @@ def weight_files(folder: Path) -> list[Path]:
         index = variants[0]
     if index.is_file():
         shards = read_json(index).get("weight_map")
-        names = sorted(set(shards.values())) if isinstance(shards, dict) else []
-        if not names or not all(isinstance(name, str) and Path(name).name == name for name in names):
+        named = list(shards.values()) if isinstance(shards, dict) else []
+        if not named or not all(isinstance(name, str) and Path(name).name == name for name in named):
             raise UserError(f"{index}: has no weight_map of file names in its own folder")
+        names = sorted(set(named))
         if missing := [name for name in names if not (folder / name).is_file()]:
             raise UserError(f"{folder}: has no {missing[0]}, which {index.name} names")
         return [folder / name for name in names]

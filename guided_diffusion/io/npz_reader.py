@@ -16,6 +16,7 @@ import numpy as np
 from numpy.lib import format as npy_format
 
 from ..errors import UserError, first_line
+from .json_text import parse_json
 
 # What the zip and npy readers raise on damaged or foreign contents.
 _DAMAGE = (
@@ -104,7 +105,7 @@ class NpzFile:
                 raise ValueError(f"it is {dtype} {list(shape)}, not a string of up to {_MAX_TEXT} characters")
             # Not by numpy, to which characters beyond Unicode are an error of its own.
             encoding = "utf-32-be" if dtype.str.startswith(">") else "utf-32-le"
-            found = json.loads(self.load(name).tobytes().decode(encoding).rstrip("\0"))
+            found = parse_json(self.load(name).tobytes().decode(encoding).rstrip("\0"))
             json.dumps(found, allow_nan=False)
             if not isinstance(found, dict):
                 raise ValueError(f"it is a {type(found).__name__}")

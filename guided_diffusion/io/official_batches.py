@@ -27,6 +27,7 @@ CIFAR10_FILES = {"train": [f"data_batch_{i}" for i in range(1, 6)], "test": ["te
 _IMAGENET_CLASSES = range(1, 1001)
 _IMAGENET_FILE = re.compile(r"train_data_batch_([1-9]|10)(\.npz)?")
 _IMAGENET_FILES = 10
+_DAMAGE = (tarfile.TarError, zlib.error, lzma.LZMAError)
 _MAX_BATCH_BYTES = 1 << 28  # CIFAR-10's have 31 MB; an archive's claims are not believed beyond this
 
 
@@ -52,7 +53,7 @@ def cifar10_images(archive: Path, split: str) -> ImageSet:
                     batches[file] = _read_member(tar, member, f"{archive}: {member.name}")
             while unpacked.read(1 << 20):
                 pass  # gzip's checksum of all of it stands at the end
-    except (tarfile.TarError, zlib.error, lzma.LZMAError, EOFError, OSError) as error:
+    except (*_DAMAGE, EOFError, OSError, ValueError, OverflowError, MemoryError) as error:
         told = f"damaged, or not the official CIFAR-10 archive ({first_line(error)})"
         raise UserError(f"{archive}: {told}") from None
     missing = [file for file in CIFAR10_FILES[split] if file not in batches]

@@ -6,6 +6,8 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, TextIO, TypeVar
 
+from ..errors import printable
+
 _LINE_SEC = 30.0  # between lines; TCCD_PROGRESS_SECONDS sets another time
 Item = TypeVar("Item")
 
@@ -85,7 +87,7 @@ def tracked(items: Sequence[Item], what: str, unit: str) -> Iterator[Item]:
 
 def say(line: str, file: TextIO | None = None) -> None:
     """Print a line to a file (stdout by default), above the bars if there are any."""
-    file = file or sys.stdout
+    file, line = file or sys.stdout, printable(line)
     if "tqdm" in sys.modules:
         sys.modules["tqdm"].tqdm.write(line, file=file)
         file.flush()

@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 
 from ..errors import UserError, first_line
 from .files import atomic_path
+from .json_text import parse_json
 
 
 @contextmanager
@@ -96,7 +97,7 @@ def read_about(path: str | os.PathLike, what: str) -> dict[str, Any]:
 
 
 def _about(file: Any, what: str) -> dict[str, Any]:
-    about = json.loads((file.metadata() or {}).get(what, "{}"))
+    about = parse_json((file.metadata() or {}).get(what, "{}"))
     if not isinstance(about, dict):
         raise ValueError("its header does not say what it belongs to")
     return about

@@ -35,6 +35,7 @@ _STORAGES = {
 }
 
 # A pickle of the number that began a file of torch.save's before 1.6.
+_MOST_VIEWS = 4  # times that tensors may see a file's numbers, as tied weights do
 _OLD_FORMAT = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."
 
 
@@ -99,7 +100,8 @@ class _TensorUnpickler(DataUnpickler):
                 raise UnpicklingError("an entry is compressed, which torch.save never does")
         if sum(entry.file_size for entry in entries) > size:
             raise UnpicklingError("its entries together are larger than the file")
-        self._archive = archive
+        self._archive, self._size = archive, size
+        self._seen = 0  # bytes that its tensors would have, each by itself
         self._entries = {entry.filename.partition("/")[2]: entry for entry in entries}
         self._storages: dict[str, _Storage] = {}
         if "byteorder" in self._entries and self._read("byteorder") != b"little":
@@ -138,7 +140,11 @@ class _TensorUnpickler(DataUnpickler):
             case Name("Size"), (tuple() as sizes,) if all(type(n) is int for n in sizes):
                 return sizes
             case Name("_rebuild_tensor_v2"), (_Storage(_, values), offset, tuple(size), tuple(stride), *_):
-                return _view(values, offset, size, stride)
+                view = _view(values, offset, size, stride)
+                self._seen += view.nbytes
+                if self._seen > _MOST_VIEWS * self._size:
+                    raise UnpicklingError("its tensors see the same numbers again and again")
+                return view
         return super().call(function, arguments)
 
     def build(self, value: Any, state: Any) -> Any:
@@ -223,7 +229,7 @@ class _LightningUnpickler(_TensorUnpickler):
 
 
 def _view(values: th.Tensor, offset: Any, size: tuple[Any, ...], stride: tuple[Any, ...]) -> th.Tensor:
-    """A tensor that lies in a storage, without seeing any of it twice."""
+    """A tensor that lies in a storage, and has no more numbers than it."""
     if not are_sizes((offset, *size, *stride)) or len(size) != len(stride) or len(size) > 8:
         raise UnpicklingError("a tensor's shape and strides are not a few whole numbers each")
     count = math.prod(size)

@@ -11,7 +11,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import NoReturn
 
-from ..errors import UserError, message_of
+from ..errors import UserError, message_of, printable
 from ..io.progress import warn
 from . import cores  # noqa: F401 - which counts from now on, before torch is imported
 from .stopping import EXIT_STOPPED, GRACE, Stopped, StoppedHere, stoppable
@@ -169,7 +169,7 @@ def _tell_and_leave(error: Exception, waited_for: bool) -> None:
 
 
 def _tell(what: str) -> None:
-    print(f"error: {what}", file=sys.stderr, flush=True)
+    print(f"error: {printable(what)}", file=sys.stderr, flush=True)
 
 
 def _meet_to_fail() -> None:

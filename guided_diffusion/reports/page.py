@@ -52,7 +52,8 @@ def write_report(path: Path, material: Material, score_names: Mapping[str, str])
         material: what it shows.
         score_names: how scores are called, by their names in the evaluator's records.
     """
-    write_text(path, render(material, score_names))
+    page = render(material, score_names)
+    write_text(path, page.encode(errors="replace").decode())  # files may hold halves of characters
 
 
 def render(material: Material, score_names: Mapping[str, str]) -> str:

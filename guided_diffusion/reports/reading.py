@@ -14,6 +14,7 @@ from ..config.loading import read_plain
 from ..config.settings import dotted
 from ..errors import UserError, first_line
 from ..io.files import read_object, short_names
+from ..io.json_text import parse_json
 from ..logger import read_pool_records, read_progress
 from ..runs.checkpoint import manifest_step, read_manifest
 from .material import Grid, Material, Picture, Run, Samples, Score
@@ -145,7 +146,7 @@ def _read_records(path: Path) -> list[dict[str, Any]]:
     try:
         if path.stat().st_size > _MOST_BYTES:
             raise ValueError(f"larger than {_MOST_BYTES >> 20} MiB")
-        records = json.loads(path.read_bytes())
+        records = parse_json(path.read_bytes())
         sound = isinstance(records, list) and records and all(_is_record(record) for record in records)
     except _DAMAGE as error:
         raise UserError(f"{path}: not readable as JSON ({_reason(error)})") from None

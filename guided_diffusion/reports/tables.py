@@ -9,6 +9,7 @@ from typing import Any
 from .material import Material, Run
 
 _LONGEST = 400  # characters of a value from a file
+_MOST_SECONDS = 10**12  # about what a timedelta takes
 # Differ between any two runs, and say nothing about what is compared.
 _PLACES = ("teacher.tempfile", "student.resume_checkpoint", "resume_checkpoint")
 
@@ -213,4 +214,4 @@ def duration(seconds: float | None) -> str:
         return f"{seconds:.1f} s"
     if seconds < 3600:
         return f"{int(seconds // 60)}:{int(seconds % 60):02} min"
-    return f"{datetime.timedelta(seconds=round(seconds))} h"
+    return f"{datetime.timedelta(seconds=min(round(seconds), _MOST_SECONDS))} h"

@@ -23,6 +23,7 @@ from ..config.settings import Run, Training
 from ..errors import UserError
 from ..io.description import DESCRIPTION, described
 from ..io.files import atomic_path, sha256_of, write_text
+from ..io.json_text import parse_json
 from ..io.progress import warn
 
 _MANIFEST = re.compile(r"checkpoint(\d{6,})\.json", re.ASCII)
@@ -242,7 +243,7 @@ def parse_manifest(content: bytes, step: int) -> dict[str, dict[str, Any]]:
             that it names are removed in time.
     """
     try:
-        files = json.loads(content)["files"]
+        files = parse_json(content)["files"]
         valid = all(
             file_step(name) == step and file.keys() == {"bytes", "sha256"} for name, file in files.items()
         )

@@ -13,7 +13,7 @@ from typing import Any
 
 from .. import dist_util
 from ..config import paths
-from ..config.loading import experiment_keys, load_experiment
+from ..config.loading import experiment_keys, load_experiment, read_mapping
 from ..config.settings import DistillationExperiment, Experiment, dotted
 from ..errors import UserError
 from ..io.files import held
@@ -22,6 +22,7 @@ from .checkpoint import Checkpoint, Retention, newest_checkpoint, open_checkpoin
 from .mirror import Mirror, fetch_checkpoint, run_url
 from .run_record import began_from, images_of, read_record, record_of
 
+_INCLUDES = ("model", "diffusion", "training", "base")  # which no resolved configuration has
 _LONGEST = 80  # characters of a directory's name that say what the command line changes
 
 
@@ -86,7 +87,7 @@ def choose_start(
     if resume is None:
         return Start(directory, has_been)
     try:
-        earlier = load_experiment(resume.directory / "config.yaml")
+        earlier = _configuration_of(resume.directory, experiment)
     except (OSError, UserError):
         return Start(directory, has_been, resume)  # an original's run, which has none
     _require_same_kind(earlier, experiment, resume.directory)
@@ -237,9 +238,26 @@ def _of_configuration(parent: Path, experiment: Experiment, data: dict[str, str]
             yield directory
 
 
+def _configuration_of(directory: Path, experiment: Experiment) -> Experiment:
+    """The resolved configuration of a run, to be compared with the present one.
+
+    Raises:
+        UserError: it is not readable, or names a class that the present one does not: what lies in a run's
+            directory does not choose what is imported.
+    """
+    path = directory / "config.yaml"
+    known = {str(value) for value in dotted(experiment_keys(experiment)).values()}
+    for key, value in dotted(read_mapping(path)).items():
+        name = key.rpartition(".")[2]
+        is_class = name in ("architecture", "objective") and ":" in str(value)
+        if name in _INCLUDES or (is_class and value not in known):
+            raise UserError(f"{path}: its {key} is not looked up")
+    return load_experiment(path)
+
+
 def _is_of(directory: Path, experiment: Experiment) -> bool:
     """Whether a run has this configuration; keys that its version did not know count as their defaults."""
-    earlier = load_experiment(directory / "config.yaml")
+    earlier = _configuration_of(directory, experiment)
     earlier.name = experiment.name
     if _before_flips(directory, experiment):
         earlier.student.training.random_flip = experiment.student.training.random_flip

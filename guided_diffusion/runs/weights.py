@@ -11,6 +11,7 @@ from torch import nn
 
 from .. import dist_util
 from ..config.foreign import folder_keys
+from ..config.registry import ARCHITECTURES
 from ..config.settings import Denoiser, flat, free_to_differ
 from ..errors import UserError
 from ..io.description import read_description
@@ -18,7 +19,8 @@ from ..io.model_folder import read_model_folder
 from ..io.safetensors_file import read_safetensors
 from ..io.torch_file import read_torch_file
 from ..networks.base import DenoisingNetwork
-from ..script_util import build_space
+from ..respace import SpacedDiffusion
+from ..script_util import build_network, build_space
 
 _LDM_PREFIX = "model.diffusion_model."
 HEAD_PREFIX = "out_embed."  # of the noise encoder inside the original TCCD's checkpoints
@@ -151,14 +153,45 @@ def load_network(module: DenoisingNetwork, path: str | os.PathLike) -> dict[str,
     Raises:
         UserError: entries missing, unexpected or of another shape: a few of each, and how many.
     """
-    if Path(path).is_dir():
-        load_strictly(module, module.from_diffusers(load_model_folder(path)), path)
-        return {}
-    state = load_state_dict(path)
-    head = {k.removeprefix(HEAD_PREFIX): v for k, v in state.items() if k.startswith(HEAD_PREFIX)}
-    body = {k: v for k, v in state.items() if not k.startswith(HEAD_PREFIX)}
+    body, head = _read_network(module, path)
     load_strictly(module, body, path)
     return head
+
+
+def _read_network(
+    module: DenoisingNetwork, path: str | os.PathLike
+) -> tuple[dict[str, th.Tensor], dict[str, th.Tensor]]:
+    """A network's entries under the names that `module` has, and its noise encoder's; see `load_network`."""
+    if Path(path).is_dir():
+        return dict(module.from_diffusers(load_model_folder(path))), {}
+    state = dict(load_state_dict(path))
+    head = {k.removeprefix(HEAD_PREFIX): v for k, v in state.items() if k.startswith(HEAD_PREFIX)}
+    return {k: v for k, v in state.items() if not k.startswith(HEAD_PREFIX)}, head
+
+
+def build_loaded(
+    denoiser: Denoiser, path: str | os.PathLike, where: str = ""
+) -> tuple[DenoisingNetwork, SpacedDiffusion]:
+    """`build_network` with a checkpoint's weights, float32 on the CPU.
+
+    The file may say itself how large the network is: whether it has the weights of one so large is found out
+    before there is one.
+
+    Args:
+        denoiser: the configuration section.
+        path: the checkpoint, or a diffusers folder.
+        where: the section's name in messages, such as "teacher.".
+
+    Raises:
+        UserError: as `build_network` and `load_network`.
+    """
+    if denoiser.architecture.architecture in ARCHITECTURES:  # another's may not know the meta device
+        with th.device("meta"):
+            claimed, _ = build_network(denoiser, where)
+        require_fit(claimed, _read_network(claimed, path)[0], path)
+    network, process = build_network(denoiser, where)
+    load_network(network, path)
+    return network, process
 
 
 def load_model_folder(path: str | os.PathLike) -> dict[str, th.Tensor]:

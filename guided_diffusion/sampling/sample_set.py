@@ -14,6 +14,7 @@ from ..config.settings import IDLE_IN_SAMPLING
 from ..errors import UserError
 from ..gaussian_diffusion import GaussianDiffusion
 from ..io.files import remove_leftovers, write_text
+from ..io.json_text import parse_json
 from ..io.model_folder import weights_sha256
 from ..io.npz_reader import NpzFile
 from ..io.npz_writer import create_npz
@@ -103,7 +104,7 @@ class SampleSet:
             with dist_util.rank_zero_first() as first:
                 if first:
                     self._check_settings(settings, provenance)
-                    self._tidy(final, size)
+                    self._tidy(final, size, network.num_classes is not None)
             if final.is_file():
                 dist_util.say(f"{final} is already drawn")
                 return final
@@ -160,7 +161,7 @@ class SampleSet:
         path = self.directory / "sampling.json"
         if path.is_file():
             try:
-                before = dict(json.loads(path.read_text()))
+                before = dict(parse_json(path.read_text()))
             except (ValueError, TypeError, RecursionError):
                 raise UserError(f"{path}: is damaged; choose another folder, or remove this one") from None
             changed = [key for key in settings if before.get(key) != settings[key]]
@@ -178,7 +179,7 @@ class SampleSet:
                 )
         write_text(path, json.dumps({**provenance, **settings}))
 
-    def _tidy(self, final: Path, size: int) -> None:
+    def _tidy(self, final: Path, size: int, has_labels: bool) -> None:
         """Clear away what a killed run left: halves of files, damaged shards, shards already joined."""
         for directory in (self.directory, self.shards):
             remove_leftovers(directory)
@@ -186,9 +187,12 @@ class SampleSet:
             shutil.rmtree(self.shards, ignore_errors=True)
         for indices, path in self._drawn():
             try:
-                images = NpzFile(path).load("arr_0")
-                if images.shape != (len(indices), size, size, 3):
-                    raise UserError(f"{path}: holds {list(images.shape)}")
+                shard = NpzFile(path)
+                images, labelled = shard.load("arr_0"), "arr_1" in shard.headers
+                if images.shape != (len(indices), size, size, 3) or images.dtype != np.uint8:
+                    raise UserError(f"{path}: holds {images.dtype} {list(images.shape)}")
+                if labelled != has_labels or indices.stop > self.num_samples:
+                    raise UserError(f"{path}: is of other samples")
             except UserError as error:
                 warn(f"{error}; drawing these samples again")
                 path.unlink()

@@ -20,7 +20,7 @@ from ..networks.weight_selection import selected
 from ..respace import SpacedDiffusion
 from ..runs.checkpoint import Checkpoint
 from ..runs.provenance import require_known_steps
-from ..runs.weights import load_network, require_agreement
+from ..runs.weights import build_loaded, load_network, require_agreement
 from ..script_util import build_network, build_space
 from ..train_util import TrainLoop, reseed
 from ..training.grids import Grids, sampling_process
@@ -42,10 +42,9 @@ def load_teacher(experiment: DistillationExperiment, weights: Path) -> Teacher:
 
 def _loaded(experiment: DistillationExperiment, weights: Path) -> tuple[DenoisingNetwork, SpacedDiffusion]:
     """The teacher's network as it was saved, and its process."""
-    network, process = build_network(experiment.teacher, "teacher.")
     require_agreement(experiment.teacher, weights, "teacher.")
+    network, process = build_loaded(experiment.teacher, weights, "teacher.")
     require_known_steps(experiment.teacher, process, read_description(weights))
-    load_network(network, weights)
     return network, process
 
 

@@ -23,8 +23,8 @@ from ..networks.base import DenoisingNetwork, ForDiffusers
 from ..processes.stopping import stop_if_asked
 from ..respace import SpacedDiffusion
 from ..runs.provenance import has_untrained_null_class, require_known_steps, training_facts
-from ..runs.weights import load_network, require_agreement
-from ..script_util import build_network, build_process, build_space
+from ..runs.weights import build_loaded, require_agreement
+from ..script_util import build_process, build_space
 from ..spaces import LatentSpace
 
 _SCHEDULES = {ours: theirs for theirs, ours in NOISE_SCHEDULES.items()}
@@ -58,13 +58,12 @@ def export_pipeline(
         UserError: the network or its process is none of diffusers', `out` is there, or the two disagree.
         Stopped: SIGTERM or SIGINT came; nothing is left of it.
     """
-    student, description = experiment.student, read_description(weights)
+    student = experiment.student
     _require_free(out, overwrite)
     diffusers = import_diffusers("exporting")
     require_agreement(student, weights, experiment.where)
-    network, process = build_network(student, experiment.where)
-    require_known_steps(student, process, description)
-    load_network(network, weights)
+    network, process = build_loaded(student, weights, experiment.where)
+    require_known_steps(student, process, read_description(weights))
     network.eval()
     try:
         theirs = network.for_diffusers()

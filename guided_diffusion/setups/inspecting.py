@@ -1,6 +1,7 @@
 """What a checkpoint or folder is: a configuration that works, from what it says and what its shapes show."""
 
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -63,8 +64,11 @@ def inspect(path: Path, overrides: Sequence[str] = ()) -> Inspected:
     weights, lines = path, []
     overrides = [override.removeprefix("student.") for override in overrides]
     if path.is_dir() and (newest := newest_checkpoint(path)):
-        averages = sorted(name for name in newest.files if name.startswith("ema_"))
-        slowest = max(averages, key=lambda name: float(name.split("_")[1]), default="")
+        averages = {}
+        for name in sorted(n for n in newest.files if n.startswith("ema_")):
+            with suppress(ValueError):  # not ema_RATE_NNNNNN
+                averages[float(name.split("_")[1])] = name
+        slowest = averages[max(averages)] if averages else ""
         weights = path / slowest if slowest else newest.path("model")
         lines.append(f"{path}: a run's directory; of its newest checkpoint {weights.name} is taken")
     if weights.is_dir():

@@ -121,7 +121,17 @@ def open_pool(
     if (pool.y is not None) != class_cond:
         has = "has no" if class_cond else "has"
         raise UserError(f"{pool_path}: {has} class labels, teacher.class_cond is {class_cond}")
+    require_labels(pool, teacher, pool_path)
     return pool
+
+
+def require_labels(pool: DynamicBatch, teacher: Teacher, path: Path) -> None:
+    """Raise `UserError` unless a pool's labels, its answers' too, are classes of the teacher's."""
+    count = teacher.network.num_classes
+    for y in (pool.y, None if pool.replay is None else pool.replay.y):
+        if y is not None and count is not None and len(y) and not 0 <= int(y.min()) <= int(y.max()) < count:
+            found = f"{int(y.min())} to {int(y.max())}"
+            raise UserError(f"{path}: has labels from {found}, and the teacher {count} classes")
 
 
 def kept_pool(
@@ -143,4 +153,5 @@ def kept_pool(
             f"the pool stays the checkpoint's, {len(pool)} samples per rank, though teacher.BATCH, "
             f"student.batch_size and teacher.iter_choice say {configured}"
         )
+    require_labels(pool, teacher, path)
     return pool

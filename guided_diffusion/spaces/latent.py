@@ -91,8 +91,16 @@ class LatentSpace:
         return mean + std * th.randn(mean.shape, device=mean.device)  # whatever layout the VAE leaves
 
     def decode(self, x: th.Tensor) -> np.ndarray:
-        """[B, C, H, W] -> uint8 [B, H', W', 3], rounded to the nearest level as by diffusers' pipelines."""
-        images = [(part * 127.5 + 128).clamp(0, 255).to(th.uint8) for part in self._decoded(x)]
+        """[B, C, H, W] -> uint8 [B, H', W', 3], rounded to the nearest level as by diffusers' pipelines.
+
+        Raises:
+            UserError: the VAE gives numbers that are not finite for latents that are.
+        """
+        images = []
+        for part in self._decoded(x):
+            if not part.isfinite().all() and x.isfinite().all():
+                raise UserError(f"{self.folder}: the VAE gives no finite numbers")
+            images.append((part * 127.5 + 128).clamp(0, 255).to(th.uint8))
         return th.cat([part.permute(0, 2, 3, 1).cpu() for part in images]).numpy()
 
     def pixels(self, x: th.Tensor) -> th.Tensor:
@@ -139,7 +147,7 @@ class LatentSpace:
                 vae = kind.from_config({k: v for k, v in self.config.items() if not k.startswith("_")})
             vae._fix_state_dict_keys_on_load(state)  # older names of the attention's
             vae.load_state_dict({name: value.float() for name, value in state.items()}, assign=True)
-        except (RuntimeError, ValueError, TypeError, KeyError, AttributeError, ZeroDivisionError) as error:
+        except (RuntimeError, ValueError, TypeError, LookupError, AttributeError, ZeroDivisionError) as error:
             told = " ".join(str(error).split())
             raise UserError(
                 f"{self.folder}: the weights do not fit config.json, or it is damaged ({told:.200})"
@@ -170,11 +178,12 @@ def _read_config(folder: Path) -> dict[str, Any]:
         wrong = [n for n in numbers if isinstance(n, (int, float)) and not abs(n) <= most]
         if wrong or len(numbers) > 16:
             raise UserError(f"{path}: {name} {value!s:.60} is beyond reason")
-    whole = [config.get(name) for name in ("latent_channels", "vq_embed_dim")]
+    whole = [config.get(name) for name in ("latent_channels", "vq_embed_dim", "norm_num_groups")]
     factors = [config.get(name) for name in ("scaling_factor", "shift_factor")]
     if not all(n is None or (type(n) is int and n > 0) for n in whole):
         raise UserError(
-            f"{path}: latent_channels and vq_embed_dim must be whole numbers above 0, not {whole}"
+            f"{path}: latent_channels, vq_embed_dim and norm_num_groups must be whole numbers above 0, "
+            f"not {whole}"
         )
     if not all(n is None or type(n) in (int, float) for n in factors):
         raise UserError(f"{path}: scaling_factor and shift_factor must be numbers, not {factors}")

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import UserError
-from ..io.files import write_text
+from ..io.files import read_object, write_text
 from ..io.shipped import SHIPPED
 from ..processes.stopping import EXIT_STOPPED
 
@@ -107,11 +107,19 @@ class Steps:
 
     Args:
         path: the file; other processes must not write to it at the same time.
+
+    Raises:
+        UserError: it is damaged.
     """
 
     def __init__(self, path: Path):
         self.path = path
-        self.done: dict[str, Any] = json.loads(path.read_text()) if path.is_file() else {}
+        self.done: dict[str, Any] = {}
+        if path.is_file():
+            try:
+                self.done = read_object(path)
+            except ValueError as error:
+                raise UserError(f"{path}: damaged ({error}); remove it, and that is done again") from None
 
     def seconds(self, name: str) -> float:
         """Time spent on steps whose names begin like this, also by those that were stopped."""

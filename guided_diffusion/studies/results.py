@@ -13,6 +13,8 @@ from ..io.progress import warn
 # What every record has, and of which type; more is there for the report.
 _HAS = {"id": str, "digest": str, "run": str, "budget": str, "seed": int, "spent": dict, "scores": list}
 _HAS |= {"iterations": int, "seconds": dict, "flops": dict, "machine": dict}
+_NUMBERS = {"seconds": ("preparation", "train"), "flops": ("preparation", "total")}
+_MACHINE = {"cpu", "gpu", "cores", "threads", "jobs", "torch"}
 
 
 class Results:
@@ -34,7 +36,7 @@ class Results:
             if not path.is_file():
                 continue
             for number, record in read_lines(path):
-                if isinstance(record, dict) and all(isinstance(record.get(k), v) for k, v in _HAS.items()):
+                if _is_record(record):
                     found[record["id"]] = record
                 else:
                     warn(f"{path}:{number}: no record; left out")
@@ -45,6 +47,31 @@ class Results:
         self.own.parent.mkdir(parents=True, exist_ok=True)
         with self._lock, held(self.own):
             append_line(self.own, plain(record), durable=True)
+
+
+def _is_record(value: Any) -> bool:
+    """Whether a line is a record, with all that a report reads of it."""
+    if not (isinstance(value, dict) and all(isinstance(value.get(k), kind) for k, kind in _HAS.items())):
+        return False
+    numbers = [value[part].get(name) for part, names in _NUMBERS.items() for name in names]
+    scores = value["scores"]
+    return (
+        all(_is_number(number) for number in [*numbers, *value["spent"].values()])
+        and value["machine"].keys() >= _MACHINE
+        and "revision" in value
+        and bool(scores or "failed" in value)
+        and all(isinstance(score, dict) and _has_primary(score) for score in scores)
+    )
+
+
+def _has_primary(score: Mapping[str, Any]) -> bool:
+    """Whether scores have the one that runs are compared by, which may be null: it was not finite."""
+    value = score.get("primary", "")
+    return bool({"fd", "fid"} & score.keys()) and (value is None or _is_number(value))
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def primary_name(scores: Mapping[str, Any]) -> str:

@@ -340,7 +340,7 @@ def _build(kind: type[_T], values: Any, path: Path, where: str) -> _T:
         if wanted is str and isinstance(value, int) and not isinstance(value, bool):
             value = str(value)  # respacing: 50
         if wanted is float and isinstance(value, int) and not isinstance(value, bool):
-            value = float(value)
+            value = float(value) if abs(value) < 1e300 else math.inf
         if wanted in (str, int, float, bool) and type(value) is not wanted:
             raise UserError(f"{path}: {where}{name} must be {wanted.__name__}, not {value!r}")
         given[name] = value
