@@ -65,7 +65,7 @@ def inspect(path: Path, overrides: Sequence[str] = ()) -> Inspected:
     overrides = [override.removeprefix("student.") for override in overrides]
     if path.is_dir() and (newest := newest_checkpoint(path)):
         averages = {}
-        for name in sorted(n for n in newest.files if n.startswith("ema_")):
+        for name in sorted((n for n in newest.files if n.startswith("ema_")), reverse=True):
             with suppress(ValueError):  # not ema_RATE_NNNNNN
                 averages[float(name.split("_")[1])] = name
         slowest = averages[max(averages)] if averages else ""

@@ -178,15 +178,16 @@ def _read_config(folder: Path) -> dict[str, Any]:
         wrong = [n for n in numbers if isinstance(n, (int, float)) and not abs(n) <= most]
         if wrong or len(numbers) > 16:
             raise UserError(f"{path}: {name} {value!s:.60} is beyond reason")
-    whole = [config.get(name) for name in ("latent_channels", "vq_embed_dim", "norm_num_groups")]
+    whole = [config.get(name) for name in ("latent_channels", "vq_embed_dim")]
     factors = [config.get(name) for name in ("scaling_factor", "shift_factor")]
     if not all(n is None or (type(n) is int and n > 0) for n in whole):
         raise UserError(
-            f"{path}: latent_channels, vq_embed_dim and norm_num_groups must be whole numbers above 0, "
-            f"not {whole}"
+            f"{path}: latent_channels and vq_embed_dim must be whole numbers above 0, not {whole}"
         )
     if not all(n is None or type(n) in (int, float) for n in factors):
         raise UserError(f"{path}: scaling_factor and shift_factor must be numbers, not {factors}")
+    if isinstance(groups := config.get("norm_num_groups"), int) and groups < 0:
+        raise UserError(f"{path}: norm_num_groups is {groups}")
     if not (isinstance(widths := config.get("block_out_channels", [64]), list) and widths):
         raise UserError(f"{path}: block_out_channels must be a list of widths")
     for name, channels in (("in_channels", 3), ("out_channels", 3)):

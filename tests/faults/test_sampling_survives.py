@@ -46,9 +46,11 @@ def test_a_damaged_shard_is_drawn_again(tmp_path):
     (folder / "shards").mkdir(parents=True)
     (folder / "shards/0-2.npz").write_bytes(b"PK half a shard")
     np.savez(folder / "shards/2-4.npz", np.zeros((1, 16, 16, 3), np.uint8))
+    np.savez(folder / "shards/4-6.npz", np.zeros((2, 16, 16, 3)))
+    np.savez(folder / "shards/6-8.npz", np.zeros((2, 16, 16, 3), np.uint8), np.zeros(2, np.int64))
     (folder / "shards/.4-6.npz.1.tmp").write_bytes(b"half")
     code, text = run(tmp_path, *flags, "--log_dir", folder)
-    assert code == 0 and text.count("drawing these samples again") == 2
+    assert code == 0 and text.count("drawing these samples again") == 4
     name = f"samples_{N}x16x16x3.npz"
     assert (folder / name).read_bytes() == (whole / name).read_bytes()
     (folder / "sampling.json").write_text("{")
@@ -66,6 +68,7 @@ def test_memory_does_not_grow_with_the_number_of_samples(tmp_path, monkeypatch):
     class Model:
         shape = (3, 64, 64)
         compute_dtype = "none"
+        num_classes = None
 
     class Process:
         timestep_map = ()
