@@ -1,6 +1,8 @@
 """The same Inception in PyTorch, through torch-fidelity's TensorFlow-compatible network."""
 
 import io
+import pickle
+import struct
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,12 @@ from guided_diffusion.io.torch_file import read_torch_file
 
 from .features import choose_device
 from .weight_files import check_hash_in_name, download_once
+
+# What torch's reader of the format before 1.6 raises of a damaged file, and its loader of other weights.
+_DAMAGE = (
+    *(RuntimeError, ValueError, TypeError, AttributeError, LookupError, AssertionError, EOFError),
+    *(pickle.UnpicklingError, struct.error),
+)
 
 FEATURES = 2048
 SPATIAL_CHANNELS = 7
@@ -65,9 +73,7 @@ class TorchExtractor:
             network = module.FeatureExtractorInceptionV3(
                 "inception-v3-compat", ["2048"], feature_extractor_weights_path=copy
             )
-        except UserError:
-            raise
-        except Exception as error:  # torch's reader of the old format raises of all kinds
+        except _DAMAGE as error:
             reason = first_line(error)
             raise UserError(f"{path}: not the weights of torch-fidelity's Inception ({reason})") from None
         self._network = network.to(self._device)

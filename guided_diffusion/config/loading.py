@@ -264,7 +264,7 @@ def _plain(tree: Any, path: Path) -> dict[str, Any]:
     """A file's keys and values, with what they refer to filled in."""
     try:
         text = OmegaConf.to_yaml(tree)
-        # A value made of k references is at most three times as long for each three of them.
+        # k references make a text at most 3^(k/3) times as long, the largest product of numbers of sum k.
         if 3 ** (min(text.count("${"), 300) / 3) * len(text) > _MOST_UNFOLDED:
             raise ValueError("its references, ${...}, unfold into too much")
         return OmegaConf.to_container(tree, resolve=True)  # type: ignore[return-value]

@@ -89,7 +89,7 @@ def choose_start(
     try:
         earlier = _configuration_of(resume.directory, experiment)
     except (OSError, UserError):
-        return Start(directory, has_been, resume)  # an original's run, which has none
+        return Start(directory, has_been, resume)  # an original's run, which has none, or one not to be read
     _require_same_kind(earlier, experiment, resume.directory)
     before_flips, record = _before_flips(resume.directory, experiment), record_of(resume.directory)
     # Another number of ranks draws otherwise in any case, and leaves each other cores.
@@ -212,9 +212,8 @@ def _unfinished(
             except (UserError, PermissionError):
                 continue  # another process's, or another user's
             newest = newest_checkpoint(directory)
-            if (
-                newest is not None and read_record(directory)["ended"] != "finished"
-            ):  # it may just have done so
+            # It may just have finished.
+            if newest is not None and read_record(directory)["ended"] != "finished":
                 lock.enter_context(attempt.pop_all())
                 return directory, newest
     return None
@@ -250,7 +249,7 @@ def _configuration_of(directory: Path, experiment: Experiment) -> Experiment:
     for key, value in dotted(read_mapping(path)).items():
         name = key.rpartition(".")[2]
         is_class = name in ("architecture", "objective") and ":" in str(value)
-        if name in _INCLUDES or (is_class and value not in known):
+        if name in _INCLUDES or (is_class and str(value) not in known):
             raise UserError(f"{path}: its {key} is not looked up")
     return load_experiment(path)
 

@@ -3,6 +3,7 @@
 import os
 import re
 from collections.abc import Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -185,12 +186,14 @@ def build_loaded(
     Raises:
         UserError: as `build_network` and `load_network`.
     """
-    if denoiser.architecture.architecture in ARCHITECTURES:  # another's may not know the meta device
-        with th.device("meta"):
-            claimed, _ = build_network(denoiser, where)
-        require_fit(claimed, _read_network(claimed, path)[0], path)
-    network, process = build_network(denoiser, where)
-    load_network(network, path)
+    is_ours = denoiser.architecture.architecture in ARCHITECTURES  # another may not know the meta device
+    with th.device("meta") if is_ours else nullcontext():
+        network, process = build_network(denoiser, where)
+    state, _ = _read_network(network, path)
+    require_fit(network, state, path)
+    if is_ours:
+        network, process = build_network(denoiser, where)
+    network.load_state_dict(state)
     return network, process
 
 

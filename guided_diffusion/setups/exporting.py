@@ -316,12 +316,10 @@ def _code(theirs: ForDiffusers, classes: int, latent: bool, name: str, total: in
     transformer, steps = theirs.class_name != "UNet2DModel", min(50, total)
     labels = [k % classes if classes else 0 for k in range(4)]
     call, comment = "batch_size=4", []
-    if transformer and latent and classes != 1000:
-        comment = [
-            "# Not guided: DiTPipeline's guidance takes label 1000 for no class, whatever the network has."
-        ]
     if transformer and latent:
         call = f"class_labels={labels}, guidance_scale=1.0"
+        if classes != 1000:
+            comment = ["# Not guided: DiTPipeline takes label 1000 for no class, whatever the network has."]
     if (transformer and latent) or not (transformer or classes):
         return [
             "from diffusers import DiffusionPipeline",
@@ -352,11 +350,11 @@ def _code(theirs: ForDiffusers, classes: int, latent: bool, name: str, total: in
 
 def _require_free(out: Path, overwrite: bool) -> None:
     """Raise `UserError` if something is there that may not be replaced."""
-    if not os.path.lexists(out):
+    if not os.path.lexists(out) or (out.is_dir() and not any(out.iterdir())):
         return
-    if not (_card_of(out) or (out.is_dir() and not any(out.iterdir()))):
+    if not _card_of(out):
         raise UserError(f"{out}: is there already and no export; choose another --out")
-    if _card_of(out) and not overwrite:
+    if not overwrite:
         raise UserError(f"{out}: is there already; choose another --out, or give --overwrite")
 
 
