@@ -535,6 +535,29 @@ class TestReport:
             "\n## Findings\n\nFast is **better**.\n\n## How to read it\n" in (tmp_path / "r.md").read_text()
         )
 
+    def test_questions_are_answered_by_pairs(self, tmp_path):
+        """With p values corrected for all of them; where a seed or a run has no result, without it."""
+        budgets = {"short": {"iterations": 4}, "long": {"iterations": 8}}
+        both = {"budgets": ["short", "long"]}
+        runs = {"plain": both, "fast": both | {"overrides": ["student.lr=0.01"]}}
+        runs["alone"] = {"budgets": ["long"], "group": "other", "overrides": ["student.lr=0.1"]}
+        compared = {"run": "fast", "against": "plain"}
+        questions = [{"ask": "is fast | better?", **compared, "budgets": ["long", "short"]}]
+        questions += [{"ask": "again?", **compared}, {"ask": "alone?", "run": "alone", "against": "fast"}]
+        found = load_study(study(tmp_path, runs=runs, budgets=budgets, questions=questions))
+        scores = {"plain": [4.0, 3.0, 5.0], "fast": [3.0, 2.5, 5.5]}
+        results = Results(tmp_path / "results.jsonl")
+        for cell in cells_of(found):
+            if cell.run.name != "alone" and cell.name != "fast/long/2":
+                results.append(record_of(cell, scores[cell.run.name][cell.seed]))
+        write_report(found, results, tmp_path, tmp_path / "r.md", "x")
+        text = (tmp_path / "r.md").read_text()
+        table = text.split("## Questions")[1].split("## How to read it")[0]
+        lines = [line for line in table.splitlines() if "−" in line]
+        long = "| fast − plain | long | 2.75 against 3.5 | -0.75 [-3.93, +2.43] | 2 of 2 | 0.500 | 1.000 |"
+        short = "| fast − plain | short | 3.67 against 4 | -0.333 [-2.23, +1.56] | 2 of 3 | 0.750 | 1.000 |"
+        assert lines == [r"| Is fast \| better? " + long, "|  " + short, "| Again? " + short, "|  " + long]
+
     def test_a_group_may_have_a_baseline_of_its_own(self, tmp_path):
         more = {"group": "more", "overrides": ["student.lr=0.1"]}
         runs = {"plain": None, "fast": {"overrides": ["student.lr=0.01"]}, "faster": more}

@@ -89,6 +89,14 @@ def test_score_points_are_whole_iterations(tmp_path):
         ({"budgets": {"short": {"iteration": 4}}}, "did you mean 'budgets.short.iterations'?"),
         ({"budgets": {"short": {"iterations": 4, "seconds": 1}}}, "budgets.short must be one of"),
         ({"budgets": {"short": {"iterations": 2.5}}}, "must be a positive number, not 2.5"),
+        ({"questions": {"ask": "?"}}, "questions must be a list, not {'ask': '?'}"),
+        ({"questions": ["?"]}, "questions.0 must hold keys and values, not '?'"),
+        ({"questions": [{"run": "fast", "against": "plan"}]}, "questions.0.against: no 'plan'; did you mean"),
+        ({"questions": [{"run": "fast", "agaist": "plain"}]}, "did you mean 'questions.0.against'?"),
+        (
+            {"questions": [{"run": "fast", "against": "plain", "budgets": ["shot"]}]},
+            "questions.0.budgets: no 'shot'; did you mean 'short'?",
+        ),
         ({"score_at": [0.3]}, "4 iterations are no multiple of 10"),
         ({"metrics": {"sets": 100}}, "metrics.sets must be at most 99, not 100"),  # the next seed's noise
         ({"score_at": [1.5]}, "score_at must be fractions"),

@@ -38,6 +38,12 @@ together: FLOPs are counted ({how}), wall times depend on the machine and on wha
 which stand at the end."""
 
 
+_QUESTIONS = """Each is answered by pairs of runs that have the seed in common. Lower is better, so a
+difference below 0 speaks for the first of the two. The interval is Student's t, 95 %; p is the exact
+two-sided sign-flip test's, and p (Holm) is corrected for all lines of this table."""
+_UNITS = {"iterations": (1, "iterations"), "flops": (1e12, "TFLOP"), "seconds": (1, "seconds")}
+
+
 @dataclass(frozen=True)
 class Row:
     """A run with a budget: its records, by seed.
@@ -87,13 +93,17 @@ def write_report(study: Study, results: Results, out: Path, path: Path, how: str
     )
     if study.findings:
         parts.append(f"## Findings\n\n{study.findings.strip()}\n")
+    if study.questions:
+        parts.append(f"## Questions\n\n{_QUESTIONS}\n\n{_questions_table(study, rows)}")
     parts.append(f"## How to read it\n\n{_HOW_TO_READ.replace('{how}', how)}\n")
     told = "The mean score with each budget and, in brackets, of how many seeds."
     parts.append(f"## All runs\n\n{told}\n\n{_overview(study, rows, teacher)}")
     for budget in study.budgets.values():
         of_budget = [row for row in rows if row.budget == budget]
         by_name = {row.run.name: row for row in of_budget}
-        parts.append(f"## {budget.name}: {budget.amount:,.10g} {budget.kind}\n")
+        scale, unit = _UNITS[budget.kind]
+        parts.append(f"## {budget.name}: {budget.amount / scale:,.10g} {unit}\n")
+        parts += _all_runs(study, of_budget, teacher, pictures)
         parts += _why(study, of_budget, pictures)
         for number, group in enumerate(dict.fromkeys(row.run.group for row in of_budget)):
             own = by_name.get(study.baselines.get(group, study.baseline))
@@ -106,8 +116,8 @@ def write_report(study: Study, results: Results, out: Path, path: Path, how: str
                 parts.append(f"### {group[:1].upper()}{group[1:]}\n")
             parts.append(_scores_table(shown, baseline, teacher))
             if any(row.final("held_out.all") for row in shown):
-                parts.append("Errors by quarters of the chain, from the cleanest states to the noisiest:\n")
-                parts.append(_quarters_table(shown))
+                what = "Errors by quarters of the chain, from the cleanest states to the noisiest"
+                parts.append(_folded(what, _quarters_table(shown)))
             if any(row.final("primary") for row in shown):  # not if all scores are null
                 image = pictures / f"{study.name}-{budget.name}-{number}.png"
                 _plot(image, shown)
@@ -115,8 +125,8 @@ def write_report(study: Study, results: Results, out: Path, path: Path, how: str
             found = {row.run.name: _samples(study, row, out, pictures) for row in shown}
             samples = [[name, f"![{name}]({pictures.name}/{i.name})"] for name, i in found.items() if i]
             if samples:
-                parts.append("What each makes of the same sixteen noises (the first seed's):\n")
-                parts.append(_table(["run", "samples"], samples))
+                what = "What each makes of the same sixteen noises (the first seed's)"
+                parts.append(_folded(what, _table(["run", "samples"], samples)))
         if missing := [row.run.name for row in of_budget if not row.records]:
             parts.append(f"Not run yet with this budget: {', '.join(missing)}.\n")
     parts.append(_description(study, rows))
@@ -147,6 +157,44 @@ def _overview(study: Study, rows: list[Row], teacher: Row | None) -> str:
         head += [budget, f"{budget}: difference to {study.baseline}"]
         head += [f"{budget}: above the teacher"] if teacher else []
     return _table(["run", *head], lines)
+
+
+def _questions_table(study: Study, rows: list[Row]) -> str:
+    """The study's questions: for each, and each of its budgets that both runs have results of, a line."""
+    own = {(row.run.name, row.budget.name): row for row in rows}
+    found = []
+    for question in study.questions:
+        for budget in question.budgets:
+            row, other = (own.get((name, budget)) for name in (question.run, question.against))
+            difference = _difference(row, other) if row else None
+            if row and other and difference:
+                found.append((question, row, other, difference))
+    corrected = holm([difference.p for *_, difference in found])
+    lines: list[list[str]] = []
+    asked = ""
+    for (question, row, other, difference), p in zip(found, corrected, strict=True):
+        ours, theirs = row.final("primary"), other.final("primary")
+        pairs = ours.keys() & theirs.keys()
+        means = [_number(_mean(scores[seed] for seed in pairs)) for scores in (ours, theirs)]
+        better = sum(ours[seed] < theirs[seed] for seed in pairs)
+        ask = "" if question.ask == asked else question.ask[:1].upper() + question.ask[1:]
+        lines.append([ask, f"{row.run.name} − {other.run.name}", row.budget.name, " against ".join(means)])
+        lines[-1] += [_interval(difference), f"{better} of {difference.n}", _p(difference.p), _p(p)]
+        asked = question.ask
+    head = ["question", "difference of", "budget", "means", "difference", "better in", "p", "p (Holm)"]
+    return _table(head, lines)
+
+
+def _all_runs(study: Study, rows: list[Row], teacher: Row | None, pictures: Path) -> list[str]:
+    """A picture of every run's scores with one budget, the best first."""
+    shown = [row for row in rows if row.final("primary") and not row.run.teacher]
+    if len(shown) < 2:
+        return []
+    image = pictures / f"{study.name}-{rows[0].budget.name}-all.png"
+    _plot_all(image, shown, teacher)
+    told = "Every run, the best mean first: a dot for each seed, a bar at the mean"
+    told += ", a line at the teacher's.\n" if teacher and teacher.final("primary") else ".\n"
+    return [told, f"![Every run's scores]({pictures.name}/{image.name})\n"]
 
 
 def _why(study: Study, rows: list[Row], pictures: Path) -> list[str]:
@@ -355,6 +403,28 @@ def _plot(path: Path, rows: list[Row]) -> None:
     save_figure(path, figure, dpi=80)
 
 
+def _plot_all(path: Path, rows: list[Row], teacher: Row | None) -> None:
+    from matplotlib.figure import Figure
+
+    ordered = sorted(rows, key=lambda row: row.mean("primary") or 0, reverse=True)
+    figure = Figure(figsize=(10, 0.8 + 0.19 * len(ordered)), layout="constrained")
+    axes = figure.subplots()
+    groups = list(dict.fromkeys(row.run.group for row in rows))
+    for y, row in enumerate(ordered):
+        scores = list(row.final("primary").values())
+        color = f"C{groups.index(row.run.group) % 10}"
+        axes.plot(scores, [y] * len(scores), "o", color=color, ms=4, alpha=0.7)
+        axes.plot(row.mean("primary") or 0, y, "|", color=color, ms=10, mew=2)
+    if teacher and teacher.final("primary"):
+        axes.axvline(teacher.mean("primary") or 0, color="k", linewidth=0.8)
+    axes.set_yticks(range(len(ordered)), [row.run.name for row in ordered], fontsize=8)
+    axes.set(xscale="log", ylim=(-0.7, len(ordered) - 0.3))
+    axes.set_xlabel(_NAMES[next(primary_name(record["scores"][-1]) for record in ordered[0].done.values())])
+    axes.xaxis.set_major_formatter("{x:g}")
+    axes.grid(alpha=0.25, which="both", axis="x")
+    save_figure(path, figure, dpi=80)
+
+
 def _plot_why(path: Path, rows: list[Row]) -> None:
     from matplotlib.figure import Figure
 
@@ -423,11 +493,11 @@ def _p(value: float | None) -> str:
     return "-" if value is None else f"{value:.3f}"
 
 
-def _interval(difference: PairedDifference | None, row: Row) -> str:
-    """A difference of a row's; of how many pairs where that is not all of its seeds."""
+def _interval(difference: PairedDifference | None, row: Row | None = None) -> str:
+    """A difference, with its interval; of a row's, of how many pairs where that is not all of its seeds."""
     if difference is None:
         return "-"
-    pairs = f" (n = {difference.n})" if difference.n < len(row.done) else ""
+    pairs = f" (n = {difference.n})" if row and difference.n < len(row.done) else ""
     if math.isinf(difference.low):
         return f"{difference.mean:+.3g}{pairs}"
     return f"{difference.mean:+.3g} [{difference.low:+.3g}, {difference.high:+.3g}]{pairs}"
@@ -437,6 +507,11 @@ def _table(head: list[str], rows: list[list[str]]) -> str:
     lines = [head, ["---"] * len(head), *rows]
     cells = [[" ".join(cell.split()).replace("|", r"\|") for cell in line] for line in lines]
     return "\n".join(f"| {' | '.join(line)} |" for line in cells) + "\n"
+
+
+def _folded(summary: str, content: str) -> str:
+    """What a page shows when it is asked to: Markdown, here and on GitHub."""
+    return f"<details markdown><summary>{summary}</summary>\n\n{content}\n</details>\n"
 
 
 def _short(path: Path) -> str:

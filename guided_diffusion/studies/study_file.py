@@ -103,6 +103,22 @@ class StudyRun:
 
 
 @dataclass(frozen=True)
+class Question:
+    """Two runs that the report compares, whatever tables they stand in.
+
+    Attributes:
+        ask: the question, for the report: "do larger batches help?".
+        run, against: names of the runs; a difference is the first minus the second.
+        budgets: names; without any, all that both runs have.
+    """
+
+    ask: str = ""
+    run: str = ""
+    against: str = ""
+    budgets: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
 class Study:
     """A whole study file; docs/studies.md describes the keys."""
 
@@ -115,6 +131,7 @@ class Study:
     overrides: tuple[str, ...] = ()
     about: str = ""
     findings: str = ""
+    questions: tuple[Question, ...] = ()
     reference: str = "digits"
     backend: str = "digits"
     score_at: tuple[float, ...] = (1.0,)
@@ -187,6 +204,7 @@ def load_study(path: Path) -> Study:
         "overrides": overrides,
         "budgets": budgets,
         "config": resolve_path(str(content["config"]), path),
+        "questions": _questions(content.get("questions", []), content["runs"], budgets, path),
         "metrics": _build(Metrics, content.get("metrics", {}), path, "metrics."),
         "score_at": _score_at(content.get("score_at", [1.0]), path),
     }
@@ -250,14 +268,36 @@ def _run(
         values["data"] = _build(Data, values["data"], path, f"{where}data.")
         if not 0 <= values["data"].real <= 1:
             raise UserError(f"{path}: {where}data.real must lie in [0, 1], not {values['data'].real:g}")
-    if not (isinstance(values["budgets"], list) and all(isinstance(b, str) for b in values["budgets"])):
-        raise UserError(f"{path}: {where}budgets must be a list of names")
-    for budget in values["budgets"]:
-        if budget not in budgets:
-            raise _unknown(path, f"{where}budgets", budget, budgets)
-    values |= {"name": name, "budgets": tuple(values["budgets"])}
+    values |= {"name": name, "budgets": _budget_names(values["budgets"], budgets, path, f"{where}budgets")}
     values["seeds"] = _seeds(values["seeds"], path, f"{where}seeds")
     return _build(StudyRun, values, path, where)
+
+
+def _questions(
+    values: Any, runs: Mapping[str, StudyRun], budgets: Mapping[str, Budget], path: Path
+) -> tuple[Question, ...]:
+    if not isinstance(values, list):
+        raise UserError(f"{path}: questions must be a list, not {values!r:.60}")
+    questions = []
+    for number, value in enumerate(values):
+        where = f"questions.{number}."
+        question = _build(Question, value, path, where)
+        for key, name in (("run", question.run), ("against", question.against)):
+            if name not in runs:
+                raise _unknown(path, f"{where}{key}", name, runs)
+        shared = [b for b in runs[question.run].budgets if b in runs[question.against].budgets]
+        named = _budget_names(question.budgets or shared, budgets, path, f"{where}budgets")
+        questions.append(dataclasses.replace(question, budgets=named))
+    return tuple(questions)
+
+
+def _budget_names(value: Any, budgets: Mapping[str, Budget], path: Path, where: str) -> tuple[str, ...]:
+    if not (isinstance(value, list) and all(isinstance(name, str) for name in value)):
+        raise UserError(f"{path}: {where} must be a list of names")
+    for name in value:
+        if name not in budgets:
+            raise _unknown(path, where, name, budgets)
+    return tuple(value)
 
 
 def _seeds(value: Any, path: Path, where: str) -> tuple[int, ...]:
