@@ -24,18 +24,19 @@ def elsewhere(tmp_path, monkeypatch):
     return tmp_path
 
 
-def run(command, replaced, *overrides):
-    """Run a command of a page, some of its words replaced; returns what it prints."""
+def run(command, replaced, *more):
+    """Run a command of a page, parts of its words replaced, and with more words; returns what it prints."""
+    words = shlex.split(command)
     for old, new in replaced.items():
-        command = command.replace(old, str(new))
-    return script_here(*shlex.split(command), *overrides).stdout
+        words = [word.replace(old, str(new)) for word in words]
+    return script_here(*words, *more).stdout
 
 
 def test_quick_start(elsewhere):
     prepare, distil, sample, digits, evaluate, export = commands_of("quick-start.md")
     places = {"yaml/": f"{ROOT}/yaml/", "experiments/": f"{elsewhere}/", "datasets/digits/": f"{elsewhere}/"}
     step = f"{load_distillation(ROOT / 'yaml/digits_16/exp/digits-TCCD.yaml').run.iterations:06d}"
-    short = places | {step: "000002", "1000": "40", "datasets/digits ": f"{elsewhere} "}
+    short = places | {step: "000002", "1000": "40"}
     keys = [f"teacher.tempfile={elsewhere}/pool.cache", "teacher.BATCH=0.003"]
     keys += ["run.iterations=2", "student.lr_anneal_steps=2", "run.num_samples=2", "run.sample_respacing=2"]
     run(prepare, places, *keys)
@@ -46,13 +47,8 @@ def test_quick_start(elsewhere):
     for name in re.findall(r"`([\w.]+\.(?:pt|png|txt|csv|yaml|json|cache))`", table):
         assert name.replace(step, "000002") in left, name
     run(sample.replace("--timestep_respacing 50", "--timestep_respacing 3"), short)
-    run(
-        digits.replace(
-            "datasets/digits.py --out datasets/digits", f"{ROOT}/datasets/digits.py --out {elsewhere}"
-        ),
-        {},
-    )
-    assert "digits-FD" in run(evaluate.replace("datasets/digits/", f"{elsewhere}/"), short)
+    run(digits, {}, "--out", elsewhere)
+    assert "digits-FD" in run(evaluate, short)
     run(export, short)
     assert (elsewhere / "export/first/model_index.json").is_file()
 
@@ -61,7 +57,7 @@ def test_bring_your_own(elsewhere):
     inspect, look, prepare, distil, *_ = commands_of("bring-your-own.md")
     teacher = {"model/digits_teacher.pt": ROOT / "model/digits_teacher.pt"}
     (elsewhere / "teacher.yaml").write_text(run(inspect.split(" > ")[0], teacher))
-    run(look, teacher | {"--num_samples 16": "--num_samples 2", "experiments": elsewhere, "50": "3"})
+    run(look, teacher | {"experiments": elsewhere, "50": "3"}, "--num_samples", "2")
     page = (ROOT / "docs/bring-your-own.md").read_text()
     mine = next(block for block in re.findall(r"```yaml\n(.*?)```", page, re.S) if "mine.yaml" in block)
     for old, new in (teacher | {"yaml/arch": ROOT / "yaml/arch", "experiments": elsewhere}).items():
@@ -92,7 +88,7 @@ def test_the_first_teacher_from_diffusers(elsewhere):
     first = first.replace("google/ddpm-cifar10-32", str(folder)).replace("yaml/arch", f"{ROOT}/yaml/arch")
     config.write_text(first)
     assert load_distillation(config).student.process.noise_schedule == "linear"
-    found = run(f"scripts/inspect_checkpoint.py {folder}", {})
+    found = run("scripts/inspect_checkpoint.py", {}, folder)
     (elsewhere / "found.yaml").write_text(found)
     teacher = first.partition("student:")[0]
     narrower = student.replace("64,128,128,128", "4,8,8,8")

@@ -13,7 +13,6 @@ FILE = ROOT / "docs/slurm/distil.sbatch"
 
 # Starts two ranks here as srun does, with all that it sets; PRETEND gives a script's status instead.
 SRUN = """\
-#!{python}
 import os, subprocess, sys
 command = sys.argv[1:]
 while command[0].startswith("-"):
@@ -30,6 +29,7 @@ ranks = [
 ]
 sys.exit(max(rank.wait() for rank in ranks))
 """
+WRAPPER = '#!/bin/sh\nexec "{python}" "$0.py" "$@"\n'  # no #!{python}: its path may have spaces
 SCONTROL = '#!/bin/sh\necho "scontrol $*" >> {log}\n'
 
 
@@ -59,7 +59,7 @@ def test_what_slurm_reads():
 def sbatch(tmp_path):
     """Runs the file as SLURM does; gives what came of it, and what srun and scontrol were given."""
     log = tmp_path / "log"
-    for name, text in (("srun", SRUN), ("scontrol", SCONTROL)):
+    for name, text in (("srun", WRAPPER), ("srun.py", SRUN), ("scontrol", SCONTROL)):
         path = tmp_path / "bin" / name
         path.parent.mkdir(exist_ok=True)
         path.write_text(text.format(python=sys.executable, log=log))
