@@ -5,6 +5,7 @@ import shutil
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from typing import Any
 
 from .. import dist_util
 from ..config.loading import experiment_keys, experiment_text
@@ -128,18 +129,9 @@ def _recorded(
             shutil.rmtree(directory, ignore_errors=True)
         raise
     devices = dist_util.describe()
-    record = new_record(experiment.name, devices) | images_of(args)
+    record = _facts(start, experiment, args, devices)
     if launch.rank == 0:
         remove_leftovers(directory)
-        record |= starts(directory)
-        wanted = named_checkpoint(experiment, args)
-        own = start.resume is not None and start.resume.directory == directory
-        names_itself = own and Path(wanted).suffix not in (".pt", ".safetensors")
-        record["began_from"] = began_from(directory) if names_itself else wanted
-        if start.resume is None or own:
-            record["began_at"] = record_of(directory).get("began_at", 0)
-        else:
-            record["began_at"] = start.resume.step
     begun, trains, in_vain = False, False, False
 
     def begin(*, training: bool = True) -> None:
@@ -185,6 +177,25 @@ def _recorded(
         log.close()
         if in_vain:
             shutil.rmtree(directory, ignore_errors=True)
+
+
+def _facts(
+    start: Start, experiment: Experiment, args: argparse.Namespace, devices: list[str]
+) -> dict[str, Any]:
+    """What run.json says of a run that begins or goes on; all of it on rank 0."""
+    directory = start.directory
+    record = new_record(experiment.name, devices) | images_of(args)
+    if dist_util.rank() != 0:
+        return record
+    wanted = named_checkpoint(experiment, args)
+    own = start.resume is not None and start.resume.directory == directory
+    names_itself = own and Path(wanted).suffix not in (".pt", ".safetensors")
+    record["began_from"] = began_from(directory) if names_itself else wanted
+    if start.resume is None or own:
+        record["began_at"] = record_of(directory).get("began_at", 0)
+    else:
+        record["began_at"] = start.resume.step
+    return record | starts(directory)
 
 
 def _together(error: BaseException) -> bool:
