@@ -102,7 +102,7 @@ def test_a_network_that_hands_none_out_is_told(monkeypatch):
 
 @pytest.mark.parametrize("ranks", [0, pytest.param(2, marks=pytest.mark.slow)])
 def test_runs_match_it_and_go_on_exactly(tmp_path, ranks):
-    """With answers used twice, so that a stopped run's file must hold the teacher's maps; by Muon."""
+    """With outputs used twice, so that a stopped run's file must hold the teacher's maps; by Muon."""
     more = {"distill__bottleneck_weight": 0.1, "distill__teacher_interval": 2, "student__num_channels": 16}
     config = distillation(tmp_path, SIZE, **more, student__microbatch=1, run__optimizer="muon")
     script_here("scripts/dynamic_prepare.py", "--config", config)

@@ -204,7 +204,7 @@ def test_hops_advance_by_the_stride_in_the_mean_and_leave_the_target_alone(teach
     th.testing.assert_close(pool.x[clean], x_0[clean])
 
 
-def test_the_teachers_answers_serve_so_many_batches_before_they_are_forgotten(teacher, monkeypatch):
+def test_the_teachers_outputs_serve_so_many_batches_before_they_are_forgotten(teacher, monkeypatch):
     """What is trained on is always the teacher's own answer; the oldest make room."""
     pool = noise_pool(40, teacher.process)
     pool.levels = th.arange(40) % teacher.process.num_timesteps + 1
@@ -229,7 +229,7 @@ def test_the_teachers_answers_serve_so_many_batches_before_they_are_forgotten(te
     assert not set.union(*seen[:3]) & set.union(*seen[6:])
 
 
-def test_answers_that_are_kept_lie_in_the_pools_file(teacher, tmp_path):
+def test_outputs_that_are_kept_lie_in_the_pools_file(teacher, tmp_path):
     pool = noise_pool(8, teacher.process)
     total, path = teacher.process.num_timesteps, tmp_path / "pool.cache"
     for _ in range(2):
@@ -240,13 +240,13 @@ def test_answers_that_are_kept_lie_in_the_pools_file(teacher, tmp_path):
     for name, value in vars(pool.replay).items():
         assert (value is None) == (getattr(back, name) is None)
         assert value is None or th.equal(value, getattr(back, name))
-    with pytest.raises(UserError, match=r"pool\.cache: the teacher's answers in it do not belong"):
+    with pytest.raises(UserError, match=r"pool\.cache: the teacher's outputs in it do not belong"):
         read_pool(path, int(pool.replay.t.max()), (3, 8, 8), expected={})
     kept = pool.replay
     for wrong in ({"eps": kept.eps[:, :, :4]}, {"x_t": kept.x_t.double()}, {"t": kept.t[:3]}):
         pool.replay = replace(kept, **wrong)
         write_pool(path, [pool], {"T": total})
-        with pytest.raises(UserError, match=r"pool\.cache: the teacher's answers in it do not belong"):
+        with pytest.raises(UserError, match=r"pool\.cache: the teacher's outputs in it do not belong"):
             read_pool(path, total, (3, 8, 8))
     pool.replay = None
     write_pool(path, [pool], {"T": total})

@@ -72,7 +72,7 @@ def test_bring_your_own(elsewhere):
     text = "\n".join(lines).replace("run:\n  iterations: 200000", "")
     (elsewhere / "mine.yaml").write_text(f"base: {ROOT}/yaml/preset/short-run.yaml\n{text}")
     told = run(distil, {"experiments/kd/mine": elsewhere / "short"}, *small, "run.iterations=1")
-    assert "first weights are selected from the teacher's" in told and "bottleneck x 0.1" in told
+    assert "initial weights are selected from the teacher's" in told and "bottleneck x 0.1" in told
 
 
 def test_the_first_teacher_from_diffusers(elsewhere):
@@ -97,4 +97,4 @@ def test_the_first_teacher_from_diffusers(elsewhere):
     small += [f"teacher.tempfile={elsewhere}/pool.cache", "run.iterations=1"]
     run("scripts/dynamic_prepare.py --config C.yaml", {}, *small)
     told = run("scripts/image_kd.py --config C.yaml --exp_dir run", {}, *small)
-    assert "first weights are selected from the teacher's" in told and "bottleneck x 0.1" in told
+    assert "initial weights are selected from the teacher's" in told and "bottleneck x 0.1" in told

@@ -1,4 +1,4 @@
-"""A student's first weights, selected from its teacher's: channels that belong together, what is refused."""
+"""A student's initial weights, selected from its teacher's: channels that belong together, refusals."""
 
 import shutil
 from pathlib import Path

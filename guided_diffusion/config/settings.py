@@ -408,9 +408,9 @@ class Distill:
         1, "timesteps by which a drawn entry advances, in the mean (1: each by one; N: by 1 to 2N-1)"
     )
     teacher_interval: int = key(
-        1, "iterations per batch of the teacher's (1: each has its own; N: its last answers serve N times)"
+        1, "iterations per batch of the teacher's (1: each has its own; N: its last outputs serve N times)"
     )
-    replay_batches: int = key(16, "teacher_interval > 1: batches of the teacher's answers that are kept")
+    replay_batches: int = key(16, "teacher_interval > 1: batches of the teacher's outputs that are kept")
     on_policy: float = key(
         0.0, "probability that an entry goes on where the student leads, raised from 0 in the first third"
     )
@@ -419,7 +419,7 @@ class Distill:
     )
     initial_weights: str = key(
         "random",
-        "the student's first weights, if not student.model_path's: random, or teacher (a selection of its)",
+        "the student's initial weights, if not student.model_path's: random, or teacher (a selection of its)",
     )
     stride: int = key(1, "timesteps per teacher jump while preparing the pool (1: every step)")
     pool_seed: int = key(-1, "seed of the pool (-1: run.seed); each has a file of its own beside tempfile")

@@ -29,7 +29,7 @@ class DistillationBatch:
         y: int64 [B] class labels, or None.
         features, bottleneck: the teacher's maps, float32 [B, C', H', W'], or None where nobody asked.
         index: int64 [B], the pool's entries that these were, or None for samples of no pool, for
-            answers that are used again, and where no entry follows the student.
+            outputs that are used again, and where no entry follows the student.
         s: int64 [B], the steps at which those are now (-1: clean), or None.
         place: of a microbatch, where its first sample stands in the iteration's batch, and the size of that;
             None of a whole batch.
@@ -84,7 +84,7 @@ class DynamicBatch:
         num_timesteps: T.
         y: int64 [N] class labels, or None.
         device: where batches go; by default where the pool lies, which may be elsewhere.
-        replay: the teacher's last answers, kept to train on again; on the batches' device.
+        replay: the teacher's last outputs, kept to train on again; on the batches' device.
 
     Attributes:
         restarts: int64 [], how many entries were restarted from noise so far; who reads it may reset it.

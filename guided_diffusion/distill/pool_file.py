@@ -1,7 +1,7 @@
 """The pool's file: safetensors under the ecosystem's name `.cache`, and the original's pickles read safely.
 
 `total_x_t_1` [N, C, H, W] and `total_t` int64 [N] keep the original's names; `total_y` int64 [N] carries
-class labels, and `answers_NAME` [M, ...] what a run keeps of the teacher's answers, by the names of
+class labels, and `answers_NAME` [M, ...] what a run keeps of the teacher's outputs, by the names of
 `DistillationBatch`. The header records what the pool belongs to, so that a wrong one is refused.
 """
 
@@ -23,7 +23,7 @@ from .dynamic_batch import DistillationBatch, DynamicBatch
 
 _SUFFIX_OF_PART = ".part"
 _REQUIRED = ("total_t", "total_x_t_1")
-_ANSWERS = "answers_"
+_REPLAY = "answers_"
 # What a pool says of itself only where it has it: one that does not say it has it not.
 _SAID_IF_SET = (
     *("beta_start", "beta_end", "sigma_small", "clip_denoised", "rescale_timesteps", "guidance_scale"),
@@ -40,10 +40,10 @@ def write_pool(path: str | os.PathLike, pools: list[DynamicBatch], belongs_to: M
     labels = [pool.y for pool in pools if pool.y is not None]
     if labels:
         arrays["total_y"] = th.cat([y.cpu() for y in labels])
-    answers = [pool.replay for pool in pools if pool.replay is not None]
-    if answers:
-        kept = vars(DistillationBatch.joined(answers))
-        arrays |= {f"{_ANSWERS}{name}": value.cpu() for name, value in kept.items() if value is not None}
+    replays = [pool.replay for pool in pools if pool.replay is not None]
+    if replays:
+        kept = vars(DistillationBatch.joined(replays))
+        arrays |= {f"{_REPLAY}{name}": value.cpu() for name, value in kept.items() if value is not None}
     write_arrays(path, "pool", arrays, belongs_to)
 
 
@@ -107,21 +107,21 @@ def read_pool(
             levels[mine].clone(),
             num_timesteps,
             None if y is None else y[mine].clone(),
-            replay=_answers(arrays, num_timesteps, shape, rank, world_size),
+            replay=_replay(arrays, num_timesteps, shape, rank, world_size),
         )
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
 
 
-def _answers(
+def _replay(
     arrays: Mapping[str, th.Tensor], num_timesteps: int, shape: tuple[int, ...], rank: int, world: int
 ) -> DistillationBatch | None:
-    """A rank's contiguous share of the answers that were kept, or None.
+    """A rank's contiguous share of the outputs that were kept, or None.
 
     Raises:
         UserError: they do not belong together, or to this process and space.
     """
-    found = {k.removeprefix(_ANSWERS): v for k, v in arrays.items() if k.startswith(_ANSWERS)}
+    found = {k.removeprefix(_REPLAY): v for k, v in arrays.items() if k.startswith(_REPLAY)}
     if not found:
         return None
     images, numbers = ("x_t", "eps", "mean", "log_variance"), ("t", "y") if "total_y" in arrays else ("t",)
@@ -133,7 +133,7 @@ def _answers(
     fits = fits and all(found[name].shape[1:] == shape for name in images)
     fits = fits and all(found[name].dtype == th.float32 for name in images)
     if not fits or len(t) < world or int(t.min()) < 0 or int(t.max()) >= num_timesteps:
-        raise UserError("the teacher's answers in it do not belong to this run")
+        raise UserError("the teacher's outputs in it do not belong to this run")
     share = len(t) // world
     batch = DistillationBatch(**found)  # type: ignore[arg-type]
     return batch[rank * share : (rank + 1) * share].each(th.clone)

@@ -57,7 +57,7 @@ class TeacherSource:
                 pool.replay = None  # of a run with other settings
 
     def next_batch(self, step: int) -> DistillationBatch:
-        """One teacher evaluation, or with `teacher_interval` > 1 mostly answers that it gave before."""
+        """One teacher evaluation, or with `teacher_interval` > 1 mostly outputs that it gave before."""
         interval = self.settings.teacher_interval
         if self.pool.replay is not None and step % interval:
             return self.pool.sample_replay(self.batch_size)
@@ -77,13 +77,13 @@ class TeacherSource:
     def writer(self) -> Callable[[Path], None]:
         """Gather copies of all ranks' pools on rank 0, for training goes on while they are written."""
         pool, gather = self.pool, dist_util.gather
-        answers = pool.replay if self.settings.teacher_interval > 1 else None
+        replay = pool.replay if self.settings.teacher_interval > 1 else None
         whole = DynamicBatch(
             gather(pool.x),
             gather(pool.levels),
             pool.num_timesteps,
             None if pool.y is None else gather(pool.y),
-            replay=None if answers is None else answers.each(gather),
+            replay=None if replay is None else replay.each(gather),
         )
         return lambda path: write_pool(path, [whole], self.belongs_to)
 

@@ -1,4 +1,4 @@
-"""A smaller network's first weights, selected from a larger one's of the same kind.
+"""A smaller network's initial weights, selected from a larger one's of the same kind.
 
 "Initializing Models with Larger Ones" (Xu et al., 2024): of each level of a U-Net some blocks are taken, of a
 transformer the first ones, and of each dimension of a weight evenly spaced entries, the same ones wherever a
@@ -134,7 +134,7 @@ class UNet2DWeights(SelectableWeights):
 
 
 def selected(larger: SelectableWeights, smaller: SelectableWeights) -> dict[str, th.Tensor]:
-    """The smaller network's first weights.
+    """The smaller network's initial weights.
 
     Args:
         larger: what they are selected from.

@@ -49,7 +49,7 @@ def _loaded(experiment: DistillationExperiment, weights: Path) -> tuple[Denoisin
 
 
 def select_weights(network: DenoisingNetwork, experiment: DistillationExperiment, weights: Path) -> None:
-    """Give a student first weights selected from the teacher's; see `networks.weight_selection`.
+    """Give a student initial weights selected from the teacher's; see `networks.weight_selection`.
 
     What gives the prediction stays the student's own where it predicts another quantity than the teacher.
 
@@ -123,7 +123,7 @@ def _student(
     initial: Path | None,
     resume: Checkpoint | None,
 ) -> tuple[DenoisingNetwork, SpacedDiffusion, Distillation]:
-    """The student with its first weights, its process and its objective, on the device."""
+    """The student with its initial weights, its process and its objective, on the device."""
     student = experiment.student
     reseed(experiment.run.seed, 0, 2**32 - 2)  # the same initial weights on every rank
     network, process = build_network(student, "student.")
@@ -136,7 +136,7 @@ def _student(
             objective.load_foreign_head(head, initial)
     elif experiment.distill.initial_weights == "teacher":
         select_weights(network, experiment, weights)
-        log.info("the student's first weights are selected from the teacher's")
+        log.info("the student's initial weights are selected from the teacher's")
     place(network, student.architecture.use_fp16, experiment.run)
     return network, process, objective.to(dist_util.dev())
 

@@ -126,7 +126,7 @@ def open_pool(
 
 
 def require_labels(pool: DynamicBatch, teacher: Teacher, path: Path) -> None:
-    """Raise `UserError` unless a pool's labels, its answers' too, are classes of the teacher's."""
+    """Raise `UserError` unless a pool's labels, its kept outputs' too, are classes of the teacher's."""
     count = teacher.network.num_classes
     for y in (pool.y, None if pool.replay is None else pool.replay.y):
         if y is not None and count is not None and len(y) and not 0 <= int(y.min()) <= int(y.max()) < count:
