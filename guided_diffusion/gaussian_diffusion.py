@@ -383,9 +383,17 @@ class GaussianDiffusion:
 
     def predict_eps_from_xstart(self, x_t: th.Tensor, t: th.Tensor, pred_xstart: th.Tensor) -> th.Tensor:
         """The inverse of `predict_xstart_from_eps`; where x_t is noise alone (abar = 0), x_t itself."""
-        scale = self.at("sqrt_recip_alphas_cumprod", t)
-        eps = (scale * x_t - pred_xstart) / self.at("sqrt_recipm1_alphas_cumprod", t)
-        return eps if self.alphas_cumprod[-1] > 0 else th.where(scale.isfinite(), eps, x_t)
+        eps = self.at("sqrt_recip_alphas_cumprod", t) * x_t - pred_xstart
+        return self.where_known(t, eps / self.at("sqrt_recipm1_alphas_cumprod", t), x_t)
+
+    def where_known(self, t: th.Tensor, value: th.Tensor, otherwise: th.Tensor) -> th.Tensor:
+        """A value [B, C, H, W] that needs x_0 and eps to tell each other; `otherwise` where they do not.
+
+        That is where x_t is noise alone (abar = 0): there eps is x_t, whatever x_0 is.
+        """
+        if self.alphas_cumprod[-1] > 0:
+            return value
+        return th.where(self.at("sqrt_recip_alphas_cumprod", t).isfinite(), value, otherwise)
 
     def vb_terms_bpd(
         self,

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 import torch as th
 from torch import nn
 
-from .config.adm_diffusers import group_count, unet2d_config
+from .config.adm_diffusers import ADM_CONVENTIONS, group_count, unet2d_config
 from .config.settings import AdmArchitecture
 from .networks.adm_weights import adm_state, attention_blocks, attention_heads, diffusers_state
 from .networks.base import DenoisingNetwork, Evaluation, ForDiffusers
@@ -252,7 +252,8 @@ class UNetModel(DenoisingNetwork):
     def selectable_weights(self) -> UNet2DWeights:
         """Its weights under the names of a UNet2DModel."""
         state = diffusers_state(self, self.num_res_blocks)
-        return UNet2DWeights(state, attention_heads(self, self.num_res_blocks), group_count(*self.widths))
+        heads, groups = attention_heads(self, self.num_res_blocks), group_count(*self.widths)
+        return UNet2DWeights(state, heads, groups, ADM_CONVENTIONS)
 
     def for_diffusers(self) -> ForDiffusers:
         """As a UNet2DModel."""

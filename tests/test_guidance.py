@@ -24,6 +24,7 @@ from guided_diffusion.config.loading import load_distillation, load_experiment
 from guided_diffusion.distill.dynamic_batch import DynamicBatch
 from guided_diffusion.distill.pool_file import read_pool_header
 from guided_diffusion.distill.teacher import Teacher
+from guided_diffusion.io.description import described
 from guided_diffusion.io.safetensors_file import read_safetensors
 from guided_diffusion.networks.guidance import guided
 from guided_diffusion.runs.weights import load_state_dict
@@ -152,6 +153,15 @@ def test_sampling_leaves_a_guided_teacher_as_it_was():
     teacher = guided(model, 2.0)
     sample_images(teacher, process, PixelSpace(8), range(1))
     assert not any(module.training for module in teacher.modules())
+
+
+@pytest.mark.parametrize("probability, warned", [(0.0, True), (0.1, False)])
+def test_a_teachers_null_class_that_was_not_trained_is_told(tmp_path, probability, warned):
+    config = distillation(tmp_path, 8, **CLASSES, teacher__null_class=True, teacher__guidance_scale=2.0)
+    said = {"architecture": {"class_dropout_prob": probability}}
+    th.save(described(load_state_dict(tmp_path / "teacher.pt"), said), tmp_path / "teacher.pt")
+    done = script_here("scripts/dynamic_prepare.py", "--config", config)
+    assert ("a null class that was not trained" in done.stderr) == warned
 
 
 def test_a_pool_of_before_is_one_without_guidance(tmp_path):

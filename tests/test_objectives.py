@@ -391,3 +391,25 @@ def test_plain_training_learns(sampler, tmp_path):
         # Terms are weighted as their sum is, so that they keep their meaning whatever t is drawn.
         assert terms["mse"] + terms.get("vb", 0) == pytest.approx(terms["loss"], rel=1e-5)
     assert sum(losses[-5:]) < 0.5 * sum(losses[:5])
+
+
+@pytest.mark.parametrize("predicts", ["v_prediction", "sample"])
+@pytest.mark.parametrize("stage2_time", ["same", "between"])
+def test_a_schedule_that_ends_in_noise_alone(predicts, stage2_time):
+    """From whose last step a prediction of eps leads to no x_0: both stages and the pool do without it."""
+    th.manual_seed(0)
+    keys = network(8, 16, attention_resolutions="4", noise_schedule="linear", prediction_type=predicts)
+    model, process = build_network(denoiser(**keys))
+    assert process.alphas_cumprod[-1] == 0
+    teacher, T = teacher_of(randomise(model), process, (3, 8, 8)), process.num_timesteps
+    pool = DynamicBatch.of_noise(6, (3, 8, 8), T)
+    pool.levels = th.tensor([T, T, T, T, T - 1, 3])
+    batch = pool.advance(th.arange(6), teacher)
+    objective = Distillation(model, process, Distill(stage1_weight=0, stage2_time=stage2_time))
+    one, two = objective.passes(model, batch)
+    assert one.loss.isfinite().all() and two.loss.isfinite().all()
+    assert all(g is None or g.isfinite().all() for g in gradients(objective, model, batch))
+    before = pool.x.clone()
+    pool.follow(batch, process.eps_of(model(batch.x_t, batch.t).detach(), batch.x_t, batch.t) + 1, process, 1)
+    moved = (pool.x - before).flatten(1).abs().amax(1) > 0
+    assert pool.x.isfinite().all() and moved.tolist() == [False] * 4 + [True] * 2

@@ -153,6 +153,26 @@ OPTIONS = [
 ]
 
 
+@pytest.mark.parametrize("key", ["dropout", "class_dropout_prob"])
+def test_entries_do_not_follow_what_dropout_makes_of_a_student(prepared_at_8, key):
+    keys = ["class_cond=true", "num_classes=3", "null_class=true"]
+    flags = [f"{section}.{k}" for section in ("teacher", "student") for k in keys]
+    flags += ["distill.on_policy=0.5", f"student.{key}=0.1"]
+    done = script_here("scripts/image_kd.py", "--config", prepared_at_8, *flags, check=False)
+    told = f"distill.on_policy follows what the student predicts: student.{key} must be 0"
+    assert told in one_line_error(done)
+
+
+@pytest.mark.parametrize("weight, warned", [("eps", True), ("min_snr", False)])
+def test_a_student_that_predicts_x_0_is_told_which_weights_it_learns_by(
+    prepared_at_8, tmp_path, weight, warned
+):
+    flags = ["--config", prepared_at_8, "--exp_dir", tmp_path / "run", "run.iterations=1"]
+    flags += ["student.prediction_type=sample", f"distill.loss_weight={weight}"]
+    done = script_here("scripts/image_kd.py", *flags)
+    assert ("give distill.loss_weight=min_snr" in done.stdout) == warned
+
+
 @pytest.mark.parametrize(
     "options, told",
     [

@@ -22,7 +22,7 @@ from tiny import (
 from guided_diffusion.config.loading import load_experiment
 from guided_diffusion.networks.adm_weights import attention_blocks
 from guided_diffusion.networks.diffusers_unet2d import DiffusersUNet2D
-from guided_diffusion.networks.weight_selection import selected
+from guided_diffusion.networks.weight_selection import bottleneck_channels, selected
 from guided_diffusion.runs.weights import load_network, load_state_dict
 from guided_diffusion.script_util import build_network
 
@@ -114,6 +114,52 @@ def test_rows_of_a_table_sum_over_nothing():
     )
     weights = selected(large.selectable_weights(), small.selectable_weights())
     assert th.equal(weights["time_proj.weight"], large.selectable_weights().state["time_proj.weight"][:, ::2])
+
+
+def unet2d(width, **more):
+    """A U-Net of diffusers' that, but for these keys, is one of ADM's."""
+    keys = {"architecture": "diffusers_unet2d", "image_size": SIZE, "learn_sigma": True}
+    keys |= {"down_block_types": "DownBlock2D,DownBlock2D", "up_block_types": "UpBlock2D,UpBlock2D"}
+    keys |= {"norm_num_groups": 4, "layers_per_block": 1, "block_out_channels": f"{width},{width}"}
+    return build_network(denoiser(**keys | more))[0]
+
+
+CONVENTIONS = {"flip_sin_to_cos": False, "freq_shift": 1.0, "downsample_padding": 0, "act_fn": "gelu"}
+CONVENTIONS |= {"center_input_sample": True, "mid_block_scale_factor": 1.4}
+
+
+@pytest.mark.parametrize("name", CONVENTIONS)
+def test_weights_that_are_read_otherwise_are_not_selected(name):
+    """They would load, into a network that computes something else."""
+    theirs = unet2d(32, **{name: CONVENTIONS[name]}).selectable_weights()
+    assert selected(theirs, unet2d(16, **{name: CONVENTIONS[name]}).selectable_weights())
+    adm = build(16, channel_mult="1,1", attention_resolutions="", use_scale_shift_norm=False)
+    for smaller in (adm, unet2d(16)):
+        with pytest.raises(ValueError, match=f"the larger network's {name} is {CONVENTIONS[name]}, the smal"):
+            selected(theirs, smaller.selectable_weights())
+    assert len(bottleneck_channels(theirs, unet2d(16).selectable_weights())) == 16  # which moves no weights
+
+
+def test_swish_is_silu():
+    one, other = (unet2d(16, act_fn=name).selectable_weights() for name in ("swish", "silu"))
+    assert selected(one, other) and selected(other, one)
+
+
+@th.no_grad()
+def test_a_learned_table_of_timesteps_is_selected_as_what_reads_it():
+    """Whatever the groups of the normalisations are."""
+    learned = {"time_embedding_type": "learned", "num_train_timesteps": 20}
+    large, small = unet2d(32, norm_num_groups=8, **learned), unet2d(16, norm_num_groups=4, **learned)
+    large.model.time_proj.weight.copy_(th.arange(32.0).expand(20, -1))
+    large.model.time_embedding.linear_1.weight.copy_(th.arange(32.0).expand(128, -1))
+    found = selected(large.selectable_weights(), small.selectable_weights())
+    written, read = found["time_proj.weight"][0], found["time_embedding.linear_1.weight"][0] / 2**0.5
+    th.testing.assert_close(written, read)
+
+
+def test_a_block_that_changes_the_channels_has_no_counterpart_that_does_not():
+    with pytest.raises(ValueError, match=r"down_blocks.1.resnets.0 changes the number of channels, down_bl"):
+        selected(build(64).selectable_weights(), build(32, channel_mult="1,1").selectable_weights())
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -10,6 +10,20 @@ from typing import Any
 _PLAIN_DOWN, _PLAIN_UP = ("DownBlock2D", "ResnetDownsampleBlock2D"), ("UpBlock2D", "ResnetUpsampleBlock2D")
 # What every UNet2DModel that is an ADM U-Net has.
 _SAME_IN_ALL = {"downsample_padding": 1, "norm_eps": 1e-5, "flip_sin_to_cos": True, "freq_shift": 0}
+# How an ADM U-Net reads its weights, where a UNet2DModel may read the same ones otherwise.
+ADM_CONVENTIONS: dict[str, Any] = {
+    **{name: _SAME_IN_ALL[name] for name in ("downsample_padding", "flip_sin_to_cos", "freq_shift")},
+    "mid_block_scale_factor": 1,
+    "time_embedding_type": "positional",
+    "center_input_sample": False,
+    "act_fn": "silu",
+}
+
+
+def conventions(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A UNet2DModel's values of the keys of `ADM_CONVENTIONS`, from its arguments."""
+    found = {name: config.get(name, usual) for name, usual in ADM_CONVENTIONS.items()}
+    return found | {"act_fn": "silu"} if found["act_fn"] == "swish" else found
 
 
 def group_count(*widths: int) -> int:
@@ -46,21 +60,18 @@ def adm_keys(config: Mapping[str, Any]) -> dict[str, Any] | None:
     same = {
         "mid_block_type": "UNetMidBlock2D",
         "add_attention": True,
-        "mid_block_scale_factor": 1,
-        "time_embedding_type": "positional",
-        "center_input_sample": False,
         **_SAME_IN_ALL,
         "norm_num_groups": group_count(*widths),
     }
     expressible = (
         all(config[name] == value for name, value in same.items())
+        and conventions(config) == ADM_CONVENTIONS
         and len(resnet) <= 1
         and all(
             (has and name == "AttnUpBlock2D") or (not has and below in _PLAIN_DOWN and name in _PLAIN_UP)
             for below, name, has in zip(down, up, attention, strict=True)
         )
         and config["time_embedding_dim"] in (None, 4 * widths[0])
-        and config["act_fn"] in ("silu", "swish")
         # Without a number of its own the middle's attention is normalised only where conditions are added.
         and (config["attn_norm_num_groups"] or config["resnet_time_scale_shift"] == "default")
         and config["attn_norm_num_groups"] in (None, config["norm_num_groups"])

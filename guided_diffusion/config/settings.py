@@ -565,6 +565,11 @@ class DistillationExperiment(Experiment):
                 not self.teacher.input_perturb,
                 "distill.on_policy follows the student from x_t itself: teacher.input_perturb must be 0",
             )
+            for name in ("dropout", "class_dropout_prob"):
+                require(
+                    not ours.get(name),
+                    f"distill.on_policy follows what the student predicts: student.{name} must be 0",
+                )
 
 
 # What a student must have in common with its teacher: the samples, and the process that they run through.

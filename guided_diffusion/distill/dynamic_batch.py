@@ -207,6 +207,7 @@ class DynamicBatch:
         teachers, students = (process.clipped_xstart(batch.x_t, batch.t, e) for e in (batch.eps, eps))
         students = students.clamp(*(f((1, 2, 3), keepdim=True) for f in (teachers.amin, teachers.amax)))
         shift = process.posterior_step(batch.t, batch.s).x_start * (students - teachers)
+        shift = process.where_known(batch.t, shift, th.zeros_like(shift))
         chosen &= eps.isfinite().flatten(1).all(dim=1)
         x_s, level, _ = self.take(batch.index)
         self.put(batch.index, th.where(chosen.reshape(-1, 1, 1, 1), x_s + shift, x_s), level)

@@ -207,7 +207,8 @@ class Distillation(Objective):
         process, t = self.process, batch.t
         later = (th.rand(len(t), device=t.device) * (process.num_timesteps - t)).long()
         s = (t + later).clamp(max=process.num_timesteps - 1)
-        return s, process.q_sample(process.clipped_xstart(batch.x_t, t, batch.eps), s, batch.eps)
+        x_s = process.q_sample(process.clipped_xstart(batch.x_t, t, batch.eps), s, batch.eps)
+        return s, process.where_known(t, x_s, batch.eps)
 
     def squared_error(self, eps: th.Tensor, target: th.Tensor, t: th.Tensor) -> th.Tensor:
         """Mean squared difference of noise predictions at steps t, weighted by `loss_weight`: [B]."""
@@ -272,14 +273,18 @@ class Distillation(Objective):
         if values is not None:
             frozen = th.cat([prediction.detach(), values], dim=1)
             clip = batch.t == self.process.num_timesteps - 1 if self.clip_last else False
-            of_eps = self.process.predict_xstart_from_eps
+
+            def of_eps(own: th.Tensor) -> th.Tensor:
+                found = self.process.predict_xstart_from_eps(x_t, batch.t, eps.detach())
+                return self.process.where_known(batch.t, found, own)
+
             student = self.process.p_distribution(
                 frozen,
                 x_t,
                 batch.t,
                 clip_denoised=clip,
                 # Made at x_in, a prediction of x_0 or v would be of another eps at x_t.
-                denoised_fn=None if x_in is x_t else lambda _: of_eps(x_t, batch.t, eps.detach()),
+                denoised_fn=None if x_in is x_t else of_eps,
             )
             kl = normal_kl(batch.mean, batch.log_variance, student["mean"], student["log_variance"])
             terms["vb"] = self.process.vb_weight * mean_flat(kl) / math.log(2.0)

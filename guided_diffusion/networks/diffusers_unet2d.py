@@ -6,6 +6,7 @@ from typing import Any
 import torch as th
 from torch import nn
 
+from ..config.adm_diffusers import conventions
 from ..config.architectures import UNet2DArchitecture
 from .base import DenoisingNetwork, Evaluation, ForDiffusers
 from .diffusers_models import Attention, ResnetBlock2D, UNet2DModel, adopt, attention_heads
@@ -101,7 +102,8 @@ class DiffusersUNet2D(DenoisingNetwork):
 
     def selectable_weights(self) -> UNet2DWeights:
         """The weights under diffusers' own names, unchanged."""
-        return UNet2DWeights(self.state_dict(), attention_heads(self), self.config["norm_num_groups"])
+        groups = self.config["norm_num_groups"]
+        return UNet2DWeights(self.state_dict(), attention_heads(self), groups, conventions(self.config))
 
     def for_diffusers(self) -> ForDiffusers:
         """The configuration, which is diffusers' already."""

@@ -9,9 +9,9 @@ such groups. What sums over fewer inputs than before is scaled, so that its outp
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import accumulate
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch as th
 
@@ -28,12 +28,14 @@ class SelectableWeights(ABC):
         state: by their names.
         heads: how many each attention has, by its name.
         groups: of every normalisation.
+        conventions: how the network reads its weights, where others of its kind read the same ones otherwise.
         output: name of the last layer.
     """
 
     state: Mapping[str, th.Tensor]
     heads: Mapping[str, int]
     groups: int
+    conventions: Mapping[str, Any] = field(default_factory=dict)
     output: ClassVar[str]
 
     @abstractmethod
@@ -48,6 +50,14 @@ class SelectableWeights(ABC):
         """Raise `ValueError` if the smaller network's weights cannot be some of these."""
         if type(smaller) is not type(self):
             raise ValueError("the two networks are of different kinds")
+
+    def require_same_conventions(self, smaller: "SelectableWeights") -> None:
+        """Raise `ValueError` if the smaller network would read these weights otherwise."""
+        for name, value in self.conventions.items():
+            if value != smaller.conventions[name]:
+                raise ValueError(
+                    f"the larger network's {name} is {value}, the smaller's {smaller.conventions[name]}"
+                )
 
     def counterpart(self, name: str, smaller: "SelectableWeights") -> str:
         """The entry here that one of the smaller network's is selected from.
@@ -81,7 +91,7 @@ class UNet2DWeights(SelectableWeights):
         parts = self._attention_parts(name)
         block, _, layer = module.rpartition(".")
         last = min(1, len(shape) - 1)  # the inputs of a weight; a normalisation has them alone
-        if module == "time_embedding.linear_1" and kind == "weight":
+        if (module == "time_embedding.linear_1" and kind == "weight") or module == "time_proj":
             parts[1] = [1] * shape[1]  # frequencies
         elif module == self.output:
             channels = self.state["conv_in.weight"].shape[1]
@@ -123,7 +133,13 @@ class UNet2DWeights(SelectableWeights):
         if theirs < ours:
             raise ValueError(f"the larger network has fewer blocks in {side}_blocks.{level}")
         moved = number > 0 and (side == "up" or number == ours - 1)
-        return f"{side}_blocks.{level}.{kind}.{number + moved * (theirs - ours)}.{name[found.end() :]}"
+        source = f"{side}_blocks.{level}.{kind}.{number + moved * (theirs - ours)}."
+        layer = name[found.end() :]
+        shortcut = "conv_shortcut.weight"
+        theirs_changes, ours_changes = source + shortcut in self.state, found[0] + shortcut in smaller.state
+        if layer == "conv1.weight" and theirs_changes and not ours_changes:
+            raise ValueError(f"{source[:-1]} changes the number of channels, {found[0][:-1]} does not")
+        return source + layer
 
     def _before(self, block: str) -> str:
         """The residual block before one on the way up."""
@@ -144,9 +160,11 @@ def selected(larger: SelectableWeights, smaller: SelectableWeights) -> dict[str,
         Every entry of `smaller`, of the same shape.
 
     Raises:
-        ValueError: the networks differ in kind or levels, or an entry has no counterpart or a smaller one.
+        ValueError: the networks differ in kind, levels or conventions, or an entry has no counterpart or a
+            smaller one.
     """
     larger.require_alike(smaller)
+    larger.require_same_conventions(smaller)
     result = {}
     for name, own in smaller.state.items():
         source = larger.counterpart(name, smaller)

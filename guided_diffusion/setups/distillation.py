@@ -19,7 +19,7 @@ from ..networks.precision import place
 from ..networks.weight_selection import selected
 from ..respace import SpacedDiffusion
 from ..runs.checkpoint import Checkpoint
-from ..runs.provenance import require_known_steps
+from ..runs.provenance import has_untrained_null_class, require_known_steps
 from ..runs.weights import build_loaded, load_network, require_agreement
 from ..script_util import build_network, build_space
 from ..train_util import TrainLoop, reseed
@@ -35,6 +35,8 @@ def load_teacher(experiment: DistillationExperiment, weights: Path) -> Teacher:
     """
     settings = experiment.teacher
     network, process = _loaded(experiment, weights)
+    if settings.guidance_scale and has_untrained_null_class(read_description(weights)):
+        dist_util.warn(f"{weights}: guided by a null class that was not trained (class_dropout_prob 0)")
     network.eval().requires_grad_(False)
     place(network, settings.architecture.use_fp16, experiment.run, frozen=True)
     return Teacher(guided(network, settings.guidance_scale), process, build_space(settings))
@@ -137,6 +139,11 @@ def _student(
     elif experiment.distill.initial_weights == "teacher":
         select_weights(network, experiment, weights)
         log.info("the student's initial weights are selected from the teacher's")
+    if student.process.prediction_type == "sample" and experiment.distill.loss_weight != "min_snr":
+        log.info(
+            "WARNING: a student that predicts x_0 hardly learns noisy states from squared errors of eps: "
+            "give distill.loss_weight=min_snr"
+        )
     place(network, student.architecture.use_fp16, experiment.run)
     return network, process, objective.to(dist_util.dev())
 
