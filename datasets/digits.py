@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from guided_diffusion.config.command_line import make_bare_parser
+from guided_diffusion.errors import UserError
 from guided_diffusion.io.digits import SIZES, digits_file, load_digit_images
 from guided_diffusion.io.files import atomic_path
 from guided_diffusion.io.remote import local_path
@@ -26,6 +27,8 @@ def main() -> None:
     )
     parser.add_argument("--size", type=int, choices=SIZES, default=SIZES[0], help="in pixels (default 16)")
     args = parser.parse_args()
+    if args.out.suffix == ".npz":
+        raise UserError(f"--out: names a folder, not a file such as {args.out}")
     images, labels = load_digit_images(args.size)
     path = args.out / digits_file(args.size)
     with atomic_path(path) as temporary, open(temporary, "wb") as file:

@@ -32,9 +32,9 @@ def main() -> None:
         exporting.require_hub_name(args.push)
     out = Path(args.out)
     _, weights = local_weights(weights_name, paths.fetched_path(config))
-    if args.push and not args.overwrite and exporting.is_export_of(weights, out):
+    if args.push and not args.overwrite and not args.score and exporting.is_export_of(weights, out):
         exporting.rename_in_card(out, args.push)
-        print(f"{out} is of {weights.name} already: uploaded as it is (--overwrite exports it anew)")
+        print(f"{out} is of {weights.name} already and stays as it is (--overwrite exports it anew)")
     else:
         experiment = experiment or described_experiment(weights, args.overrides)
         exporting.export_pipeline(

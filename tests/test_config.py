@@ -96,6 +96,7 @@ def test_mistakes_are_told(config, override, told):
     "text, told",
     [
         ("lr: ???", "lr has no value"),
+        ("lr:", "lr has no value"),
         ("base: true", "'base' must name a file"),
         ("base: [3]", "'base' must name a file"),
         ("base: ${nope}", "Interpolation key 'nope' not found"),

@@ -215,9 +215,13 @@ def test_a_filled_in_licence_is_pushed(tmp_path, monkeypatch):
     pushed = []
     monkeypatch.setattr(exporting, "push", lambda folder, name: pushed.append((folder, name)))
     told = script_here(*flags, "--push", "me/x").stdout
-    assert "uploaded as it is" in told and pushed == [(tmp_path / "out", "me/x")]
+    assert "stays as it is" in told and pushed == [(tmp_path / "out", "me/x")]
     text = card.read_text()
     assert "license: mit" in text and 'from_pretrained("me/x")' in text and "\n# me/x\n" in text
+    script_here(*flags, "--push", "me/z")  # another name, or the right one after a slip
+    assert 'from_pretrained("me/z")' in card.read_text() and "\n# me/z\n" in card.read_text()
+    told = one_line_error(script_here(*flags, "--push", "me/z", "--score", "FID 5", check=False))
+    assert "--overwrite" in told and len(pushed) == 2
     script_here(*flags, "--push", "me/y", "--overwrite")
     assert "license: unknown" in card.read_text() and 'from_pretrained("me/y")' in card.read_text()
 

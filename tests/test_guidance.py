@@ -171,7 +171,7 @@ def test_a_pool_of_before_is_one_without_guidance(tmp_path):
     done = script_here(
         "scripts/dynamic_prepare.py", "--config", config, "teacher.guidance_scale=2", check=False
     )
-    assert "guidance_scale None, this run has 2.0" in one_line_error(done)
+    assert "guidance_scale none, this run has 2.0" in one_line_error(done)
 
 
 def test_every_sampler_is_guided_and_says_so(tmp_path):

@@ -119,10 +119,13 @@ def test_a_vq_model_whose_file_gives_no_factor_is_ldms_at_scale_1(tmp_path):
     np.testing.assert_allclose(images, theirs(pipeline), atol=1e-4)
 
 
-def test_a_file_that_wrongly_gives_a_factor_can_be_corrected(tmp_path):
+def test_a_file_that_wrongly_gives_a_factor_is_warned_of_and_can_be_corrected(tmp_path, capsys):
     make_vae(tmp_path, "VQModel")
-    assert LatentSpace(tmp_path, 8).scale == 0.18215  # as diffusers saved it
-    assert LatentSpace(tmp_path, 8, 1.0).scale == 1
+    for given, scale, warned in ((0.0, 0.18215, True), (0.18215, 0.18215, False), (1.0, 1, False)):
+        space = LatentSpace(tmp_path, 8, given)
+        space.decode(th.zeros(1, 3, 8, 8))
+        assert space.scale == scale  # without ours the one that diffusers saved
+        assert ("have vae_scale=1" in capsys.readouterr().err) == warned
 
 
 def test_an_autoencoder_whose_file_gives_no_factor_has_its_classes(tmp_path):

@@ -427,6 +427,7 @@ def _build(section: type[_T], values: dict[str, Any], path: Path, where: str) ->
         name = str(values.get("objective", Distill.objective))
         section = given = settings_of(OBJECTIVES, name, f"{where}objective", Distill)
     parts = {key.name: part for part, key in keys_of(given)}
+    defaults = {key.name: key.default for _, key in keys_of(given)}
     whole = {key.name for _, key in keys_of(given) if key.type is int}
     nested: dict[str, Any] = {}
     for name, value in values.items():
@@ -437,9 +438,9 @@ def _build(section: type[_T], values: dict[str, Any], path: Path, where: str) ->
             raise _unknown_key(
                 path, f"{where}{name}", [where + key for key in parts], _BY_USE if where else ("run",)
             )
-        if value is None:
+        if value is None and not defaults[name]:
             continue
-        if value == "???":  # OmegaConf's mark of a missing value
+        if value is None or value == "???":  # OmegaConf's mark of a missing value
             raise UserError(f"{path}: {where}{name} has no value")
         plain = ",".join(map(str, value)) if isinstance(value, list) else value
         if name in whole and isinstance(value, float) and value.is_integer():  # such as 1e5

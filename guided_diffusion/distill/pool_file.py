@@ -82,7 +82,8 @@ def read_pool(
         for key in dict.fromkeys([*expected, *_SAID_IF_SET]):
             theirs, ours = belongs_to.get(key), expected.get(key)
             if theirs != ours and (key in belongs_to or key in _SAID_IF_SET):
-                raise UserError(f"{path}: was made for {key} {theirs!r}, this run has {ours!r}")
+                told = f"was made for {key} {_told(theirs, ours)}, this run has {_told(ours, theirs)}"
+                raise UserError(f"{path}: {told}")
     x, levels, y = arrays["total_x_t_1"], arrays["total_t"], arrays.get("total_y")
     if x.ndim != 4 or x.shape[1:] != shape or not x.is_floating_point():
         wanted = f"float [N, {', '.join(map(str, shape))}]"
@@ -111,6 +112,13 @@ def read_pool(
         )
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
+
+
+def _told(value: Any, other: Any) -> str:
+    """A value in a message; one that is said only if set, and is not, is the contrary of the other, or none."""
+    if value is None:
+        return str(not other) if isinstance(other, bool) else "none"
+    return repr(value)
 
 
 def _replay(

@@ -37,7 +37,9 @@ def describe_network(experiment: Experiment) -> dict[str, Any]:
 
 
 def training_facts(experiment: Experiment) -> dict[str, str]:
-    """How a network is trained: "method", and if it is distilled "teacher", its file as it was configured."""
+    """How a network is trained: "method", and if it is distilled "teacher", its file as it was configured, and
+    "guidance" where that is guided.
+    """
     if not isinstance(experiment, DistillationExperiment):
         return {"method": "trained from data"}
     distill = experiment.distill
@@ -46,7 +48,10 @@ def training_facts(experiment: Experiment) -> dict[str, str]:
         stages = distill.stage1_weight or distill.stage2_weight
         method = "distilled by TCCD" if stages else "distilled by DKDM (TCCD with both stages off)"
     method += ", without any data (from the teacher's own samples)"
-    return {"method": method, "teacher": experiment.teacher.model_path}
+    facts = {"method": method, "teacher": experiment.teacher.model_path}
+    if scale := experiment.teacher.guidance_scale:
+        facts["guidance"] = f"the teacher's, {scale:g}, is in the network's own predictions"
+    return facts
 
 
 def described_experiment(weights: Path, overrides: Sequence[str] = ()) -> Experiment:

@@ -58,7 +58,7 @@ def export_pipeline(
         UserError: the network or its process is none of diffusers', `out` is there, or the two disagree.
         Stopped: SIGTERM or SIGINT came; nothing is left of it.
     """
-    student = experiment.student
+    student, out = experiment.student, out.resolve()
     _require_free(out, overwrite)
     diffusers = import_diffusers("exporting")
     require_agreement(student, weights, experiment.where)
@@ -299,6 +299,8 @@ def _facts(experiment: Experiment, weights: Path, description: dict[str, Any]) -
         teacher = str(told["teacher"])
         facts["Teacher"] = Path(teacher).name if os.path.isabs(teacher) else teacher
     facts["Method"] = told["method"]
+    if "guidance" in told:
+        facts["Guidance"] = told["guidance"]
     facts["Checkpoint"] = _checkpoint_fact(weights)
     if "step" in description:
         facts["Iterations"] = description["step"]
@@ -371,7 +373,9 @@ def is_export_of(weights: Path, folder: Path) -> bool:
 
 
 def rename_in_card(folder: Path, name: str) -> None:
-    """Have the model card of an export load it from the Hub instead of from its folder."""
+    """Have the model card of an export load it under another name, such as the one it has on the Hub."""
     card = _card_of(folder)
-    card = card.replace(f"from_pretrained({json.dumps(folder.name)})", f"from_pretrained({json.dumps(name)})")
-    write_text(folder / "README.md", card.replace(f"\n# {folder.name}\n", f"\n# {name}\n"))
+    if before := re.search(r'from_pretrained\("(.*)"\)', card):
+        card = card.replace(before[0], f"from_pretrained({json.dumps(name)})")
+        card = card.replace(f"\n# {before[1]}\n", f"\n# {name}\n")
+    write_text(folder / "README.md", card)

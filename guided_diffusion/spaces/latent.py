@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import torch as th
 
+from .. import dist_util
 from ..errors import UserError
 from ..io.diffusers_library import import_diffusers
 from ..io.files import read_object, sha256_of
@@ -58,6 +59,7 @@ class LatentSpace:
         self.image_size = size << len(self.config.get("block_out_channels", [64])) - 1
         self.scale = float(scale or self.config.get("scaling_factor") or _CLASSES[self.kind])
         self.shift = float(self.config.get("shift_factor") or 0.0)
+        self._is_doubtful = not scale and self.kind == "VQModel" and self.scale == _CLASSES["AutoencoderKL"]
 
     def encode(self, images: th.Tensor) -> th.Tensor:
         """uint8 [B, H', W', 3] -> float32 [B, C, H, W]; an AutoencoderKL's are drawn by torch's generator."""
@@ -138,6 +140,11 @@ class LatentSpace:
 
     def _load(self) -> Any:
         """The VAE in float32 on the CPU, in eval mode."""
+        if self._is_doubtful:
+            dist_util.warn(
+                f"{self.folder}: its scaling_factor, {self.scale}, is what diffusers writes where none was; "
+                "LDM's own VQ models have vae_scale=1"
+            )
         diffusers = import_diffusers(f"{self.folder}: a VAE")
         kind = diffusers.VQModel if self.kind == "VQModel" else diffusers.AutoencoderKL
         files = weight_files(self.folder)
