@@ -115,7 +115,7 @@ def read_pool(
 
 
 def _told(value: Any, other: Any) -> str:
-    """A value in a message; one that is said only if set, and is not, is the contrary of the other, or none."""
+    """A value in a message; one said only if set, and not set, is the contrary of the other, or none."""
     if value is None:
         return str(not other) if isinstance(other, bool) else "none"
     return repr(value)

@@ -37,7 +37,7 @@ def describe_network(experiment: Experiment) -> dict[str, Any]:
 
 
 def training_facts(experiment: Experiment) -> dict[str, str]:
-    """How a network is trained: "method", and if it is distilled "teacher", its file as it was configured, and
+    """How a network is trained: "method"; of a distilled one "teacher", its file as it was configured, and
     "guidance" where that is guided.
     """
     if not isinstance(experiment, DistillationExperiment):
