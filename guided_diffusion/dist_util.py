@@ -20,6 +20,7 @@ from typing import Any, TypeVar
 
 import torch as th
 import torch.distributed as dist
+import torch.distributed.nn  # imported later, as by torch.optim, it would hold the group for ever
 
 from .errors import UserError, message_of
 from .io import files, progress
@@ -122,8 +123,10 @@ def _keep_freed_memory() -> None:
 
 
 def _leave() -> None:
+    """End gloo's threads while Python is alive: one that lets go of a tensor later aborts the process."""
     if dist.is_initialized():
         dist.destroy_process_group()
+        _state.cpu_group = None  # whose threads end with the last reference to it
 
 
 def dev() -> th.device:

@@ -72,7 +72,6 @@ def contrastive_loss(
     *,
     temperature: float = 1.0,
     normalize: bool = False,
-    share_equal: th.Tensor | None = None,
 ) -> th.Tensor:
     """Symmetric InfoNCE between noise representations and timestep embeddings (TCCD stage 1; CLIP).
 
@@ -85,8 +84,6 @@ def contrastive_loss(
         temperature: > 0.
         normalize: scale z and e to unit length first, so that logits are cosines. The published
             method takes plain dot products.
-        share_equal: [B] timesteps; rows of equal timesteps then share the target's mass evenly,
-            since their embeddings are the same. None puts all of it on the diagonal, as published.
 
     Returns:
         Scalar, >= 0.
@@ -94,9 +91,5 @@ def contrastive_loss(
     if normalize:
         z, e = F.normalize(z, dim=-1), F.normalize(e, dim=-1)
     logits = z @ e.T / temperature
-    if share_equal is None:
-        target = th.arange(len(z), device=z.device)
-        return 0.5 * (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target))
-    equal = (share_equal[:, None] == share_equal[None, :]).to(logits.dtype)
-    shared = equal / equal.sum(dim=1, keepdim=True)  # symmetric, so it serves both directions
-    return 0.5 * (F.cross_entropy(logits, shared) + F.cross_entropy(logits.T, shared))
+    target = th.arange(len(z), device=z.device)
+    return 0.5 * (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target))

@@ -97,6 +97,13 @@ def test_no_noise_is_added_at_the_last_step(teacher):
     assert not th.equal(step.x_next[1], step.mean[1])
 
 
+def test_a_hop_to_level_1_is_drawn_and_one_to_the_clean_image_is_not(teacher):
+    x, t = th.randn(2, 3, 8, 8), th.tensor([9, 9])
+    one, other = (teacher.step(x, t, s=th.tensor([0, -1])).x_next for _ in range(2))
+    assert not th.equal(one[0], other[0])
+    assert th.equal(one[1], other[1])
+
+
 def test_every_entry_is_visited_and_levels_stay_in_range(teacher):
     diffusion = teacher.process
     pool = noise_pool(24, diffusion)
@@ -315,6 +322,17 @@ def test_a_chain_that_begins_anew_has_a_new_label():
         seen |= set(batch.y.tolist())
         assert th.equal(pool.y, batch.y)
     assert 8 < len(seen) <= 16
+    pool = DynamicBatch.of_noise(400, (3, 8, 8), process.num_timesteps, 50)
+    pool.levels.zero_()
+    assert set(pool.advance(th.arange(400), teacher).y.tolist()) == set(range(50))
+
+
+def test_the_share_that_follows_the_student_grows(teacher):
+    """From none at first to what is configured, over the ramp."""
+    settings = Distill(on_policy=0.6)
+    source = TeacherSource(noise_pool(8, teacher.process), teacher, 4, settings, ramp=6)
+    shares = [source.next_batch(step) and source.probability for step in (0, 3, 6, 20)]
+    assert shares == pytest.approx([0, 0.3, 0.6, 0.6])
 
 
 def test_without_bounds_a_student_throws_an_entry_no_farther_than_the_teachers_images_reach(teacher):

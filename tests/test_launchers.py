@@ -33,13 +33,17 @@ GATHERED = ["distill.gather_negatives=true", "distill.stage2_align=true", "stude
 
 @pytest.fixture(scope="module")
 def witness(tmp_path_factory):
-    """A folder for PYTHONPATH: every python notes, when it ends, whether it has imported mpi4py."""
+    """A folder for PYTHONPATH: every python notes, as the last that it does, whether it has imported mpi4py,
+    and whether gloo's threads run still.
+    """
     folder = tmp_path_factory.mktemp("witness")
     (folder / "sitecustomize.py").write_text(
-        "import atexit, os, sys\n"
+        "import atexit, os, pathlib, sys\n"
         "def note():\n"
+        "    threads = [path.read_text() for path in pathlib.Path('/proc/self/task').glob('*/comm')]\n"
+        "    left = ' with gloo' if any('gloo' in name for name in threads) else ''\n"
         "    with open(os.environ['WITNESS'], 'a') as file:\n"
-        "        file.write(f\"{os.path.basename(sys.argv[0])} {'mpi4py' in sys.modules}\\n\")\n"
+        "        file.write(f\"{os.path.basename(sys.argv[0])} {'mpi4py' in sys.modules}{left}\\n\")\n"
         "atexit.register(note)\n"
     )
     return folder

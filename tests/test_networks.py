@@ -47,6 +47,15 @@ def test_recomputation_changes_nothing():
         th.testing.assert_close(plain, recomputed)
 
 
+def test_dropout_is_of_training_alone():
+    model = randomise(build_network(denoiser(**network(8, attention_resolutions="4", dropout=0.5)))[0])
+    x, t = th.randn(2, 3, 8, 8), th.tensor([3, 7])
+    model.eval()
+    assert th.equal(model(x, t), model(x, t))
+    model.train()
+    assert not th.equal(model(x, t), model(x, t))
+
+
 @pytest.mark.parametrize("dtype", [th.bfloat16, th.float16])
 def test_sixteen_bits_stay_close_and_parameters_stay_float32(dtype):
     model, _ = build_network(denoiser(**network(16)))

@@ -64,16 +64,17 @@ class TestContrastiveLoss:
             float(contrastive_loss(z, 0.5 * e, normalize=True))
         )
 
-    def test_equal_timesteps_share_the_target(self):
-        z, e = th.randn(4, 8), th.randn(4, 8)
-        distinct = th.arange(4)
-        assert contrastive_loss(z, e, share_equal=distinct) == pytest.approx(float(contrastive_loss(z, e)))
-        e = th.eye(4, 8) * 20
-        e[3] = e[2]  # the same timestep twice: the best any encoder can do is to tell it from the others
-        t = th.tensor([0, 1, 2, 2])
-        assert contrastive_loss(e, e, share_equal=t) == pytest.approx(math.log(2) / 2, abs=1e-3)
-        gradient = th.autograd.functional.jacobian(lambda z: contrastive_loss(z, e, share_equal=t), e)
-        assert gradient.abs().max() < 1e-3
+    def test_targets_shared_among_equal_timesteps_would_change_nothing(self):
+        """As docs/method.md says; the embedding is a function of the timestep alone."""
+        t = th.tensor([0, 1, 2, 2, 0, 2])
+        z, table = th.randn(6, 8, requires_grad=True), th.randn(3, 8, requires_grad=True)
+        logits, same = z @ table[t].T, (t[:, None] == t).float()
+        shared = same / same.sum(1, keepdim=True)
+        found = contrastive_loss(z, table[t])
+        expected = 0.5 * sum(th.nn.functional.cross_entropy(way, shared) for way in (logits, logits.T))
+        th.testing.assert_close(found, expected)
+        wanted = th.autograd.grad(expected, (z, table), retain_graph=True)
+        th.testing.assert_close(th.autograd.grad(found, (z, table)), wanted)
 
 
 class TestStages:
@@ -271,6 +272,19 @@ class TestStages:
         loop.train_step(batch)
         assert {"stage1_mse", "stage2_mse", "stage1_align", "stage2_vb_q0"} <= loop.metrics.sums.keys()
 
+    def test_a_pass_of_both_stages_gives_each_sample_its_label(self):
+        th.manual_seed(0)
+        keys = network(8, attention_resolutions="4", class_cond=True, num_classes=8)
+        model, diffusion = build_network(denoiser(**keys))
+        pool = DynamicBatch.of_noise(8, (3, 8, 8), diffusion.num_timesteps, 8)
+        pool.y = th.arange(8)
+        batch = pool.advance(th.arange(8), teacher_of(randomise(model), diffusion, (3, 8, 8)))
+        objective = Distillation(model, diffusion, Distill(stage1_weight=0, stage2_fraction=0.5))
+        (both,) = objective.passes(model, batch)
+        apart = objective.stage1(model, batch), objective.stage2(model, batch[:4])
+        for one, other in zip(both.parts, apart, strict=True):
+            th.testing.assert_close(one.loss, other.loss)
+
     @pytest.mark.parametrize(
         "fraction, count, seen", [(0.07, 100, 7), (0.28, 25, 7), (0.3, 8, 3), (1e-9, 8, 1)]
     )
@@ -292,6 +306,17 @@ class TestStages:
         assert len(part.loss) == 8 and len(alone.loss) == 4
         th.testing.assert_close(part.terms["stage1_align"][:4], alone.terms["stage1_align"])
         assert not th.isclose(part.terms["stage1_align"][0], whole.terms["stage1_align"][0])
+
+    @pytest.mark.parametrize("options", [{"temperature": 0.5}, {"temperature": 0.02, "normalize": True}])
+    def test_the_alignment_is_the_configured_one(self, options):
+        model, diffusion, objective = build(Distill(stage2_weight=0, **options))
+        batch = make_batch(diffusion)
+        (found,) = objective.passes(model, batch)
+        out = model.evaluate(batch.x_t, batch.t, None)
+        z = objective.noise_encoder(out.features)
+        expected = contrastive_loss(z, out.emb, **options)
+        th.testing.assert_close(found.terms["stage1_align"], expected.expand(8))
+        assert not th.isclose(expected, contrastive_loss(z, out.emb, temperature=0.02))
 
     def test_the_source_is_told_what_the_student_says_of_x_t(self):
         model, diffusion, objective = build(Distill(stage1_weight=0))

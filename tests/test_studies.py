@@ -28,7 +28,7 @@ from guided_diffusion.config.loading import load_distillation, load_experiment
 from guided_diffusion.config.settings import DistillationExperiment
 from guided_diffusion.errors import UserError
 from guided_diffusion.io.digits import load_digit_images
-from guided_diffusion.script_util import build_network
+from guided_diffusion.script_util import build_network, build_process
 from guided_diffusion.studies import runner as runner_module
 from guided_diffusion.studies.cell_run import CellRun, Prepared, Shared
 from guided_diffusion.studies.cells import cells_of, changed_keys
@@ -283,6 +283,43 @@ class TestComparison:
         assert chain["path_kl"] > 0 and len(chain["step_kl"]) == 5
         assert sum(chain["step_kl"]) == pytest.approx(chain["path_kl"]) and min(chain["step_kl"]) > 0
         assert found.own_chain(3, "5", lambda: None) == found.own_chain(3, "5", lambda: None)
+
+    def test_the_divergence_is_that_of_the_students_step_from_the_teachers(self, tmp_path):
+        """Of two that differ in the variance alone: in this direction, and along the student's own chain."""
+        experiment = load_distillation(tiny.distillation(tmp_path, image_size=8))
+        found = Comparison(experiment, tmp_path / "teacher.pt", tmp_path / "teacher.pt")
+        process, seen = build_process(experiment.student, "", "5"), {"student": [], "teacher": []}
+
+        def replace_by(network, name, value):
+            def forward(x, timesteps, y):
+                seen[name].append(x)
+                return th.cat([th.zeros_like(x), th.full_like(x, value)], dim=1)
+
+            network.forward = forward
+
+        def step(value, x, t):
+            output = th.cat([th.zeros_like(x), th.full_like(x, value)], dim=1)
+            return process.p_distribution(output, x, th.full((len(x),), t))
+
+        replace_by(found.student, "student", 1.0)
+        replace_by(found.teacher.network, "teacher", -1.0)
+        divergences = found.own_chain(3, "5", lambda: None)["step_kl"]
+        for t, divergence in enumerate(divergences):
+            x = th.zeros(1, 3, 8, 8, dtype=th.float64)
+            ours, theirs = (step(value, x, t)["log_variance"] for value in (1.0, -1.0))
+            expected = 0.5 * (theirs - ours + (ours - theirs).exp() - 1).sum()
+            assert divergence == pytest.approx(float(expected), rel=1e-3)
+        assert all(map(th.equal, seen["student"], seen["teacher"]))
+        first, second = seen["student"][:2]
+        drawn = step(1.0, first, 4)
+        spread = float((second - drawn["mean"]).std() / (0.5 * drawn["log_variance"]).exp().mean())
+        assert spread == pytest.approx(1, abs=0.1)
+
+    def test_no_dropout_is_compared(self, tmp_path):
+        experiment = load_distillation(tiny.distillation(tmp_path, image_size=8), ["student.dropout=0.5"])
+        found = Comparison(experiment, tmp_path / "teacher.pt", tmp_path / "teacher.pt")
+        for network in (found.student, found.teacher.network):
+            assert not any(module.training for module in network.modules())
 
     def test_quarters_of_the_chain(self):
         found = by_quarter(th.tensor([1.0, 3.0, 5.0]), th.tensor([0, 4, 19]), 20)

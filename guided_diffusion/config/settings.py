@@ -392,7 +392,6 @@ class Distill:
     stage2_align: bool = key(False, "use the alignment in stage 2 too (the paper's figure, not its code)")
     temperature: float = key(1.0, "temperature of the contrastive loss")
     normalize: bool = key(False, "contrast unit vectors instead of plain dot products")
-    share_equal_timesteps: bool = key(False, "equal timesteps in a batch share the target's mass")
     gather_negatives: bool = key(False, "contrast with the negatives of all ranks, not the rank's own")
     role_vector: bool = key(False, "mark stage 2's input by a learned vector added to its timestep embedding")
     stage2_time: str = key(

@@ -241,7 +241,7 @@ class Distillation(Objective):
         loss = th.stack(list(terms.values())).sum(0)
         if align:
             n = share_of(self.settings.stage1_fraction, len(t))
-            terms["align"] = self.alignment(out.features[:n], out.emb[:n], t[:n]).expand_as(loss)
+            terms["align"] = self.alignment(out.features[:n], out.emb[:n]).expand_as(loss)
             loss = loss + self.settings.stage1_weight * terms["align"]
         return PassLoss(weight * loss, {f"{stage}_{k}": v for k, v in terms.items()}, t)
 
@@ -290,7 +290,7 @@ class Distillation(Objective):
             terms["vb"] = self.process.vb_weight * mean_flat(kl) / math.log(2.0)
         return terms
 
-    def alignment(self, h: th.Tensor, emb: th.Tensor, t: th.Tensor) -> th.Tensor:
+    def alignment(self, h: th.Tensor, emb: th.Tensor) -> th.Tensor:
         """The contrastive loss of a pass, scalar.
 
         Its negatives are the other samples of this (micro)batch and rank, as published; with
@@ -300,13 +300,8 @@ class Distillation(Objective):
         z = self.noise_encoder(h)
         if self.settings.gather_negatives:
             z, emb = dist_util.all_gather_with_grad(z), dist_util.all_gather_with_grad(emb)
-            t = dist_util.all_gather(t)
         return contrastive_loss(
-            z,
-            emb,
-            temperature=self.settings.temperature,
-            normalize=self.settings.normalize,
-            share_equal=t if self.settings.share_equal_timesteps else None,
+            z, emb, temperature=self.settings.temperature, normalize=self.settings.normalize
         )
 
     def load_foreign_head(self, state: Mapping[str, th.Tensor], origin: Any) -> None:
