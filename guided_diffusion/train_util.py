@@ -63,7 +63,7 @@ class TrainLoop:
         run: how the run is carried out.
         log: the record.
         grids: draws grids of samples; None for none.
-        scorer: scores the last EMA's weights; None for no scores.
+        scorer: scores the slowest average's weights; None for no scores.
         resume: continue from this checkpoint.
         description: what checkpoints say of the network, see `io.description.read_description`.
 
@@ -148,6 +148,11 @@ class TrainLoop:
                 f"WARNING: the learning rate is 0 after {last} iterations (lr_anneal_steps), of "
                 f"{self.iterations} (run.iterations); give lr_anneal_steps with it (0: it stays)"
             )
+        if 1000 < (gain := self.process.last_kl_gain) < math.inf and not self.training.clip_last:
+            self.log.info(
+                f"WARNING: at the noisiest of {self.process.num_timesteps} steps the KL is {gain:.2g} times "
+                "the squared error of eps and drowns the rest; give clip_last=true"
+            )
         if not self.iterations:
             self.log.info("no end is set (run.iterations=N sets one): Ctrl-C saves a checkpoint and stops")
         if self.scorer is not None:
@@ -181,7 +186,7 @@ class TrainLoop:
                     self.save()
                 before = time.monotonic()
                 if self.grids is not None and self._samples_due(saved) and not stop:
-                    self.grids.save(self.step, self.network, self._last_ema, self.log)
+                    self.grids.save(self.step, self.network, self._scored_ema, self.log)
                 if scored:
                     stop = self._score(signals)
                     progress.show(self._shown)
@@ -303,9 +308,9 @@ class TrainLoop:
             self.writer.submit(self.step, contents)
 
     @property
-    def _last_ema(self) -> Ema | None:
-        """The average that grids and scores are of; None if there is none."""
-        return list(self.emas.values())[-1] if self.emas else None
+    def _scored_ema(self) -> Ema | None:
+        """The average of `Training.scored_weights`; None if there is none."""
+        return self.emas[max(self.emas)] if self.emas else None
 
     def _score_due(self) -> bool:
         return self.scorer is not None and self.scorer.due(self.step, self.step == self.iterations)
@@ -318,7 +323,7 @@ class TrainLoop:
     def _draw_what_was_due(self) -> None:
         """Draw grids of the step that is resumed from, if the run ended between its checkpoint and them."""
         if self.grids is not None and self._goes_on and self._samples_due(saved=True):
-            self.grids.save(self.step, self.network, self._last_ema, self.log, anew=False)
+            self.grids.save(self.step, self.network, self._scored_ema, self.log, anew=False)
 
     def _score_what_was_due(self, signals: StopSignals) -> bool:
         """Score the step that is resumed from, if the run ended between its checkpoint and its score.
@@ -335,16 +340,16 @@ class TrainLoop:
         return False
 
     def _score(self, signals: StopSignals) -> bool:
-        """Score the last EMA's weights; this step's checkpoint is submitted. Nothing of the training changes.
+        """Score the slowest average's weights; this step's checkpoint is submitted.
 
-        A score that cannot be had costs the run no more than that.
+        Nothing of the training changes. A score that cannot be had costs the run no more than that.
 
         Returns:
             Whether to stop: a rank was asked to, and there are iterations to do or the score was not waited
             for, which resuming then sees to.
         """
         assert self.scorer is not None
-        before, ema, score = time.monotonic(), self._last_ema, None
+        before, ema, score = time.monotonic(), self._scored_ema, None
         left = self.step != self.iterations
         try:
             with ema.swapped() if ema else nullcontext():
@@ -358,9 +363,8 @@ class TrainLoop:
             self.log.info(f"step {self.step}: {score} ({samples})")
             self.log.row(self.step, score.columns())
             self._shown[score.metric] = f"{score.values['fd']:.4g}"
-            weights = f"ema_{ema.rate}" if ema else "model"
             if dist_util.rank() == 0:
-                self.writer.add_score(self.step, score.record(weights))
+                self.writer.add_score(self.step, score.record(self.training.scored_weights))
         return left and dist_util.any_rank(bool(signals.received))
 
     def _record_pool(self) -> None:

@@ -77,8 +77,7 @@ def main() -> None:
 
     checkpoint = newest_checkpoint(run_folder)
     assert checkpoint is not None
-    rates = experiment.student.training.ema_rates
-    student = checkpoint.path(f"ema_{rates[0]}" if rates else "model")
+    student = checkpoint.path(experiment.student.training.scored_weights)
     sample = ["--batch_size", 125, "--num_samples", args.num_samples, "--timestep_respacing", 50]
     own_config = folder / "teacher.yaml"
     write_text(own_config, mapping_text(experiment.teacher.network_keys()))

@@ -1,6 +1,7 @@
 """The loop's own parts: what is logged, the learning rate, averages, arithmetic, what is kept."""
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch as th
@@ -8,10 +9,12 @@ from in_process import script_here
 from test_objectives import DKDM, build, loop_for, make_batch
 from tiny import denoiser, distillation, network, one_line_error
 
-from guided_diffusion.config.settings import Run
+from guided_diffusion.config.settings import Run, Training
 from guided_diffusion.logger import RunLog, read_progress
+from guided_diffusion.losses import normal_kl
 from guided_diffusion.networks.precision import compute_dtype
 from guided_diffusion.runs.checkpoint import complete_checkpoints
+from guided_diffusion.script_util import create_gaussian_diffusion
 from guided_diffusion.train_util import reseed
 from guided_diffusion.training.ema import Ema
 from guided_diffusion.training.grids import sampling_process
@@ -80,6 +83,16 @@ def test_averages():
     assert float(fresh.state_dict()["weight"]) == pytest.approx(0.9)
 
 
+def test_the_slowest_average_is_scored(tmp_path):
+    model, diffusion, objective = build()
+    loop = loop_for(model, diffusion, objective, tmp_path)
+    assert loop._scored_ema.rate == 0.9 and loop.training.scored_weights == "ema_0.9"
+    loop.emas = {rate: Ema(model, rate) for rate in (0.99, 0.9999, 0.9)}
+    assert loop._scored_ema.rate == 0.9999
+    assert Training(ema_rate="0.99,0.9999,0.9").scored_weights == "ema_0.9999"
+    assert Training(ema_rate="").scored_weights == "model"
+
+
 def test_a_weight_used_in_two_places_is_averaged_under_both_names():
     module = th.nn.Sequential(th.nn.Linear(2, 2, bias=False), th.nn.Linear(2, 2, bias=False))
     module[1].weight = module[0].weight
@@ -126,6 +139,27 @@ def test_a_network_of_a_respaced_process_is_sampled_in_its_own_steps():
             denoiser(**network(), timestep_respacing=respacing), Run(sample_respacing="5")
         )
         assert list(process.timestep_map) == expected, respacing
+
+
+@pytest.mark.parametrize(
+    "respacing, clip_last, told", [("50", False, True), ("50", True, False), ("", False, False)]
+)
+def test_a_kl_that_drowns_the_rest_is_told(respacing, clip_last, told, tmp_path, capsys):
+    """A student one unit of eps away from its teacher at t = T-1, both with the least variance."""
+    process = create_gaussian_diffusion(
+        steps=1000, noise_schedule="cosine", learn_sigma=True, timestep_respacing=respacing
+    )
+    x, t = th.randn(1, 3, 8, 8), th.tensor([process.num_timesteps - 1])
+    outputs = [th.cat([x + shift, -th.ones_like(x)], dim=1) for shift in (0.0, 1.0)]
+    one, other = (process.p_distribution(output, x, t, clip_denoised=False) for output in outputs)
+    kl = normal_kl(one["mean"], one["log_variance"], other["mean"], other["log_variance"]).mean()
+    assert process.last_kl_gain == pytest.approx(float(kl), rel=1e-3)
+    model, _, objective = build()
+    loop = loop_for(model, process, objective, tmp_path, clip_last=clip_last)
+    loop.log, loop.iterations, loop.step = RunLog(tmp_path, active=True), 1, 1
+    loop.source = SimpleNamespace(close=lambda: None, pool_record=lambda: None)
+    loop.run()
+    assert ("WARNING: at the noisiest of 50 steps the KL is 2e+05 times" in capsys.readouterr().out) == told
 
 
 def test_arithmetic(monkeypatch):

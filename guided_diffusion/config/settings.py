@@ -368,6 +368,11 @@ class Training:
         """The EMA decays as numbers."""
         return [float(rate) for rate in self.ema_rate.split(",") if rate]
 
+    @property
+    def scored_weights(self) -> str:
+        """The weights of a checkpoint that grids and scores are of: the slowest average, or else "model"."""
+        return f"ema_{max(self.ema_rates)}" if self.ema_rates else "model"
+
 
 @dataclass
 class Student(Denoiser):

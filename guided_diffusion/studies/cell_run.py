@@ -409,9 +409,8 @@ class CellRun:
         return {} if by_default else {"precision": precision}
 
     def _weights_after(self, step: int) -> Path:
-        """What of a checkpoint is scored: the first average, or else the weights themselves."""
-        rates = self.experiment.student.training.ema_rates
-        return self.folder / "run" / file_name(f"ema_{rates[0]}" if rates else "model", step)
+        """What of a checkpoint is scored."""
+        return self.folder / "run" / file_name(self.experiment.student.training.scored_weights, step)
 
     def _compared(self, weights: Path) -> dict[str, Any]:
         """What `Comparison` finds, as far as the study asks for it."""
