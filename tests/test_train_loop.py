@@ -35,6 +35,9 @@ def test_quartiles_are_those_of_the_batchs_own_timesteps():
     read = metrics.read()
     assert math.isnan(read.pop("mse")) and math.isnan(read.pop("mse_q1"))
     assert read == {"mse_q0": 2.0, "mse_q3": 8.0}
+    metrics.add("loss", th.tensor([1.0]))
+    metrics.add("loss", th.tensor([3.0, 8.0]))
+    assert metrics.read() == {"loss": 4.0}
 
 
 def test_learning_rate(tmp_path):
@@ -72,15 +75,16 @@ def test_averages():
         ema.update(th.tensor(False))
         ema.update(th.tensor(True))  # of a skipped iteration
     assert float(ema.state_dict()["weight"]) == pytest.approx(1 - 0.9**3)
-    ema.swap()
-    assert module.weight.item() == pytest.approx(1 - 0.9**3)
-    ema.swap()
+    with ema.swapped():
+        assert module.weight.item() == pytest.approx(1 - 0.9**3)
     assert module.weight.item() == 1
-    fresh = Ema(th.nn.Linear(1, 1, bias=False), 0.9)
-    th.nn.init.zeros_(fresh.average[0])
-    th.nn.init.ones_(fresh.module.weight)
-    fresh.update(th.tensor(False), warmup_step=0)  # rate 1/10 instead of 0.9
-    assert float(fresh.state_dict()["weight"]) == pytest.approx(0.9)
+    assert float(ema.state_dict()["weight"]) == pytest.approx(1 - 0.9**3)
+    for step, rate in ((0, 1 / 10), (3, 4 / 13), (10**6, 0.9)):
+        fresh = Ema(th.nn.Linear(1, 1, bias=False), 0.9)
+        th.nn.init.zeros_(fresh.average[0])
+        th.nn.init.ones_(fresh.module.weight)
+        fresh.update(th.tensor(False), warmup_step=step)
+        assert float(fresh.state_dict()["weight"]) == pytest.approx(1 - rate)
 
 
 def test_the_slowest_average_is_scored(tmp_path):
