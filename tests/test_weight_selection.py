@@ -140,6 +140,12 @@ def test_weights_that_are_read_otherwise_are_not_selected(name):
     assert len(bottleneck_channels(theirs, unet2d(16).selectable_weights())) == 16  # which moves no weights
 
 
+def test_a_bottleneck_of_other_levels_is_not_matched():
+    deeper = build(64, channel_mult="1,1,2").selectable_weights()
+    with pytest.raises(ValueError, match="the larger network has 3 levels, the smaller 2"):
+        bottleneck_channels(deeper, build(32).selectable_weights())
+
+
 def test_swish_is_silu():
     one, other = (unet2d(16, act_fn=name).selectable_weights() for name in ("swish", "silu"))
     assert selected(one, other) and selected(other, one)
