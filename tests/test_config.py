@@ -188,6 +188,9 @@ def test_a_base_is_laid_under(tmp_path, config):
     assert experiment.distill.stage1_weight == 0
     assert experiment.name == "variant"
     assert experiment.student == load_experiment(config).student
+    top.write_text(f"base: {config.name}\nstudent: [lr]\n")
+    with pytest.raises(UserError, match="does not fit its base: Cannot merge"):
+        load_experiment(top)
     (tmp_path / "circle.yaml").write_text("base: circle.yaml\n")
     with pytest.raises(UserError, match="in a circle"):
         load_experiment(tmp_path / "circle.yaml")

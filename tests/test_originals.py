@@ -164,6 +164,7 @@ def test_a_baselines_configuration(config, tmp_path):
         ("teacher.use_ddim=true", "teacher.use_ddim can only be false"),
         ("student.use_ddim=true", "student.use_ddim can only be false"),
         ("student.clip_first=true", "student.clip_first can only be false"),
+        ("distill.share_equal_timesteps=true", "distill.share_equal_timesteps can only be false"),
     ],
 )
 def test_keys_that_are_no_choice_here_are_not_ignored(config, override, told):

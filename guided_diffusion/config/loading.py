@@ -10,7 +10,7 @@ then among the files that come with the library.
 
 import difflib
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, TypeVar
@@ -53,11 +53,16 @@ from .settings import (
 
 _BY_USE = ("student", "teacher", "distill", "run")  # sections, those whose keys are meant most often first
 _INCLUDES = ("model", "diffusion", "training")
-# Keys of the originals' diffusion files that are no choice in a configuration here: the value that
-# describes what is done, and where the choice lies.
-_SETTLED = {
+# Keys that are no choice here, those of the originals' diffusion files and one of version 0.1.0: the value
+# that describes what is done, and why, or where the choice lies.
+_OF_DIFFUSION_FILES = {
     "use_ddim": (False, "the teacher's chain is ancestral; image_sample.py takes --use_ddim"),
     "clip_first": (False, "only clip_last is known"),
+}
+_SETTLED = {
+    "teacher": _OF_DIFFUSION_FILES,
+    "student": _OF_DIFFUSION_FILES,
+    "distill": {"share_equal_timesteps": (False, "it changed neither the loss nor any gradient")},
 }
 _T = TypeVar("_T")
 _MOST_BYTES, _MOST_NODES, _DEEPEST = 1 << 20, 10_000, 20
@@ -136,10 +141,11 @@ def _experiment(tree: DictConfig, path: Path, overrides: Sequence[str]) -> Exper
         sections["student"] = content
     if "distill" in sections and not distilled:
         raise UserError(f"{path}: 'distill' needs a 'teacher' section")
-    for name in ("teacher", "student"):
+    for name, settled in _SETTLED.items():
         if name in sections:
-            sections[name] = _include(sections[name], path)
-            _drop_settled(sections[name], path, f"{name}." if distilled else "")
+            if name != "distill":
+                sections[name] = _include(sections[name], path)
+            _drop_settled(sections[name], settled, path, f"{name}." if distilled else "")
     _refuse_idle(overrides, distilled)
 
     run = _build(Run, sections.get("run", {}), path, "run.")
@@ -255,7 +261,10 @@ def _read(path: Path, depth: int = 0) -> DictConfig:
     if not all(isinstance(base, str) for base in bases):
         raise UserError(f"{path}: 'base' must name a file or list files, not {bases!r:.80}")
     layers = [_read(resolve_path(base, path), depth + 1) for base in bases]
-    merged = OmegaConf.merge(*layers, tree)
+    try:
+        merged = OmegaConf.merge(*layers, tree)
+    except _DAMAGE as error:  # a section is a list here, keys there
+        raise UserError(f"{path}: does not fit its base: {first_line(error)}") from None
     assert isinstance(merged, DictConfig)
     return merged
 
@@ -326,9 +335,11 @@ def _include(section: dict[str, Any], path: Path, depth: int = 0) -> dict[str, A
     return merged | {k: v for k, v in section.items() if k not in _INCLUDES}
 
 
-def _drop_settled(section: dict[str, Any], path: Path, where: str) -> None:
-    """Accept the originals' keys of `_SETTLED` where they say what is done anyway."""
-    for name, (value, why) in _SETTLED.items():
+def _drop_settled(
+    section: dict[str, Any], settled: Mapping[str, tuple[bool, str]], path: Path, where: str
+) -> None:
+    """Accept keys that are no choice here where they say what is done anyway."""
+    for name, (value, why) in settled.items():
         if section.pop(name, value) != value:
             raise UserError(f"{path}: {where}{name} can only be {str(value).lower()}: {why}")
 
