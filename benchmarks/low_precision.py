@@ -124,7 +124,7 @@ class Benchmark:
             assert emulated is None or emulated.products > 0
         checkpoint = newest_checkpoint(folder)
         assert checkpoint is not None
-        weights = checkpoint.path(f"ema_{experiment.student.training.ema_rates[0]}")
+        weights = checkpoint.path(experiment.student.training.scored_weights)
         model, _ = build_network(experiment.student)
         load_network(model.to(dist_util.dev()), weights)
         error = self.runs.error(model)

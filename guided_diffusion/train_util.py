@@ -148,10 +148,12 @@ class TrainLoop:
                 f"WARNING: the learning rate is 0 after {last} iterations (lr_anneal_steps), of "
                 f"{self.iterations} (run.iterations); give lr_anneal_steps with it (0: it stays)"
             )
-        if 1000 < (gain := self.process.last_kl_gain) < math.inf and not self.training.clip_last:
+        gain, bounded = self.process.last_kl_gain, self.process.bounds is not None  # a latent space is not
+        if 1000 < gain < math.inf and not (self.training.clip_last and bounded):
+            advice = "give clip_last=true" if bounded else "train in all steps (timestep_respacing)"
             self.log.info(
                 f"WARNING: at the noisiest of {self.process.num_timesteps} steps the KL is {gain:.2g} times "
-                "the squared error of eps and drowns the rest; give clip_last=true"
+                f"the squared error of eps and drowns the rest; {advice}"
             )
         if not self.iterations:
             self.log.info("no end is set (run.iterations=N sets one): Ctrl-C saves a checkpoint and stops")
